@@ -1,0 +1,717 @@
+"""Find, check, normalise and cache 2D MRI slices: what `train.py` and `predict.py` read.
+
+    path, line = find_data(args.data)                       # --data, else $HIPMRI_DATA, else None: the sample
+    source = find_splits(path)                              # which files are in train, validate and test
+    train = load_split(source, "train")                     # decoded once, memory-mapped from then on
+    images = train.batch(torch.randperm(len(train))[:16])   # (16, 1, 256, 128), z-scored
+
+It knows HipMRI's 2D form (`keras_slices_{train,validate,test}`), its 3D form (`semantic_MRs_anon`) and
+plain `train/ validate/ test/` folders of 2D NIfTI slices; masks are never read as images. What is wrong with
+the data is a `DataError`: what was found, what was expected, what to do. What is merely worth knowing stands
+in `Source.notes` and `Slices.notes`, for the script to print.
+
+Pixels are cached as int16: integers spanning at most 65,535 steps are exact; of any other slice no pixel is
+off by more than half a step, (max - min) / 131,070 of that slice.
+"""
+
+import errno
+import gzip
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
+STD_FLOOR = 0.05  # of the split's median deviation: a nearly empty slice must not have its noise blown up
+POOL_FROM = 500  # slices: starting processes costs more than decoding fewer than this
+CACHE_FORMAT = 1  # raise it when what is written to the cache changes
+
+HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
+EXPECTED = """expected one of
+  keras_slices_train/ keras_slices_validate/ keras_slices_test/   (HipMRI's 2D form)
+  semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...                (HipMRI's 3D form)
+  train/ validate/ test/                                          (your own 2D .nii or .nii.gz slices)"""
+
+_SPLIT_OF = {
+    "train": "train",
+    "training": "train",
+    "val": "validate",
+    "valid": "validate",
+    "validate": "validate",
+    "validation": "validate",
+    "test": "test",
+    "testing": "test",
+}
+_NIFTI = re.compile(r"\.nii(?:\.gz)?$", re.I)
+_MASK = re.compile(r"seg_|.*semantic", re.I)
+_NAME = re.compile(r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I)
+_SLICE = np.dtype(
+    [
+        ("row", "i8"),
+        ("file", "i8"),
+        ("plane", "i8"),
+        ("scale", "f8"),
+        ("low", "f8"),
+        ("mean", "f8"),
+        ("std", "f8"),
+        ("constant", "?"),
+        ("height", "i8"),
+        ("width", "i8"),
+    ]
+)
+_BAD = np.dtype([("file", "i8"), ("reason", "U200")])
+
+# nibabel logs every odd but harmless header field: thousands of lines for one data set.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+
+
+class DataError(Exception):
+    """A mistake in the data or in how it was named; the message is for the person at the keyboard."""
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+@dataclass(frozen=True)
+class SliceName:
+    """Whose slice it is, and its file's name without the ending, for titles and tables."""
+
+    case: str  # "004"; the stem where the name follows no known pattern
+    week: str  # "0"; "" where the name has none
+    slice: int  # 12; 0 where the name has none
+    stem: str  # "case_004_week_0_slice_12"
+
+    def __str__(self) -> str:
+        return f"case {self.case} week {self.week} slice {self.slice}" if self.week else self.stem
+
+
+def parse_name(path: str | Path) -> SliceName:
+    """Read case, week and slice from `case_004_week_0_slice_12.nii.gz` or `Case_004_Week0_LFOV.nii.gz`.
+
+    Any other name is a case of its own. A file inside a folder called `x.nii.gz` takes the folder's name.
+    """
+    folder, name = os.path.split(path)
+    folder = os.path.basename(folder)
+    stem = _NIFTI.sub("", folder if _NIFTI.search(folder) else name)
+    match = _NAME.match(stem)
+    if not match:
+        return SliceName(stem, "", 0, stem)
+    case, week, number = match.groups()
+    return SliceName(f"{int(case):03d}", week or "", int(number or 0), stem)
+
+
+def _natural(entry: os.DirEntry) -> list:
+    """Sort key under which slice_2 comes before slice_10."""
+    parts = re.split(r"(\d+)", entry.name.lower())
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+# ----------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of each split, found by `find_splits`."""
+
+    root: Path  # the folder that was used in the end
+    form: str  # "2D": a file is a slice; "3D": a file is a volume
+    splits: dict[str, list[Path]]  # of "train", "validate", "test" those that have files, in natural order
+    notes: list[str]  # to print
+
+
+def find_data(data: str | Path | None) -> tuple[Path | None, str]:
+    """The data folder: `data` (--data), else $HIPMRI_DATA, else None, which means the sample.
+
+    Also returns the line to print that says which it is and why. Raises DataError where a path was given,
+    by either, and is missing: a mistyped path must never end in training on the sample.
+    """
+    environment = os.environ.get("HIPMRI_DATA") or None
+    given, by = (data, "--data") if data is not None else (environment, "$HIPMRI_DATA")
+    if given is None:
+        return None, "data: the sample, as neither --data nor $HIPMRI_DATA is given"
+    path = Path(given).expanduser()
+    try:
+        os.stat(path if str(given).strip() else "")  # Path("") would be the current folder
+    except OSError as error:
+        raise DataError(
+            f"can't open the data that {by} names, '{given}': {error.strerror}.\n"
+            "Give an existing folder, or leave both --data and $HIPMRI_DATA out."
+        ) from error
+    return path, f"data: {path}, from {by}"
+
+
+def find_splits(root: str | Path) -> Source:
+    """Find the splits in `root`, one level below, two below, or (where `root` is one of the parts) one above.
+
+    Raises DataError where there are none, several at one level, or a folder that can't be read.
+    """
+    root = Path(os.path.abspath(Path(root).expanduser()))
+    if not root.is_dir():
+        raise DataError(f"{root} is {'a file' if root.exists() else 'missing'}; {EXPECTED}\nGive the folder.")
+    folders, unreadable = [root], []
+    for where in ("", "one level below", "two levels below", "one level above"):
+        if where == "one level above":
+            is_part = _split_of(root) or root.name.lower().startswith(("keras_slices_", "semantic_"))
+            folders = [root.parent] if is_part else []
+        found, below = [], []
+        for folder in folders:
+            try:
+                subfolders, files = _list(folder)
+            except OSError as error:  # not a mistake unless nothing is found elsewhere
+                unreadable.append(f"  {folder} can't be read: {error.strerror}")
+                continue
+            found += _recognise(folder, subfolders, files)
+            below += subfolders
+        if found:
+            return _only(found, root, f" ({where} the folder given)" if where else "")
+        folders = below
+    raise DataError(
+        "\n".join(
+            [
+                f"no slices found in {root}:",
+                *_describe(root),
+                *unreadable,
+                EXPECTED,
+                "Rename the folders, or point --data at the one that holds them.",
+            ]
+        )
+    )
+
+
+def _split_of(folder: Path) -> str | None:
+    return _SPLIT_OF.get(folder.name.lower().removeprefix("keras_slices_"))
+
+
+def _list(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Subfolders and NIfTI images of a folder in natural order, without junk and masks. Raises OSError.
+
+    Some copies of HipMRI hold folders called `x.nii.gz` with the .nii inside: the file inside is listed. If
+    there isn't exactly one, the folder itself is, to be reported with the other bad files.
+    """
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=_natural):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            path, is_nifti = folder / entry.name, _NIFTI.search(entry.name)
+            if entry.is_dir() and is_nifti:
+                inside = [n for n in os.listdir(path) if _NIFTI.search(n) and not n.startswith(".")]
+                path = path / inside[0] if len(inside) == 1 else path
+            if is_nifti and not _MASK.match(entry.name):
+                files.append(path)
+            elif not is_nifti and entry.is_dir():
+                folders.append(path)
+    return folders, files
+
+
+def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[Source]:
+    """The data sets that `folder` holds: none, one, or (a mistake that `_only` reports) several."""
+    parts: dict[str, list[Path]] = {}
+    no_volumes = _split_of(folder) or "label" in folder.name.lower()  # slices, or masks whatever their names
+    volumes = [(folder, files)] if not no_volumes and any(map(_is_volume, files)) else []
+    for sub in subfolders:
+        split, is_3d = _split_of(sub), sub.name.lower().startswith("semantic_mrs")
+        if not split and not is_3d:
+            continue
+        try:
+            images = _list(sub)[1]
+        except OSError as error:
+            raise DataError(f"{sub} can't be read: {error.strerror}. Expected a readable folder.") from error
+        if images and is_3d:
+            volumes.append((sub, images))
+        elif images and split in parts:
+            raise DataError(
+                f"{folder} holds two folders for the {split} split, of which {sub.name} is one; "
+                "expected one. Move the other away."
+            )
+        elif images:
+            parts[split] = images
+    found = [_volumes_by_case(*volume) for volume in volumes]
+    if parts:
+        splits = {split: parts[split] for split in HIPMRI_CASES if split in parts}
+        found.append(Source(folder, "2D", splits, []))
+    return found
+
+
+def _is_volume(path: Path) -> bool:
+    """Whether a file is named as HipMRI's volumes are: case and week, no slice."""
+    match = _NAME.match(_NIFTI.sub("", path.name))
+    return bool(match and match[2] and not match[3])
+
+
+def _volumes_by_case(folder: Path, files: list[Path]) -> Source:
+    """Split volumes by case as HipMRI's 2D form is. Volumes whose case is in no range are a DataError."""
+    splits: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    others = []
+    for file in files:
+        case = parse_name(file).case
+        found = [s for s, cases in HIPMRI_CASES.items() if case.isdecimal() and int(case) in cases]
+        splits[found[0]].append(file) if found else others.append(file.name)
+    if others:
+        raise DataError(
+            f"{len(others)} of the {len(files)} volumes in {folder} are in no split:\n"
+            f"{_listing(others)}\nexpected HipMRI's cases, 004-035 train, 036-039 validate, "
+            "040-042 test.\nMove others away, or cut them into slices in train/ validate/ test/."
+        )
+    note = (
+        "volumes (3D form) are cut into coronal slices here: these are not the course's 12,660 slices, "
+        "and scores on them can't be set against published ones"
+    )
+    return Source(folder, "3D", {split: files for split, files in splits.items() if files}, [note])
+
+
+def _only(found: list[Source], root: Path, where: str) -> Source:
+    """The one data set found, with notes of what was chosen and of shared cases. Several are a DataError."""
+    if len(found) > 1:
+        names = "\n".join(f"  {source.root} ({source.form} form)" for source in found)
+        raise DataError(f"{root} holds {len(found)} data sets, expected one:\n{names}\nPoint --data at one.")
+    source = found[0]
+    counts = ", ".join(f"{split} {len(files):,}" for split, files in source.splits.items())
+    unit = "slices" if source.form == "2D" else "volumes"
+    notes = [f"{source.root}{where}: {counts} {unit}", *source.notes]
+    cases = {split: {parse_name(file).case for file in files} for split, files in source.splits.items()}
+    for one, other in combinations(cases, 2):
+        if both := sorted(cases[one] & cases[other]):
+            notes.append(
+                f"warning: {len(both)} case(s) in both {one} and {other} ({', '.join(both[:5])}"
+                f"{', ...' * (len(both) > 5)}): if these are the same patients, scores are too good"
+            )
+    return replace(source, notes=notes)
+
+
+def _describe(root: Path) -> list[str]:
+    """What is in a folder where no data was recognised, for the error message."""
+    lines = []
+    try:
+        subfolders, files = _list(root)
+        lines.append(f"  {len(files)} NIfTI image(s), masks not counted, and {len(subfolders)} folder(s)")
+        for sub in subfolders[:10]:
+            lines.append(f"  {sub.name}/: {len(_list(sub)[1])} NIfTI image(s)")
+    except OSError:
+        pass  # `the search has noted it already
+    return lines
+
+
+def _listing(lines: list[str], most: int = 100) -> str:
+    """Lines, indented; after `most` of them only how many more there are."""
+    more = [f"... and {len(lines) - most:,} more"] if len(lines) > most else []
+    return "\n".join("  " + line for line in lines[:most] + more)
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What is done to a file's pixels; part of the cache's key."""
+
+    form: str  # "2D" or "3D"
+    fit: str  # "resize" or "crop"
+    planes: int  # central coronal planes of a volume; 1 in the 2D form
+
+
+def _image(path: Path) -> nib.Nifti1Image:
+    """Open a NIfTI file, compressed or not whatever its name says. Raises ValueError with the reason."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        folder = "is a folder, expected exactly one .nii or .nii.gz in it"
+        raise ValueError(folder if path.is_dir() else f"can't be read ({error.strerror})") from error
+    if not data:
+        raise ValueError("is empty (zero bytes)")
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"is truncated or damaged gzip ({error})") from error
+    is_2 = 540 in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big"))  # the header's size
+    try:
+        image = (nib.Nifti2Image if is_2 else nib.Nifti1Image).from_bytes(data)
+    except Exception as error:  # nibabel raises many kinds
+        raise ValueError(f"is not a NIfTI file ({error})") from error
+    if image.get_data_dtype().kind not in "iuf":
+        raise ValueError(f"holds {image.get_data_dtype()} values, expected one real number a pixel")
+    return image
+
+
+def _planes(path: Path, recipe: _Recipe) -> Iterator[tuple[int, np.ndarray]]:
+    """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't."""
+    image, dimensions = _image(path), int(recipe.form[0])
+    shape = image.shape
+    while len(shape) > dimensions and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != dimensions or min(shape[0], shape[-1]) < 8:
+        raise ValueError(
+            f"has shape {' x '.join(map(str, image.shape))}, expected a {recipe.form} "
+            f"{'slice' if dimensions == 2 else 'volume'} of at least 8 pixels a side"
+        )
+    try:
+        if dimensions == 3:  # axes become right, anterior, superior: axis 1 cuts coronally
+            image = nib.as_closest_canonical(image)
+        voxels = np.asanyarray(image.dataobj)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"is truncated or damaged ({str(error).splitlines()[0]})") from error
+    voxels = voxels.reshape(shape[0], 1, shape[1]) if dimensions == 2 else voxels.reshape(voxels.shape[:3])
+    first = max(0, (voxels.shape[1] - recipe.planes) // 2)
+    for plane in range(first, min(first + recipe.planes, voxels.shape[1])):
+        yield plane, voxels[:, plane]
+
+
+def _fit(image: np.ndarray, fit: str) -> np.ndarray:
+    """Bring a slice to SIZE, float64: "resize" squeezes, "crop" first cuts out the centre in proportion."""
+    if fit == "crop":
+        (rows, columns), ratio = image.shape, SIZE[0] / SIZE[1]
+        height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
+        top, left = (rows - height) // 2, (columns - width) // 2
+        image = image[top : top + height, left : left + width]
+    image = image.astype(np.float64)
+    if image.shape == SIZE:
+        return image
+    return resize(torch.from_numpy(image)[None], list(SIZE), antialias=True)[0].numpy()
+
+
+def _quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """int16 steps, scale and low: image = (steps + 32768) * scale + low, no pixel off by more than scale / 2.
+
+    Integers spanning at most 65,535 get scale 1 and are exact; others get scale (max - min) / 65,535.
+    """
+    low, high = float(image.min()), float(image.max())
+    exact = high - low <= 65535 and bool((image == np.rint(image)).all())
+    scale = 1.0 if exact else (high - low) / 65535 or 1.0
+    return (np.rint((image - low) / scale) - 32768).astype(np.int16), scale, low
+
+
+def _encode(image: np.ndarray, fit: str) -> tuple[np.ndarray, tuple]:
+    """Fit and quantise a slice: its int16 pixels, and (scale, low, mean, std, constant, height, width)."""
+    if not np.isfinite(image).all():
+        raise ValueError(f"has {np.count_nonzero(~np.isfinite(image)):,} NaN or infinite pixels")
+    fitted = _fit(image, fit)
+    largest = float(np.abs(fitted).max())
+    if largest > 1e30:
+        raise ValueError(f"has intensities up to {largest:.0e}, too large for single precision")
+    constant = float(np.ptp(fitted)) <= 1e-30 + 1e-9 * largest  # resizing a constant leaves rounding noise
+    steps, scale, low = _quantise(fitted)
+    return steps, (scale, low, float(fitted.mean()), float(fitted.std()), constant, *image.shape)
+
+
+def _decode(path: Path, recipe: _Recipe) -> tuple[list[tuple], str]:
+    """[(plane, pixels, numbers)] of a file and "", or [] and why the file can't be used."""
+    try:
+        return [(plane, *_encode(image, recipe.fit)) for plane, image in _planes(path, recipe)], ""
+    except ValueError as error:
+        return [], str(error)
+    except Exception as error:  # one odd file must not end the reading of the others
+        return [], f"can't be decoded ({error!r})"
+
+
+def _convert(pixels_path: Path, jobs: list[tuple[int, Path]], recipe: _Recipe) -> tuple[list, list]:
+    """Decode files straight into the memory map (what a worker process runs): _SLICE records, _BAD records.
+
+    File i has the rows from i * planes on; rows that a thin volume or a bad file doesn't fill stay unused.
+    """
+    pixels = np.load(pixels_path, mmap_mode="r+")
+    good, bad = [], []
+    for file, path in jobs:
+        slices, reason = _decode(path, recipe)
+        bad += [(file, reason)] if reason else []
+        for row, (plane, steps, numbers) in enumerate(slices, file * recipe.planes):
+            pixels[row] = steps
+            good.append((row, file, plane, *numbers))
+    return good, bad
+
+
+# ------------------------------------------------------------------------------------------- cache
+
+
+def _cache_root(cache_dir: str | Path | None) -> Path:
+    """`cache_dir`, else $HIPMRI_CACHE, else a folder of ours in the user's cache folder."""
+    if given := cache_dir or os.environ.get("HIPMRI_CACHE"):
+        return Path(os.path.abspath(Path(given).expanduser()))
+    users = {"win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local"), "darwin": "~/Library/Caches"}
+    user = os.environ.get("XDG_CACHE_HOME") or users.get(sys.platform, "~/.cache")
+    return Path(os.path.abspath(os.path.expanduser(user))) / "hipmri-vqvae"
+
+
+def _cache_name(source: Source, split: str, recipe: _Recipe) -> tuple[str, str]:
+    """The cache folder's name, and its beginning, which stays the same when files change."""
+    place = hashlib.sha256(os.fsencode(f"{source.root} {recipe} {SIZE} {CACHE_FORMAT}")).hexdigest()[:10]
+    key, skip = hashlib.sha256(), len(str(source.root)) + 1
+    for path in map(str, source.splits[split]):
+        try:
+            stat = os.stat(path)
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:  # reading the file will say why
+            state = "unreadable"
+        key.update(os.fsencode(f"{path[skip:]}\0{state}\n"))
+    return f"{split}-{place}-{key.hexdigest()[:20]}", f"{split}-{place}-"
+
+
+def _open_cache(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(pixels memory map, _SLICE records, _BAD records); None where there is no cache or it is damaged."""
+    try:
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        with np.load(folder / "slices.npz") as tables:
+            slices, bad = tables["slices"], tables["bad"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+    types = (pixels.dtype, pixels.shape[1:], slices.dtype, bad.dtype)
+    whole = types == (np.int16, SIZE, _SLICE, _BAD) and slices["row"].max() < len(pixels)
+    return (pixels, slices, bad) if whole else None
+
+
+def _cached(source: Source, split: str, recipe: _Recipe, root: Path, workers: int | None, progress: bool):
+    """`_open_cache` of a split, built first where it is missing, out of date or damaged."""
+    files = source.splits[split]
+    name, place = _cache_name(source, split, recipe)
+    temporary = root / f"{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    if cache := _open_cache(root / name):
+        # Bad files are looked at again each time: permissions and networks recover without changing the key.
+        if all(_decode(files[i], recipe)[1] for i in cache[2]["file"]):
+            return cache
+        del cache
+        shutil.rmtree(root / name, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _build(temporary, source, split, recipe, workers, progress)
+        _publish(temporary, root / name)
+    except OSError as error:
+        raise DataError(
+            f"can't write the cache of decoded slices in {root}: {error.strerror or error}.\n"
+            "Expected a folder that can be written and has room: name one with --cache-dir or "
+            "$HIPMRI_CACHE."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _tidy(root, place, name)
+    return _open_cache(root / name)
+
+
+def _build(folder: Path, source: Source, split: str, recipe: _Recipe, workers: int | None, progress: bool):
+    """Decode a split into pixels.npy and slices.npz. Raises DataError where not one file is good."""
+    files, pixels = list(enumerate(source.splits[split])), folder / "pixels.npy"
+    _reserve(pixels, len(files) * recipe.planes)
+    chunk = 64 if recipe.form == "2D" else 1
+    tasks = [(pixels, files[i : i + chunk], recipe) for i in range(0, len(files), chunk)]
+    slices, bad, total = [], [], len(files) * recipe.planes
+    with tqdm(total=total, desc=f"reading {split}", unit=" slices", disable=not progress, leave=False) as bar:
+        for jobs, (some_slices, some_bad) in _run(tasks, workers or (1 if total < POOL_FROM else _cores())):
+            slices += some_slices
+            bad += some_bad
+            bar.update(len(jobs) * recipe.planes)
+    if not slices:
+        raise _unusable(source, split, np.array(sorted(bad), _BAD))
+    np.savez(folder / "slices.npz", slices=np.array(sorted(slices), _SLICE), bad=np.array(sorted(bad), _BAD))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(tasks: list[tuple], workers: int) -> Iterator[tuple]:
+    """Yield (jobs, result of `_convert`) of each task when done: by a pool of processes or, for 1, here."""
+    if workers == 1:
+        yield from ((task[1], _convert(*task)) for task in tasks)
+        return
+    # One thread each: OpenMP's threads don't survive a fork, and every core has its process already.
+    pool = ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = {pool.submit(_convert, *task): task[1] for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that decoded slices was killed, most likely for want of memory: free "
+            "some, and run the command again."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _reserve(path: Path, rows: int) -> None:
+    """Create the memory map with its disk space: a full disk or quota is an error now, not a crash later."""
+    needed, free = rows * SIZE[0] * SIZE[1] * 2, shutil.disk_usage(path.parent).free
+    if free < needed * 1.02:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+    np.lib.format.open_memmap(path, "w+", np.int16, (rows, *SIZE)).flush()
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise  # any other: a file system that can't reserve
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Name a finished cache. If another run was first, its result stands; a damaged one is replaced."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if _open_cache(final) is None:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+
+
+def _tidy(root: Path, place: str, keep: str) -> None:
+    """Delete caches of the same files before they changed, and what runs killed over a day ago left."""
+    for old in root.glob(f"{place}*"):
+        try:
+            if old.name != keep and (".tmp-" not in old.name or time.time() - old.stat().st_mtime > 86400):
+                shutil.rmtree(old)
+        except OSError:
+            pass  # another run was first, or is using it (Windows)
+
+
+# ------------------------------------------------------------------------------------------ slices
+
+
+class Slices(torch.utils.data.Dataset):
+    """One split, memory-mapped: N slices of 256 x 128, each z-scored by its own mean and deviation.
+
+    names: N SliceName. mean, std: (N,) float32 in the scanner's intensities, std not below 5 % of the split's
+    median. constant: (N,) bool, slices of one single value; they come out as zeros. notes: lines to print.
+    """
+
+    def __init__(self, split: str, names: list[SliceName], pixels: np.ndarray, records: np.ndarray, notes: list[str]):
+        self.split, self.names, self.notes = split, names, notes
+        self._pixels, self._rows = pixels, records["row"]
+        varied = ~records["constant"]
+        floor = STD_FLOOR * float(np.median(records["std"][varied])) if varied.any() else 1.0
+        std = np.maximum(records["std"], floor)
+        # z = ((steps + 32768) * scale + low - mean) / std = (steps + 32768) * gain + bias
+        gain = varied * records["scale"] / std
+        bias = varied * (records["low"] - records["mean"]) / std
+        self._gain, self._bias = (torch.from_numpy(a).float().view(-1, 1, 1, 1) for a in (gain, bias))
+        self.mean, self.std = torch.from_numpy(records["mean"].copy()).float(), torch.from_numpy(std).float()
+        self.constant = torch.from_numpy(~varied)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """(1, 256, 128) float32, z-scored."""
+        return self.batch(torch.tensor([index]))[0]
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """The slices at `indices` (B,), in that order: (B, 1, 256, 128) float32, z-scored, on the CPU."""
+        indices = torch.as_tensor(indices, device="cpu")
+        steps = torch.from_numpy(self._pixels[self._rows[indices.numpy()]])
+        return steps[:, None].float().add_(32768).mul_(self._gain[indices]).add_(self._bias[indices])
+
+    def denormalise(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Z-scored images (B, 1, 256, 128) of the slices at `indices`, in the scanner's intensities."""
+        indices = torch.as_tensor(indices, device="cpu")
+        mean, std = (t[indices].to(images.device).view(-1, 1, 1, 1) for t in (self.mean, self.std))
+        return images * std + mean
+
+
+def load_split(
+    source: Source,
+    split: str,
+    *,
+    cache_dir: str | Path | None = None,
+    fit: str = "resize",
+    planes: int = 60,
+    skip_bad_files: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Slices:
+    """Load "train", "validate" or "test" of a `Source`, decoding it into the cache if it isn't there yet.
+
+    fit: "resize" squeezes slices of another size to 256 x 128; "crop" first cuts out their centre in
+    proportion. planes: how many central coronal planes of a volume are taken, 1 to 256. workers: processes
+    that decode; by default one a core, or none where there is little to do. Raises DataError where the split
+    is missing, where files are bad (all are listed; `skip_bad_files` goes on without them) and where the
+    cache can't be written.
+    """
+    if split not in HIPMRI_CASES or fit not in ("resize", "crop") or not 1 <= planes <= 256:
+        raise DataError(
+            f"split is {split!r}, fit {fit!r} and planes {planes}; expected a split of "
+            "train, validate, test, a fit of resize, crop, and 1 to 256 planes."
+        )
+    if not source.splits.get(split):
+        found = ", ".join(f"{name} ({len(files):,} files)" for name, files in source.splits.items())
+        raise DataError(
+            f"the {split} split of {source.root} is missing or empty, found only {found}; "
+            f"{EXPECTED}\nAdd files for {split}, or point --data elsewhere."
+        )
+    recipe = _Recipe(source.form, fit, planes if source.form == "3D" else 1)
+    pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)
+    if len(bad) and not skip_bad_files:
+        raise _unusable(source, split, bad)
+    names = [parse_name(source.splits[split][i]) for i in records["file"].tolist()]
+    if source.form == "3D":
+        taken = zip(names, records["plane"].tolist(), strict=True)
+        names = [replace(name, slice=plane, stem=f"{name.stem}_slice_{plane}") for name, plane in taken]
+    return Slices(split, names, pixels, records, _notes(source, split, fit, names, records, bad))
+
+
+def _with_reasons(source: Source, split: str, bad: np.ndarray) -> str:
+    files = source.splits[split]
+    return _listing([f"{files[i].relative_to(source.root)} {reason}" for i, reason in bad.tolist()], most=1000)
+
+
+def _unusable(source: Source, split: str, bad: np.ndarray) -> DataError:
+    """The error that names every bad file of a split, with its reason."""
+    total = len(source.splits[split])
+    advice = (
+        "Repair them, or go on without them: --skip-bad-files."
+        if len(bad) < total
+        else "No file of this split is left: point --data at other data."
+    )
+    return DataError(
+        f"{len(bad):,} of the {total:,} files of the {split} split can't be used:\n"
+        f"{_with_reasons(source, split, bad)}\n"
+        f"expected whole NIfTI files of finite numbers. {advice}"
+    )
+
+
+def _notes(
+    source: Source, split: str, fit: str, names: list[SliceName], records: np.ndarray, bad: np.ndarray
+) -> list[str]:
+    """What is worth knowing about a split: skipped files, planes taken, changed proportions, constants."""
+    notes = []
+    if len(bad):
+        reasons = _with_reasons(source, split, bad)
+        notes.append(f"warning: {split}: {len(bad):,} bad file(s) skipped:\n{reasons}")
+    if source.form == "3D":
+        first, last = records["plane"].min(), records["plane"].max()
+        notes.append(
+            f"{split}: {len(records):,} slices, the central coronal planes (of {first}-{last}) of "
+            f"{len(np.unique(records['file'])):,} volume(s)"
+        )
+    shapes, counts = np.unique(np.stack([records["height"], records["width"]], 1), axis=0, return_counts=True)
+    for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
+        stretch = (height / SIZE[0]) / (width / SIZE[1])
+        change = max(stretch, 1 / stretch) - 1
+        if change > 0.05 and fit == "crop":
+            notes.append(f"{split}: {count:,} slice(s) of {height} x {width} lose their edges to --fit crop")
+        elif change > 0.05:
+            notes.append(
+                f"{split}: {count:,} slice(s) of {height} x {width} are resized to {SIZE[0]} x "
+                f"{SIZE[1]}, which changes their proportions by {change:.1%}; --fit crop cuts their "
+                "edges off instead"
+            )
+    if records["constant"].any():
+        stems = [names[i].stem for i in np.flatnonzero(records["constant"])]
+        notes.append(f"warning: {split}: {len(stems):,} slice(s) of one value:\n{_listing(stems, most=5)}")
+    return notes

@@ -1,0 +1,180 @@
+"""Evaluate a trained VQ-VAE: how well it reconstructs the slices of the test split.
+
+    python predict.py                          # the newest run, on its data's test split
+    python predict.py --run runs/x --split validate
+    python predict.py --run runs/x --data /data/other_slices
+
+Writes to <run>/<split>/: metrics.json, slices.csv (a row a slice), and the figures best_median_worst.png,
+ssim_histogram.png, code_use.png and code_map.png. The README says how to read the SSIM names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import dataset
+import utils
+from modules import VQVAE, CheckpointError
+from utils import SCORE_NAMES, SSIM_NAMES, UserError
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--run", metavar="DIR", help="folder of the run (the newest in --runs-dir that has a best.pt)")
+    flag("--runs-dir", metavar="DIR", default="runs", help="where runs are kept (runs)")
+    flag("--data", metavar="DIR", help="folder of slices or volumes (the run's own)")
+    flag("--split", choices=("train", "validate", "test"), default="test", help="which split to evaluate (test)")
+    flag("--batch-size", type=int, default=16, help="slices at a time; changes no figure (16)")
+    flag("--skip-bad-files", action="store_true", help="go on without files that can't be used, and count them")
+    flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
+    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    return parser.parse_args(argv)
+
+
+def newest_run(runs_dir: Path) -> Path:
+    """The run whose best.pt is newest, finished or not."""
+    checkpoints = list(runs_dir.glob("*/best.pt"))
+    if not checkpoints:
+        raise UserError(f"no run with a best.pt in {runs_dir}; train one with train.py, or name one with --run")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+
+
+def load_data(args: argparse.Namespace, run: Path) -> tuple[dataset.Slices, str]:
+    """The split to evaluate, prepared as the run's training data was, and the folder that it is in."""
+    trained_with = utils.load_json(run / "config.json").get("arguments", {})
+    root, line = dataset.find_data(args.data or trained_with.get("data"))
+    if root is None:
+        raise UserError(f"{run / 'config.json'} names no data; say where the slices are with --data")
+    print(line if args.data else f"data: {root} (the run's own)")
+    source = dataset.find_splits(root)
+    options = {key: trained_with[key] for key in ("fit", "planes") if key in trained_with}
+    skip = args.skip_bad_files or trained_with.get("skip_bad_files", False)
+    cache_dir = args.cache_dir or trained_with.get("cache_dir")
+    data = dataset.load_split(source, args.split, cache_dir=cache_dir, skip_bad_files=skip, **options)
+    for note in [*source.notes, *data.notes]:
+        print(f"note: {note}")
+    if data.constant.all():
+        raise UserError(f"all {len(data)} slices of {args.split} are constant; there is nothing to measure")
+    return data, str(source.root)
+
+
+def summarize(scores: dict[str, torch.Tensor], counts: torch.Tensor, data: dataset.Slices) -> dict:
+    """What metrics.json holds of the figures: each score's mean over slices and over each case's slices."""
+    cases = np.array([name.case for name in data.names])
+    kept = ~data.constant.numpy()
+    summary = {}
+    for name in SCORE_NAMES:
+        values = scores[name].double().numpy()
+        by_case = {case: float(values[kept & (cases == case)].mean()) for case in dict.fromkeys(cases[kept].tolist())}
+        summary[name] = {"mean": float(values[kept].mean()), "by_case": by_case}
+    summary["codes_used"], summary["perplexity"] = utils.code_use(counts)
+    return summary | {"slices": int(kept.sum()), "excluded_slices": int((~kept).sum())}
+
+
+def print_table(summary: dict, num_embeddings: int) -> None:
+    """Mean and cases of each score. Under 10 cases there is no interval worth the name: their values stand instead."""
+    cases = list(summary["ssim"]["by_case"])
+    shown = cases if len(cases) < 10 else []
+    heads = ["mean", *(f"case {case}" for case in shown)] + ([] if shown else ["95 % of the mean over cases"])
+    print(f"\n{'':14}" + "".join(f"{head:>14}" for head in heads))
+    for name in SCORE_NAMES:
+        mean, by_case = summary[name]["mean"], summary[name]["by_case"]
+        digits = 2 if name == "psnr" else 4
+        row = "".join(f"{value:14.{digits}f}" for value in [mean, *(by_case[case] for case in shown)])
+        if not shown:
+            values = np.array(list(by_case.values()))
+            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+            row += f"   {values.mean() - half:.{digits}f} to {values.mean() + half:.{digits}f}"
+        print(f"{name + (' (dB)' if name == 'psnr' else ''):14}{row}")
+    print(f"\n{summary['bits_per_pixel']:.4f} bits per pixel; {summary['codes_used']} of {num_embeddings} codes used, "
+          f"perplexity {summary['perplexity']:.0f}; {summary['slices']} slices, "
+          f"{summary['excluded_slices']} constant ones excluded")  # fmt: skip
+    if len(cases) < 10:
+        print(f"{len(cases)} cases: too few for a confidence interval; the cases' own means are shown instead")
+
+
+def write_slices(path: Path, data: dataset.Slices, scores: dict[str, torch.Tensor]) -> None:
+    """slices.csv: a row a slice, constant ones with empty scores."""
+    rows = []
+    for i, name in enumerate(data.names):
+        row = {"case": name.case, "week": name.week, "slice": name.slice}
+        row |= {score: "" if data.constant[i] else f"{scores[score][i]:.6f}" for score in SCORE_NAMES}
+        rows.append(row)
+    utils.save_csv(path, rows)
+
+
+def code_colours(model: VQVAE) -> torch.Tensor:
+    """A colour for each code, (K, 3) in [0, 1]: three main directions of the embeddings: like codes look alike."""
+    weight = model.vector_quantization.embedding.weight.detach().cpu()
+    directions = torch.linalg.svd(weight - weight.mean(0), full_matrices=False).Vh[:3]  # (3 or fewer, D)
+    ranks = (weight @ directions.T).argsort(0).argsort(0)  # ranks spread the colours evenly
+    colours = ranks / max(1, len(weight) - 1)
+    return torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]))
+
+
+@torch.no_grad()
+def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts: torch.Tensor, title: str) -> None:
+    """The figures that a person would rather look at than read."""
+    device = next(model.parameters()).device
+    ssim = scores["ssim"]
+    order = ssim.masked_fill(data.constant, torch.inf).argsort()[: int((~data.constant).sum())]  # worst first
+    middle = len(order) // 2
+    groups = {"worst": order[:2], "median": order[max(middle - 1, 0) : middle + 1], "best": order[-2:]}
+    chosen = {int(i): label for label, group in groups.items() for i in group}  # few slices: each is shown once
+    indices = torch.tensor(list(chosen))
+    originals = data.batch(indices)
+    output = model(originals.to(device))
+    reconstructions = output.reconstruction.cpu()
+    titles = [f"{label}: {data.names[i]}\nssim {ssim[i]:.3f}" for i, label in chosen.items()]
+    utils.plot_reconstructions(folder / "best_median_worst.png", originals, reconstructions, titles, title)
+    utils.plot_score_histogram(
+        folder / "ssim_histogram.png", {name: scores[name].numpy() for name in SSIM_NAMES}, title
+    )
+    used, perplexity = utils.code_use(counts)
+    heading = f"{title}; {used} of {len(counts)} used, perplexity {perplexity:.0f}"
+    utils.plot_code_use(folder / "code_use.png", counts, heading)
+    one = list(chosen.values()).index("median") if "median" in chosen.values() else 0
+    utils.plot_code_map(
+        folder / "code_map.png", originals[one], reconstructions[one], output.indices[one], code_colours(model),
+        f"{data.names[int(indices[one])]}, ssim {ssim[indices[one]]:.3f}; codes of like embeddings share a colour",
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; expected 1 or more")
+    utils.keep_freed_memory()
+    run = Path(args.run) if args.run else newest_run(Path(args.runs_dir))
+    device = utils.pick_device(args.device)
+    model = VQVAE.from_checkpoint(run / "best.pt", device)
+    print(f"model: {run / 'best.pt'}")
+    data, root = load_data(args, run)
+
+    def bar(batches):
+        return tqdm(batches, desc=args.split, unit=" batches")
+
+    scores, counts, _ = utils.evaluate(model, data, args.batch_size, device, SCORE_NAMES, progress=bar)
+    summary = summarize(scores, counts, data)
+    summary |= {"bits_per_pixel": model.bits_per_pixel, "num_embeddings": len(counts), "split": args.split}
+    summary |= {"checkpoint": str(run / "best.pt"), "data": root, "device": utils.describe_device(device)}
+    print_table(summary, len(counts))
+
+    folder = run / args.split
+    folder.mkdir(exist_ok=True)
+    utils.save_json(folder / "metrics.json", summary)
+    write_slices(folder / "slices.csv", data, scores)
+    title = f"{run.name}, {args.split}, {model.bits_per_pixel:.4f} bits per pixel"
+    draw(folder, model, data, scores, counts, title)
+    print(f"written: {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_script(main, dataset.DataError, CheckpointError)

@@ -1,0 +1,55 @@
+"""Fixtures that more than one test file uses."""
+
+import gzip
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_environment(tmp_path, monkeypatch):
+    """No test reads the user's data folder or writes to the user's cache."""
+    monkeypatch.delenv("HIPMRI_DATA", raising=False)
+    monkeypatch.setenv("HIPMRI_CACHE", str(tmp_path / "default_cache"))
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """A folder of real slices in HipMRI's 2D form, $HIPMRI_REAL_DATA; without it the test is skipped."""
+    folder = os.environ.get("HIPMRI_REAL_DATA")
+    if not folder:
+        pytest.skip("$HIPMRI_REAL_DATA isn't set: this test needs real slices, which are not in the repo")
+    return Path(folder)
+
+
+@pytest.fixture
+def write_nifti():
+    """write(path, array, affine=identity, compress=by name): write one NIfTI file, folders included."""
+
+    def write(path: Path, array: np.ndarray, affine=None, compress: bool | None = None) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = nib.Nifti1Image(array, np.eye(4) if affine is None else affine).to_bytes()
+        compress = path.name.endswith(".gz") if compress is None else compress
+        path.write_bytes(gzip.compress(data, 1) if compress else data)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_slices(write_nifti):
+    """write(root, train=4, validate=2, test=2): HipMRI's 2D form with seeded int16 noise; returns root."""
+
+    def write(root: Path, shape=(256, 128), prefix="keras_slices_", **counts: int) -> Path:
+        rng = np.random.default_rng(0)
+        cases = {"train": 4, "validate": 36, "test": 40}
+        for split, count in ({"train": 4, "validate": 2, "test": 2} | counts).items():
+            for i in range(count):
+                name = f"case_{cases[split]:03d}_week_0_slice_{i}.nii.gz"
+                write_nifti(root / f"{prefix}{split}" / name, rng.integers(0, 900, shape).astype(np.int16))
+        return root
+
+    return write

@@ -1,0 +1,319 @@
+"""Training: recipes, files, interruptions (by real processes), and mistakes at the command line."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from modules import VQVAE, CheckpointError, load_checkpoint
+from utils import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--hidden-channels 8 --residual-channels 4 --embedding-dim 4 --num-embeddings 16 --batch-size 4 --device cpu"
+COLUMNS = "epoch,step,train_loss,train_recon,train_vq,val_loss,val_ssim,val_psnr,perplexity,codes_used,lr,seconds"
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """main() takes over SIGINT and SIGTERM: give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def data(tmp_path, write_nifti):
+    """10 training and 3 validation slices of smooth blobs: something that can be learned in seconds."""
+    generator = torch.Generator().manual_seed(0)
+    for split, case, count in (("train", 4, 10), ("validate", 36, 3)):
+        for i in range(count):
+            coarse = torch.rand(1, 1, 16, 8, generator=generator)
+            slice_ = torch.nn.functional.interpolate(coarse, size=(256, 128), mode="bilinear")[0, 0] * 1000
+            path = tmp_path / "data" / f"keras_slices_{split}" / f"case_{case:03d}_week_0_slice_{i}.nii.gz"
+            write_nifti(path, slice_.short().numpy())
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run_here(tmp_path, data, monkeypatch):
+    """run_here("--epochs 2 ...") trains in this process; returns main's result."""
+    monkeypatch.chdir(tmp_path)
+    return lambda flags: train.main(f"--data {data} {SMALL} {flags}".split())
+
+
+def start(tmp_path, data, flags):
+    """The same as a process of its own, which can be killed."""
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), *SMALL.split(), *flags.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def rows(folder):
+    """metrics.csv; none before the first epoch's end."""
+    if not (folder / "metrics.csv").exists():
+        return []
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def assert_equal_weights(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, run_here, capsys):
+    assert run_here("--epochs 3 --plot-every 2 --name a") == 0
+    folder = tmp_path / "runs" / "a"
+    assert (folder / "metrics.csv").read_text().splitlines()[0] == COLUMNS
+    history = rows(folder)
+    assert [int(row["epoch"]) for row in history] == [1, 2, 3]
+    assert [int(row["step"]) for row in history] == [3, 6, 9]  # 10 slices by 4: the partial batch is kept
+    panels = sorted(path.relative_to(folder).as_posix() for path in folder.glob("plots/*/*.png"))
+    assert panels == [f"plots/epoch_{n}/epoch_{n}_images.png" for n in (1, 2, 3)]
+    assert (folder / "loss_ssim_plot.png").stat().st_size > 5000
+
+    best, last = load_checkpoint(folder / "best.pt"), load_checkpoint(folder / "last.pt")
+    assert best["best_ssim"] == max(float(row["val_ssim"]) for row in history) == last["best_ssim"]
+    assert last["epochs_done"] == 3 and not list(folder.glob(".*.tmp"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["recipe"] == "tuned" and config["arguments"]["num_embeddings"] == 16
+    assert config["slices"] == {"train": 10, "validate": 3} and config["bits_per_pixel"] == 0.25
+    assert {"python", "torch", "torchmetrics", "commit"} <= config["versions"].keys()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].split()[1:] == ["predict.py", "--run", "runs/a"]
+    assert VQVAE.from_checkpoint(folder / "best.pt").arguments["codebook"] == "ema"
+
+
+@pytest.mark.parametrize("recipe", ["document", "tuned"])
+def test_each_recipe_learns(tmp_path, run_here, recipe):
+    assert run_here(f"--epochs 6 --name a --recipe {recipe} --learning-rate 3e-3") == 0
+    history = rows(tmp_path / "runs" / "a")
+    assert float(history[-1]["train_recon"]) < 0.9 * float(history[0]["train_recon"])
+    assert float(history[-1]["train_vq"]) > 0
+
+
+def test_document_recipe_is_number_for_number():
+    args = train.defaults("document")
+    expected = {
+        "batch_size": 16, "epochs": 100, "learning_rate": 1e-4, "num_embeddings": 512, "embedding_dim": 64,
+        "hidden_channels": 64, "commitment_cost": 0.25, "codebook": "gradient", "schedule": "constant", "warmup": 0.0,
+        "clip_grad_norm": 0.0, "augment": False, "restart_below": 0.0, "codebook_init": "kmeans",
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+    same_rate = ("batch_size", "epochs", "num_embeddings", *train.MODEL_ARGUMENTS[:4])
+    assert {name: train.defaults("tuned")[name] for name in same_rate} == {name: args[name] for name in same_rate}
+
+
+def test_flags_override_the_recipe(tmp_path):
+    flags = "--recipe document --learning-rate 0.01 --augment --codebook ema --name x"
+    folder, args, checkpoint = train.open_run(train.parse_arguments([*flags.split(), "--runs-dir", str(tmp_path)]))
+    assert (args["learning_rate"], args["augment"], args["codebook"], args["batch_size"]) == (0.01, True, "ema", 16)
+    assert folder == tmp_path / "x" and checkpoint is None
+
+
+def test_learning_rate_schedule():
+    args = {"learning_rate": 1.0, "warmup": 0.1, "schedule": "cosine"}
+    rates = [train.learning_rate(args, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    constant = {"learning_rate": 1.0, "warmup": 0.0, "schedule": "constant"}
+    assert {train.learning_rate(constant, step, 100) for step in range(100)} == {1.0}
+
+
+def test_each_epoch_has_its_own_order():
+    """Training unshuffled, or always in the same order, is a defect of known scripts."""
+    slices = range(50)
+    orders = [train.epoch_order(slices, seed=0, epoch=epoch).tolist() for epoch in (1, 2)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(slices)
+    assert orders[0] == train.epoch_order(slices, seed=0, epoch=1).tolist() != list(slices)
+    assert orders[0] != train.epoch_order(slices, seed=1, epoch=1).tolist()
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not(tmp_path, run_here):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_here(f"--epochs 1 --name {name} --seed {seed}")
+    a, b, c = (weights(tmp_path / "runs" / name / "last.pt") for name in "abc")
+    assert_equal_weights(a, b)
+    assert not torch.equal(a["encoder.conv1.weight"], c["encoder.conv1.weight"])
+
+
+def test_bfloat16_trains(tmp_path, run_here):
+    assert run_here("--epochs 2 --name a --precision bfloat16") == 0
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "runs" / "a" / "last.pt").values())
+
+
+def test_uniform_start_can_be_asked_for(tmp_path, run_here):
+    run_here("--epochs 1 --name a --recipe document --codebook-init uniform --learning-rate 1e-9")
+    embedding = weights(tmp_path / "runs" / "a" / "last.pt")["vector_quantization.embedding.weight"]
+    assert embedding.abs().max() <= 1 / 16 + 1e-6
+
+
+def test_dry_run_tells_and_writes_nothing(tmp_path, run_here, capsys):
+    assert run_here("--epochs 5 --dry-run --name a") == 0
+    printed = capsys.readouterr().out
+    for part in ("10 training and 3 validation slices", "parameters", "0.2500 bits per pixel",
+                 "5 epochs of 3 steps of 4", "15 steps to go", "cpu", "min", "dry run"):  # fmt: skip
+        assert part in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_long_training_on_a_cpu_is_announced(run_here, capsys, monkeypatch):
+    monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1000.0)
+    run_here("--epochs 10 --dry-run")  # 30 steps, 30,000 s
+    assert "warning: over two hours on this CPU; --epochs 1 takes" in capsys.readouterr().out
+
+
+def test_no_data_means_the_sample(tmp_path, monkeypatch, capsys, write_slices):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.phantom, "write_phantom", lambda out: write_slices(Path(out)))
+    train.main([*SMALL.split(), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "the sample" in printed and "10 epochs of 1 steps" in printed
+
+
+# ---------------------------------------------------------------- interruptions, by real processes
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, data):
+    """kill -9 before the first epoch's end, later, and once more; --resume ends bit for bit where no kill would."""
+    assert start(tmp_path, data, "--epochs 6 --name whole").wait() == 0
+    folder = tmp_path / "runs" / "killed"
+    process = start(tmp_path, data, "--epochs 6 --name killed")
+    for epochs in (0, 2, 4):
+        while not (folder / "config.json").exists() or len(rows(folder)) < epochs:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        process = start(tmp_path, data, "--resume --name killed" if epochs == 2 else "--resume")
+        time.sleep(0.5)  # past the config.json of before
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert_equal_weights(weights(folder / "last.pt"), weights(tmp_path / "runs" / "whole" / "last.pt"))
+    assert_equal_weights(weights(folder / "best.pt"), weights(tmp_path / "runs" / "whole" / "best.pt"))
+    drop = {"seconds"}
+    one, other = ([{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "runs" / name)]
+                  for name in ("whole", "killed"))  # fmt: skip
+    assert one == other
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_step(tmp_path, data, number):
+    """The epoch goes on where it stopped: an epoch here is long, and the signal comes within it."""
+    flags = "--batch-size 1 --epochs 1"
+    assert start(tmp_path, data, f"{flags} --name whole").wait() == 0
+    process = start(tmp_path, data, f"{flags} --epochs 400 --name stopped")
+    folder = tmp_path / "runs" / "stopped"
+    while not (folder / "metrics.csv").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + number, output
+    assert "--resume" in output and "--name stopped" in output
+
+
+def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monkeypatch):
+    """In this process, to choose the step: after 2 of 3 steps of epoch 2."""
+    run_here("--epochs 3 --name whole")
+    real, calls = train.train_step, []
+
+    def step_then_signal(run, images):
+        calls.append(run.epochs_done)
+        losses = real(run, images)
+        if len(calls) == 4 + 5:  # after the four timed steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    monkeypatch.setattr(train, "train_step", step_then_signal)
+    assert run_here("--epochs 3 --name stopped") == 128 + signal.SIGTERM
+    checkpoint = load_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")
+    assert (checkpoint["epochs_done"], checkpoint["steps_done"]) == (1, 2)
+    assert checkpoint["loss_sums"].abs().sum() > 0
+    monkeypatch.setattr(train, "train_step", real)
+    assert run_here("--resume --name stopped") == 0
+    one, other = (tmp_path / "runs" / name for name in ("whole", "stopped"))
+    assert_equal_weights(weights(one / "last.pt"), weights(other / "last.pt"))
+    assert [row["train_loss"] for row in rows(one)] == [row["train_loss"] for row in rows(other)]
+
+
+def test_resume_finds_the_newest_unfinished_run(tmp_path, run_here, monkeypatch):
+    run_here("--epochs 1 --name finished")
+    with pytest.raises(UserError, match="no unfinished run in runs"):
+        run_here("--resume")
+    run_here("--epochs 1 --name longer")
+    assert run_here("--resume --name longer --epochs 2") == 0
+    assert len(rows(tmp_path / "runs" / "longer")) == 2
+    with pytest.raises(UserError, match="has finished its 2 epochs"):
+        run_here("--resume --name longer")
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_a_run_is_never_overwritten(run_here):
+    run_here("--epochs 1 --name a")
+    with pytest.raises(UserError, match="add --resume"):
+        run_here("--epochs 1 --name a")
+
+
+def test_resume_refuses_to_become_another_run(tmp_path, run_here):
+    run_here("--epochs 1 --name a")
+    with pytest.raises(UserError, match=r"can't go on with --learning-rate 0.5 \(it has 0.001\)"):
+        run_here("--epochs 2 --resume --name a --learning-rate 0.5")
+    (tmp_path / "runs" / "a" / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="can't be read"):
+        run_here("--epochs 2 --resume --name a")
+    with pytest.raises(UserError, match=r"config.json can't be read"):
+        run_here("--resume --name nowhere")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs 0", "--epochs is 0; expected 1 or more"),
+        ("--batch-size -1", "--batch-size is -1; expected 1 or more"),
+        ("--learning-rate nan", "--learning-rate is nan; expected 0 or more"),
+        ("--learning-rate inf", "--learning-rate is inf"),
+        ("--ema-decay 1.5", "--ema-decay is 1.5; expected 0 to 1"),
+        ("--recipe document --restart-below 0.1", "--restart-below needs --codebook ema"),
+        ("--device tpu", "--device tpu is not usable here"),
+        ("--num-embeddings 100000", "can't start 100000 codes"),
+    ],
+)
+def test_values_that_could_only_fail_later(run_here, flags, message):
+    with pytest.raises(UserError, match=message):
+        run_here(f"--epochs 1 --name a {flags}")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, run_here, monkeypatch):
+    with pytest.raises(UserError, match="no longer finite in epoch"):
+        run_here("--epochs 30 --name a --recipe document --learning-rate 1e12")
+
+
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path):
+    process = start(tmp_path, tmp_path / "nowhere", "")
+    output = process.communicate()[0]
+    assert process.returncode == 2
+    assert output.startswith("error: ") and "nowhere" in output and "Traceback" not in output
+    assert len(output.splitlines()) <= 3

@@ -1,0 +1,378 @@
+"""What the scripts share: devices and seeds, run folders and their files, measures, and plots."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
+
+matplotlib.use("Agg")  # files only: works without a screen
+import matplotlib.pyplot as plt
+
+SSIM_NAMES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body")
+SCORE_NAMES = (*SSIM_NAMES, "psnr")
+
+
+class UserError(Exception):
+    """A mistake of the person's: the message says what was found, what was expected, and what to do."""
+
+
+def run_script(main, *user_errors: type[Exception]) -> None:
+    """Run `main()` and exit. A `UserError` or one of `user_errors` is one message on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except (UserError, *user_errors) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------- device, seeds, commands
+
+
+def pick_device(name: str) -> torch.device:
+    """The `--device`: cuda, mps or cpu; auto takes the first of them that is there."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in here.items() if found)
+    try:
+        device = torch.device(name)
+        found = here.get(device.type, False)
+    except RuntimeError:
+        found = False
+    if not found:
+        usable = ", ".join(kind for kind, found in here.items() if found)
+        raise UserError(f"--device {name} is not usable here; this torch {torch.__version__} can use: {usable}")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """For people and result files: which machine computed this."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The `--precision`: auto is bfloat16 on GPUs that compute in it, else float32."""
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return name
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory, instead of handing each large activation back and faulting it in again.
+
+    On two CPU cores a training step takes about two thirds of the time. Other systems' allocators are left alone.
+    """
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+        except (OSError, AttributeError):  # musl and others
+            return
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks under 1 GiB come from the heap
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
+
+
+def python_command() -> str:
+    """How the person calls this Python, for commands that are printed to be pasted."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    inside = os.path.relpath(sys.executable)
+    return sys.executable if inside.startswith("..") else inside
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide the numbers, and the repository's commit."""
+    import nibabel
+    import torchmetrics
+    import torchvision
+
+    packages = {m.__name__: m.__version__ for m in (torch, torchvision, torchmetrics, nibabel, np, matplotlib)}
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--match=NeVeRmAtCh"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy without git
+        commit = "unknown"
+    return {"python": sys.version.split()[0], **packages, "commit": commit}
+
+
+# ---------------------------------------------------------------- files of a run
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary path)`, then rename: a crash leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")  # the dot first: `write` may look at the suffix
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def save_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def load_json(path: Path) -> dict:
+    """A dictionary from a JSON file; raises `UserError` where it can't be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}); expected the JSON file that train.py writes") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}; expected the JSON object that train.py writes")
+    return content
+
+
+def save_csv(path: Path, rows: list[dict]) -> None:
+    """Rows with equal keys, the keys as header."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def save_figure(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=110))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- measures
+
+
+def _rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(B, 1, H, W) to [0, 1] between each slice's low and high, (B,), clipped."""
+    low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
+    return ((images - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+
+
+def _spread(labels: Tensor, mask: Tensor) -> Tensor:
+    """Give every touching (8-connected) pixel of `mask` the largest label among them; (B, 1, H, W) floats."""
+    while True:
+        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * mask
+        if torch.equal(spread, labels):
+            return labels
+        labels = spread
+
+
+def _otsu(images: Tensor) -> Tensor:
+    """Otsu's threshold of each slice in [0, 1], over 256 bins: (B, 1, H, W) -> (B,)."""
+    bins = (images.flatten(1) * 255).round().long()
+    counts = torch.zeros(len(bins), 256, device=bins.device, dtype=torch.float64)
+    counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
+    levels = torch.arange(256, device=bins.device, dtype=torch.float64) / 255
+    below, total = counts.cumsum(1), counts.sum(1, keepdim=True)
+    moment = (counts * levels).cumsum(1)
+    mean = moment[:, -1:] / total
+    between = (mean * below - moment).square() / (below * (total - below)).clamp_min(1)  # variance between classes
+    return levels[between.argmax(1)].to(images.dtype)
+
+
+def body_mask(images: Tensor) -> Tensor:
+    """The body in each slice: over Otsu's threshold, the largest component, its holes filled.
+
+    images: (B, 1, H, W) in [0, 1]; returns the same shape, float 0 or 1.
+    """
+    bright = (images > _otsu(images).view(-1, 1, 1, 1)).float()
+    names = torch.arange(1, images[0].numel() + 1, device=images.device, dtype=torch.float32)  # exact below 2^24
+    components = _spread(names.view_as(images[:1]) * bright, bright)
+    inside = torch.where(bright > 0, components, torch.nan).flatten(1)
+    body = (components == inside.mode(1).values.view(-1, 1, 1, 1)).float()
+    outside = 1 - body
+    border = torch.zeros_like(body)
+    border[..., [0, -1], :], border[..., :, [0, -1]] = 1, 1
+    return 1 - _spread(border * outside, outside)
+
+
+def ssim_map(reconstructions: Tensor, originals: Tensor, kernel_size: int = 11, gaussian: bool = True) -> Tensor:
+    """SSIM (Wang et al. 2004) at each window that lies wholly inside the slice, for images whose range is 1.
+
+    (B, 1, H, W) twice -> (B, 1, H - kernel_size + 1, W - kernel_size + 1). torchmetrics' own mean counts windows
+    over the reflected border too, in some versions; scikit-image's doesn't.
+    """
+    options = {"gaussian_kernel": gaussian, "sigma": 1.5, "kernel_size": kernel_size, "data_range": 1.0}
+    _, full = torchmetrics_ssim(reconstructions, originals, reduction="none", return_full_image=True, **options)
+    return _inside(full, kernel_size)
+
+
+def _inside(images: Tensor, kernel_size: int) -> Tensor:
+    edge = kernel_size // 2
+    return images[..., edge:-edge, edge:-edge]
+
+
+def slice_scores(originals: Tensor, reconstructions: Tensor, names: tuple[str, ...] = SCORE_NAMES) -> dict[str, Tensor]:
+    """Quality of each slice by the protocol of the README: (B, 1, H, W) twice, in one unit -> {name: (B,)}.
+
+    ssim: both scaled by the original's own range to [0, 1], clipped; Gaussian window 11, sigma 1.5; data_range 1.
+    ssim_zscore: z-scored by the original's mean and deviation, not clipped; the same window; data_range 1.
+    ssim_uniform: as ssim, uniform window 7 x 7.
+    ssim_body: scaled by the original's 0.5 and 99.5 percentiles; the SSIM map's mean over `body_mask`.
+    psnr: dB on ssim's images, at most 100.
+    """
+    unknown = set(names) - set(SCORE_NAMES)
+    if unknown:
+        raise ValueError(f"unknown scores {sorted(unknown)}; expected some of {SCORE_NAMES}")
+    originals, reconstructions = originals.float(), reconstructions.float()
+    pixels = originals.flatten(1)
+    low, high = pixels.amin(1), pixels.amax(1)
+    pair = [_rescale(x, low, high) for x in (reconstructions, originals)]
+    scores = {}
+    if "ssim" in names:
+        scores["ssim"] = ssim_map(*pair).mean((1, 2, 3))
+    if "ssim_zscore" in names:
+        mean, std = pixels.mean(1).view(-1, 1, 1, 1), pixels.std(1, correction=0).view(-1, 1, 1, 1)
+        zscored = [(x - mean) / std.clamp_min(1e-12) for x in (reconstructions, originals)]
+        scores["ssim_zscore"] = ssim_map(*zscored).mean((1, 2, 3))
+    if "ssim_uniform" in names:
+        scores["ssim_uniform"] = ssim_map(*pair, kernel_size=7, gaussian=False).mean((1, 2, 3))
+    if "ssim_body" in names:
+        limits = torch.quantile(pixels, torch.tensor([0.005, 0.995], device=pixels.device), dim=1)  # (2, B)
+        clipped = [_rescale(x, *limits) for x in (reconstructions, originals)]
+        mask = _inside(body_mask(clipped[1]), 11)
+        scores["ssim_body"] = (ssim_map(*clipped) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
+    if "psnr" in names:
+        scores["psnr"] = -10 * (pair[0] - pair[1]).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+    return scores
+
+
+def code_use(counts: Tensor) -> tuple[int, float]:
+    """Codes used, and perplexity exp(entropy), from the counts (K,) over a whole split."""
+    share = counts.double() / counts.sum()
+    return int((counts > 0).sum()), float(torch.special.entr(share).sum().exp())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data, batch_size: int, device: torch.device, names=("ssim", "psnr"), progress=iter):
+    """Reconstruct a whole split: ({score: (N,)}, counts of use (K,), mean loss); constant slices score NaN.
+
+    data: has `len`, `batch(indices)` and `constant`, as dataset.Slices. Nothing depends on the batch size.
+    """
+    was_training = model.training
+    model.eval()
+    columns: dict[str, list[Tensor]] = {name: [] for name in names}
+    counts = torch.zeros(model.vector_quantization.num_embeddings, dtype=torch.long, device=device)
+    loss = torch.zeros((), device=device)
+    for indices in progress(torch.arange(len(data)).split(batch_size)):
+        images = data.batch(indices).to(device)
+        output = model(images)
+        counts += torch.bincount(output.indices.flatten(), minlength=len(counts))
+        loss += sum(model.loss(images, output)) * len(images)
+        for name, values in slice_scores(images, output.reconstruction, names).items():
+            columns[name].append(values.cpu())
+    model.train(was_training)
+    scores = {name: torch.cat(values).masked_fill(data.constant, torch.nan) for name, values in columns.items()}
+    return scores, counts.cpu(), float(loss) / len(data)
+
+
+# ---------------------------------------------------------------- plots (axes, units, one grey window a slice)
+
+
+def _upright(image: Tensor) -> np.ndarray:
+    """(1, H, W) with rows left-right and columns inferior-superior -> array to show with superior up."""
+    return image[0].float().cpu().numpy().T[::-1]
+
+
+def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor, titles: list[str], heading: str):
+    """Original, reconstruction and signed error under each other, a column a slice; (B, 1, H, W) z-scores."""
+    columns = len(titles)
+    figure, axes = plt.subplots(3, columns, figsize=(2.7 * columns + 0.9, 5.4), squeeze=False, layout="constrained")
+    errors = reconstructions - originals
+    limit = max(float(errors.abs().flatten().quantile(0.995)), 1e-6)
+    for column, title in enumerate(titles):
+        original = originals[column]
+        low, high = torch.quantile(original.float().flatten().cpu(), torch.tensor([0.005, 0.995])).tolist()
+        grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+        axes[0, column].imshow(_upright(original), **grey)
+        axes[1, column].imshow(_upright(reconstructions[column]), **grey)
+        shown = axes[2, column].imshow(_upright(errors[column]), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes[0, column].set_title(title, fontsize=8)
+    for row, label in zip(axes, ("original", "reconstruction", "error"), strict=True):
+        row[0].set_ylabel(label)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.colorbar(shown, ax=axes[2], label="standard deviations", fraction=0.03, pad=0.01)
+    figure.suptitle(heading, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_curves(path: Path, history: list[dict], heading: str) -> None:
+    """Training and validation loss, and validation SSIM, by epoch; history: rows of metrics.csv."""
+    epochs = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
+    left.plot(epochs, [row["val_loss"] for row in history], marker=".", label="validation")
+    left.set(xlabel="epoch", ylabel="loss: mean squared error of z-scores + quantisation", yscale="log")
+    left.legend()
+    right.plot(epochs, [row["val_ssim"] for row in history], marker=".", color="C2")
+    right.set(xlabel="epoch", ylabel="validation ssim (range of the original, Gaussian window)")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(heading, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str) -> None:
+    """One histogram a SSIM name; scores: {name: (N,)}, NaN left out."""
+    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 3.2), sharey=True, layout="constrained")
+    for axis, (name, values) in zip(np.atleast_1d(axes), scores.items(), strict=True):
+        values = values[np.isfinite(values)]
+        axis.hist(values, bins=min(40, max(5, len(values) // 3)), color="0.4")
+        axis.axvline(values.mean(), color="C3", label=f"mean {values.mean():.3f}")
+        axis.set(xlabel=name)
+        axis.legend(fontsize=8)
+    np.atleast_1d(axes)[0].set_ylabel("slices")
+    figure.suptitle(heading, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_code_use(path: Path, counts: Tensor, heading: str) -> None:
+    """How often each code is used, most used first; counts: (K,)."""
+    share = (counts.double() / counts.sum()).sort(descending=True).values.numpy() * 100
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    axis.bar(np.arange(1, len(share) + 1), share, width=1.0, color="0.3")
+    axis.axhline(100 / len(share), color="C3", linewidth=1, label="all codes alike")
+    axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
+    axis.legend()
+    figure.suptitle(heading, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_code_map(path: Path, original: Tensor, reconstruction: Tensor, indices: Tensor, colours: Tensor, title: str):
+    """A slice, its codes as an image, and its reconstruction; (1, H, W), (1, H, W), (h, w).
+
+    colours: (K, 3) in [0, 1], codes of like embeddings alike in colour.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(12, 2.7), layout="constrained")
+    low, high = torch.quantile(original.float().flatten().cpu(), torch.tensor([0.005, 0.995])).tolist()
+    grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+    axes[0].imshow(_upright(original), **grey)
+    axes[1].imshow(colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1], interpolation="nearest")
+    axes[2].imshow(_upright(reconstruction), **grey)
+    size = "{} x {}".format(*indices.shape)
+    for axis, label in zip(axes, ("original", f"its {size} codes", "reconstruction"), strict=True):
+        axis.set_title(label, fontsize=9)
+        axis.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
