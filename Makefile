@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint figures clean
 
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
@@ -14,8 +14,17 @@ lint: .venv/dev            ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --diff .
 
+figures: .venv/runtime      ## the sample's figures in resources/
+	test -d sample_data || $(BIN)/python phantom.py
+	rm -rf runs/figures
+	$(BIN)/python train.py --data sample_data --epochs 10 --plot-every 3 --name figures
+	$(BIN)/python predict.py --run runs/figures
+	for n in 1 3 6 10; do cp runs/figures/plots/epoch_$$n/epoch_$${n}_images.png resources/sample_epoch_$$n.png; done
+	cp runs/figures/loss_ssim_plot.png resources/sample_curves.png
+	cp runs/figures/test/code_map.png resources/sample_code_map.png
+
 clean:                     ## remove the environment, the sample data and caches; runs/ is kept
-	rm -rf .venv sample_data .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv sample_data .sample_data-* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/runtime: requirements.txt

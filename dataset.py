@@ -523,7 +523,8 @@ def _build(folder: Path, source: Source, split: str, recipe: _Recipe, workers: i
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 61)  # Windows waits for no more processes
 
 
 def _run(tasks: list[tuple], workers: int) -> Iterator[tuple]:

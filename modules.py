@@ -80,6 +80,7 @@ class Quantized(NamedTuple):
     indices: Tensor  # (B, h, w) int64, which embedding
     codebook_loss: Tensor  # (), ||sg[z] - e||^2: moves the embeddings; 0 when they follow by moving average
     commitment_loss: Tensor  # (), ||z - sg[e]||^2: moves the encoder; not yet times `commitment_cost`
+    counts: Tensor  # (K,) float32, how many of the B h w vectors took each embedding
 
 
 class VectorQuantizer(nn.Module):
@@ -121,15 +122,16 @@ class VectorQuantizer(nn.Module):
             flat = z.reshape(-1, self.embedding_dim)  # (N, D)
             indices = self.nearest(flat.detach())  # (N,)
             quantized = F.embedding(indices, self.embedding.weight)  # (N, D)
+            counts = self._count(indices)  # (K,)
             commitment_loss = F.mse_loss(flat, quantized.detach())
             if self.codebook == "gradient":
                 codebook_loss = F.mse_loss(quantized, flat.detach())
             else:
                 codebook_loss = torch.zeros_like(commitment_loss)
                 if self.training:
-                    self._update(flat.detach(), indices, quantized)
+                    self._update(flat.detach(), indices, counts, quantized.detach())
             quantized = (flat + (quantized - flat).detach()).view_as(z).movedim(-1, 1)
-        return Quantized(quantized, indices.view(z.shape[:-1]), codebook_loss, commitment_loss)
+        return Quantized(quantized, indices.view(z.shape[:-1]), codebook_loss, commitment_loss, counts)
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Index of the nearest embedding of each vector: (N, D) -> (N,) int64. Blocks bound the (N, K) distances."""
@@ -138,23 +140,25 @@ class VectorQuantizer(nn.Module):
         blocks = [torch.addmm(norms, block, weight.T, alpha=-2).argmin(1) for block in vectors.split(8192)]
         return torch.cat(blocks)
 
-    def _statistics(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Count (K,) and sum (K, D) of the vectors assigned to each code; no one-hot matrix."""
-        counts = vectors.new_zeros(self.num_embeddings).index_add_(0, indices, torch.ones_like(vectors[:, 0]))
-        sums = vectors.new_zeros(self.num_embeddings, self.embedding_dim).index_add_(0, indices, vectors)
-        return counts, sums
+    def _count(self, indices: Tensor) -> Tensor:
+        """How many of the indices (N,) are each code, (K,) float32; exact up to 2^24, and no one-hot matrix."""
+        ones = torch.ones_like(indices, dtype=torch.float32)
+        return ones.new_zeros(self.num_embeddings).index_add_(0, indices, ones)
+
+    def _sum(self, vectors: Tensor, indices: Tensor) -> Tensor:
+        """Sum of the vectors (N, D) assigned to each code, (K, D)."""
+        return vectors.new_zeros(self.num_embeddings, self.embedding_dim).index_add_(0, indices, vectors)
 
     @torch.no_grad()
-    def _update(self, vectors: Tensor, indices: Tensor, quantized: Tensor) -> None:
-        """One step of the moving averages: vectors and their embeddings (N, D), indices (N,)."""
-        counts, sums = self._statistics(vectors, indices)
+    def _update(self, vectors: Tensor, indices: Tensor, counts: Tensor, quantized: Tensor) -> None:
+        """One step of the moving averages: vectors and their embeddings (N, D), indices (N,), counts (K,)."""
         self.ema_count.lerp_(counts, 1 - self.decay)
-        self.ema_sum.lerp_(sums, 1 - self.decay)
+        self.ema_sum.lerp_(self._sum(vectors, indices), 1 - self.decay)
         if self.restart_below:
             mean_count = self.ema_count.mean()
             dead = self.ema_count < self.restart_below * mean_count  # (K,)
             # Candidates are drawn where the codebook fits worst, as k-means++ draws its centres.
-            error = (vectors - quantized.detach()).square().sum(1) + 1e-12  # (N,)
+            error = (vectors - quantized).square().sum(1).nan_to_num(0, 0, 0).clamp_min(1e-12)  # (N,)
             candidates = vectors[torch.multinomial(error, self.num_embeddings, replacement=True)]  # (K, D)
             count = 2 * self.restart_below * mean_count  # low enough to follow its vectors quickly
             self.ema_count.copy_(torch.where(dead, count, self.ema_count))
@@ -171,7 +175,9 @@ class VectorQuantizer(nn.Module):
         vectors: (N, D) encoder outputs, N >= K; at most 32 K of them are used. generator: on the CPU.
         """
         if len(vectors) < self.num_embeddings:
-            raise ValueError(f"{len(vectors)} vectors can't start {self.num_embeddings} codes: pass more slices")
+            raise ValueError(
+                f"{len(vectors)} vectors can't start {self.num_embeddings} codes; expected as many or more"
+            )
         order = torch.randperm(len(vectors), generator=generator)[: 32 * self.num_embeddings]
         vectors = vectors.float()[order.to(vectors.device)]
         weight = self.embedding.weight
@@ -183,20 +189,22 @@ class VectorQuantizer(nn.Module):
             weight[k] = vectors[torch.searchsorted(total, draw * total[-1]).clamp_max(len(vectors) - 1)]
             distance = torch.minimum(distance, (vectors - weight[k]).square().sum(1))
         for _ in range(iterations):
-            counts, sums = self._statistics(vectors, self.nearest(vectors))
-            weight.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], weight))
+            indices = self.nearest(vectors)
+            counts = self._count(indices)[:, None]
+            weight.copy_(torch.where(counts > 0, self._sum(vectors, indices) / counts.clamp_min(1), weight))
         if self.codebook == "ema":
             self.ema_count.fill_(1)
             self.ema_sum.copy_(weight)
 
 
 class Output(NamedTuple):
-    """What `VQVAE` returns: the reconstruction (B, 1, H, W) and the quantiser's indices and losses."""
+    """What `VQVAE` returns: the reconstruction (B, 1, H, W), and of `Quantized` all but the vectors."""
 
     reconstruction: Tensor
     indices: Tensor
     codebook_loss: Tensor
     commitment_loss: Tensor
+    counts: Tensor
 
 
 class VQVAE(nn.Module):

@@ -559,7 +559,7 @@ def write_phantom(out, volumes=(12, 2, 2), slices=20, seed=0, workers=None, prog
     out = Path(out)
     check_request(out, volumes, slices, seed)
     jobs = plan(volumes)
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    workers = min(workers or os.cpu_count() or 1, len(jobs), 61)  # Windows waits for no more processes
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         root = Path(temporary) / "set"

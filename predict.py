@@ -80,23 +80,31 @@ def summarize(scores: dict[str, torch.Tensor], counts: torch.Tensor, data: datas
 def print_table(summary: dict, num_embeddings: int) -> None:
     """Mean and cases of each score. Under 10 cases there is no interval worth the name: their values stand instead."""
     cases = list(summary["ssim"]["by_case"])
-    shown = cases if len(cases) < 10 else []
-    heads = ["mean", *(f"case {case}" for case in shown)] + ([] if shown else ["95 % of the mean over cases"])
-    print(f"\n{'':14}" + "".join(f"{head:>14}" for head in heads))
+    few = len(cases) < 10
+    heads = ["mean", *(f"case {case}" for case in cases)] if few else ["mean", "95 % interval"]
+    print(f"\n{'':14}" + "".join(f"{head:>18}" for head in heads))
     for name in SCORE_NAMES:
         mean, by_case = summary[name]["mean"], summary[name]["by_case"]
         digits = 2 if name == "psnr" else 4
-        row = "".join(f"{value:14.{digits}f}" for value in [mean, *(by_case[case] for case in shown)])
-        if not shown:
-            values = np.array(list(by_case.values()))
-            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-            row += f"   {values.mean() - half:.{digits}f} to {values.mean() + half:.{digits}f}"
-        print(f"{name + (' (dB)' if name == 'psnr' else ''):14}{row}")
-    print(f"\n{summary['bits_per_pixel']:.4f} bits per pixel; {summary['codes_used']} of {num_embeddings} codes used, "
-          f"perplexity {summary['perplexity']:.0f}; {summary['slices']} slices, "
-          f"{summary['excluded_slices']} constant ones excluded")  # fmt: skip
-    if len(cases) < 10:
-        print(f"{len(cases)} cases: too few for a confidence interval; the cases' own means are shown instead")
+        cells = [f"{value:.{digits}f}" for value in [mean, *(by_case.values() if few else [])]]
+        if not few:
+            cells.append("{:.{d}f} to {:.{d}f}".format(*interval(list(by_case.values())), d=digits))
+        print(f"{name + (' (dB)' if name == 'psnr' else ''):14}" + "".join(f"{cell:>18}" for cell in cells))
+    print(
+        f"\n{summary['bits_per_pixel']:.4f} bits per pixel; {summary['codes_used']} of {num_embeddings} codes used, "
+        f"perplexity {summary['perplexity']:.0f}; {summary['slices']} slices, "
+        f"{summary['excluded_slices']} constant ones excluded"
+    )
+    if few:
+        print(f"{len(cases)} case(s): too few for a confidence interval; each case's own mean is shown instead")
+    else:
+        print(f"the interval is of the mean over {len(cases)} cases (bootstrap), if each case is a patient")
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over cases: slices of one patient are not independent, cases are."""
+    draws = np.random.default_rng(0).choice(values, size=(10_000, len(values))).mean(1)
+    return tuple(np.percentile(draws, [2.5, 97.5]))
 
 
 def write_slices(path: Path, data: dataset.Slices, scores: dict[str, torch.Tensor]) -> None:
@@ -163,7 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     scores, counts, _ = utils.evaluate(model, data, args.batch_size, device, SCORE_NAMES, progress=bar)
     summary = summarize(scores, counts, data)
     summary |= {"bits_per_pixel": model.bits_per_pixel, "num_embeddings": len(counts), "split": args.split}
-    summary |= {"checkpoint": str(run / "best.pt"), "data": root, "device": utils.describe_device(device)}
+    summary |= {"checkpoint": str(run / "best.pt"), "data": root}
+    summary |= {"device": utils.describe_device(device), "versions": utils.versions()}
     print_table(summary, len(counts))
 
     folder = run / args.split

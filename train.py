@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import math
 import signal
 import time
@@ -34,40 +35,32 @@ SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
 
 # The recipes. "document" is the source document's training; its one departure is a codebook that starts from
 # data. "tuned" spends the same bits, batches and epochs on what makes the model learn faster and better.
+ANY, SOME = (0, 1e9), (1, 1e9)
 RECIPES = {
-    # flag                    document     tuned
-    "epochs":                (100,         100,       "passes over the training split"),
-    "batch_size":            (16,          16,        "slices a step"),
-    "learning_rate":         (1e-4,        1e-3,      "Adam's; with a schedule, its highest value"),
-    "schedule":              ("constant",  "cosine",  "learning rate over time: constant, or cosine down to zero"),
-    "warmup":                (0.0,         0.05,      "share of all steps over which the learning rate rises from 0"),
-    "clip_grad_norm":        (0.0,         1.0,       "longest gradient that a step may take; 0: any"),
-    "augment":               (False,       True,      "flip training slices at random, along either axis"),
-    "codebook":              ("gradient",  "ema",     "how embeddings move: gradient, or ema (moving averages)"),
-    "codebook_init":         ("kmeans",    "kmeans",  "kmeans on the first batches, or uniform (it collapses)"),
-    "ema_decay":             (0.99,        0.99,      "decay of an ema codebook's averages"),
-    "restart_below":         (0.0,         0.1,       "an ema code used under this share of the mean restarts"),
-    "commitment_cost":       (0.25,        0.25,      "beta, the weight of the term that ties encoder to codebook"),
-    "num_embeddings":        (512,         512,       "K, the number of codes"),
-    "embedding_dim":         (64,          64,        "D, the length of an embedding"),
-    "hidden_channels":       (64,          64,        "twice the width of the residual stacks"),
-    "residual_channels":     (32,          32,        "width inside a residual layer"),
-    "num_residual_layers":   (2,           2,         "layers in a residual stack"),
+    # flag                  document    tuned     allowed                 help
+    "epochs":              (100,        100,      SOME,                   "passes over the training split"),
+    "batch_size":          (16,         16,       SOME,                   "slices a step"),
+    "learning_rate":       (1e-4,       1e-3,     ANY,                    "Adam's; with a schedule, its peak"),
+    "schedule":            ("constant", "cosine", ("constant", "cosine"), "of the learning rate; cosine ends at 0"),
+    "warmup":              (0.0,        0.05,     (0, 1),                 "share of steps in which it rises from 0"),
+    "clip_grad_norm":      (0.0,        1.0,      ANY,                    "longest gradient of a step; 0: any"),
+    "augment":             (False,      True,     None,                   "flip training slices at random"),
+    "codebook":            ("gradient", "ema",    ("gradient", "ema"),    "how it moves; ema: moving averages"),
+    "codebook_init":       ("kmeans",   "kmeans", ("kmeans", "uniform"),  "from data; uniform collapses"),
+    "ema_decay":           (0.99,       0.99,     (0, 1),                 "of an ema codebook's averages"),
+    "restart_below":       (0.0,        0.1,      ANY,                    "share of mean use; rarer ema codes restart"),
+    "commitment_cost":     (0.25,       0.25,     ANY,                    "beta: ties the encoder to the codebook"),
+    "num_embeddings":      (512,        512,      SOME,                   "K, the number of codes"),
+    "embedding_dim":       (64,         64,       SOME,                   "D, the length of an embedding"),
+    "hidden_channels":     (64,         64,       (2, 1e9),               "twice the width of the residual stacks"),
+    "residual_channels":   (32,         32,       SOME,                   "width inside a residual layer"),
+    "num_residual_layers": (2,          2,        ANY,                    "layers in a residual stack"),
 }  # fmt: skip
-CHOICES = {"schedule": ("constant", "cosine"), "codebook": ("gradient", "ema"), "codebook_init": ("kmeans", "uniform")}
 DEFAULTS = {
     "data": None, "fit": "resize", "planes": 60, "skip_bad_files": False, "cache_dir": None, "recipe": "tuned",
     "name": None, "runs_dir": "runs", "resume": False, "dry_run": False, "plot_every": 10, "device": "auto",
     "precision": "auto", "seed": 0,
 }  # fmt: skip
-MODEL_ARGUMENTS = (
-    "hidden_channels", "residual_channels", "num_residual_layers", "embedding_dim", "num_embeddings",
-    "commitment_cost", "codebook", "ema_decay", "restart_below",
-)  # fmt: skip
-AT_LEAST_ONE = (
-    "epochs", "batch_size", "num_embeddings", "embedding_dim", "residual_channels", "plot_every", "planes",
-)  # fmt: skip
-AT_LEAST_ZERO = ("learning_rate", "commitment_cost", "clip_grad_norm", "restart_below", "num_residual_layers", "seed")
 # What --resume may change; anything else would make it another run.
 RESUMABLE = {"data", "cache_dir", "name", "runs_dir", "resume", "dry_run", "plot_every", "device", "epochs"}
 
@@ -99,30 +92,35 @@ def parse_arguments(argv: list[str] | None = None) -> dict:
     flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on GPUs that have it (auto)")
     flag("--seed", type=int, help="start of everything random (0)")
     group = parser.add_argument_group("recipe", "defaults: tuned | document")
-    for name, (document, tuned, text) in RECIPES.items():
-        options = {"type": type(tuned), "choices": CHOICES.get(name), "metavar": None if name in CHOICES else "X"}
+    for name, (document, tuned, allowed, text) in RECIPES.items():
+        options = {"type": type(tuned), "metavar": "X"}
         if isinstance(tuned, bool):
             options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(tuned, str):
+            options = {"choices": allowed}
         group.add_argument(flag_name(name), help=f"{text} ({tuned} | {document})", **options)
     return vars(parser.parse_args(argv))
-
-
-def defaults(recipe: str) -> dict:
-    column = ("document", "tuned").index(recipe)
-    return DEFAULTS | {name: row[column] for name, row in RECIPES.items()} | {"recipe": recipe}
 
 
 def flag_name(argument: str) -> str:
     return "--" + argument.replace("_", "-")
 
 
+def with_defaults(recipe: str, given: dict) -> dict:
+    """All arguments: what is given, over the recipe's values, over the other defaults."""
+    column = ("document", "tuned").index(recipe)
+    args = DEFAULTS | {name: row[column] for name, row in RECIPES.items()} | {"recipe": recipe} | given
+    if args["codebook"] == "gradient" and "restart_below" not in given:
+        args["restart_below"] = 0.0  # a gradient codebook keeps no counts of use
+    return args
+
+
 def check_arguments(args: dict) -> None:
     """Refuse, before any work, the values that could only fail later."""
-    bounds = dict.fromkeys(AT_LEAST_ONE, (1, math.inf)) | dict.fromkeys(AT_LEAST_ZERO, (0, math.inf))
-    for name, (low, high) in (bounds | {"warmup": (0, 1), "ema_decay": (0, 1)}).items():
-        if not low <= args[name] <= high or args[name] == math.inf:
-            expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise UserError(f"{flag_name(name)} is {args[name]}; expected {expected}")
+    bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[1], int | float) and row[2]}
+    for name, (low, high) in (bounds | {"plot_every": SOME, "planes": (1, 256), "seed": (0, 2**40)}).items():
+        if not low <= args[name] <= high:
+            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
     if args["restart_below"] and args["codebook"] == "gradient":
         raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
 
@@ -134,7 +132,7 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
     """Folder, arguments and checkpoint (None: from the start) of the run that the typed flags ask for."""
     runs_dir = Path(given.get("runs_dir", DEFAULTS["runs_dir"]))
     if not given.get("resume"):
-        args = defaults(given.get("recipe", DEFAULTS["recipe"])) | given
+        args = with_defaults(given.get("recipe", DEFAULTS["recipe"]), given)
         folder = runs_dir / (args["name"] or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args['recipe']}")
         if (folder / "config.json").exists():
             raise UserError(f"{folder} exists; add --resume to go on with it, or choose another --name")
@@ -146,7 +144,7 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
     if changed:
         told = ", ".join(f"{flag_name(key)} {given[key]} (it has {saved.get(key)})" for key in changed)
         raise UserError(f"{folder} can't go on with {told}; leave that out, or start a new run with another --name")
-    args = defaults(saved.get("recipe", DEFAULTS["recipe"])) | saved | given
+    args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
     checkpoint = last_checkpoint(folder)
     if checkpoint and checkpoint["epochs_done"] >= args["epochs"]:
         raise UserError(f"{folder} has finished its {args['epochs']} epochs; give more --epochs, or a new --name")
@@ -179,18 +177,20 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
     print(line)
     if root is None:
         root = SAMPLE_FOLDER
-        if not root.exists():
+        if not root.exists() or not any(root.iterdir()):
             phantom.write_phantom(root)
         if "epochs" not in given:
             args["epochs"] = SAMPLE_EPOCHS
             print(f"training {SAMPLE_EPOCHS} epochs on it; --epochs trains longer")
     source = dataset.find_splits(root)
     options = {key: args[key] for key in ("cache_dir", "fit", "planes", "skip_bad_files")}
-    splits = [dataset.load_split(source, split, **options) for split in ("train", "validate")]
-    for note in [*source.notes, *splits[0].notes, *splits[1].notes]:
+    train, validation = (dataset.load_split(source, split, **options) for split in ("train", "validate"))
+    for note in [*source.notes, *train.notes, *validation.notes]:
         print(f"note: {note}")
+    if validation.constant.all():
+        raise UserError(f"all {len(validation)} validation slices are constant: no checkpoint could be chosen by them")
     args["data"] = str(Path(source.root).resolve())
-    return splits[0], splits[1]
+    return train, validation
 
 
 # ---------------------------------------------------------------- the run
@@ -199,15 +199,17 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
 class Run:
     """What a run consists of: folder, arguments, model, optimizer, and how far it has come."""
 
-    def __init__(self, folder: Path, args: dict, device: torch.device):
-        self.folder, self.args, self.device = folder, args, device
+    def __init__(self, folder: Path, args: dict, slices: dict[str, int]):
+        self.folder, self.args, self.slices = folder, args, slices
+        self.device = utils.pick_device(args["device"])
+        self.precision = utils.pick_precision(args["precision"], self.device)
         torch.manual_seed(args["seed"])
-        self.model = VQVAE(**{key: args[key] for key in MODEL_ARGUMENTS}).to(device)
+        self.model = VQVAE(**{key: args[key] for key in inspect.signature(VQVAE).parameters}).to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=args["learning_rate"])
         self.epochs_done, self.history, self.best_ssim = 0, [], -math.inf
         # Of the epoch under way: steps done, seconds spent, and the sums of both losses over its slices.
-        self.steps_done, self.seconds, self.loss_sums = 0, 0.0, torch.zeros(2, device=device)
+        self.steps_done, self.seconds, self.loss_sums = 0, 0.0, torch.zeros(2, device=self.device)
 
     def save(self, name: str) -> None:
         """All of it: no generator's state, since each step seeds itself, and no schedule's, a function of the step."""
@@ -215,11 +217,16 @@ class Run:
             "format": CHECKPOINT_FORMAT, "model_args": self.model.arguments, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "epochs_done": self.epochs_done, "history": self.history,
             "best_ssim": self.best_ssim, "steps_done": self.steps_done, "seconds": self.seconds,
-            "loss_sums": self.loss_sums,
+            "loss_sums": self.loss_sums, "slices": self.slices,
         }  # fmt: skip
         utils.save_checkpoint(self.folder / name, checkpoint)
 
     def restore(self, checkpoint: dict) -> None:
+        if checkpoint["slices"] != self.slices:
+            found, expected = self.slices, checkpoint["slices"]
+            raise UserError(
+                f"{self.folder} was trained on {expected} slices, {self.args['data']} has {found}; use the same"
+            )
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds"):
@@ -234,16 +241,16 @@ def epoch_order(train: dataset.Slices, seed: int, epoch: int) -> torch.Tensor:
 
 @torch.no_grad()
 def start_codebook(run: Run, train: dataset.Slices) -> None:
-    """k-means on the encoder's outputs of the first batches, those that the first epoch begins with."""
+    """k-means on the encoder's outputs for the 64 slices that the first epoch begins with."""
     if run.args["codebook_init"] == "kmeans":
-        order = epoch_order(train, run.args["seed"], epoch=1)[: 4 * run.args["batch_size"]]
+        order = epoch_order(train, run.args["seed"], epoch=1)[:64]
         z = run.model.encoder(train.batch(order).to(run.device))  # (B, D, h, w)
         vectors = z.movedim(1, -1).reshape(-1, z.shape[1])
         generator = torch.Generator().manual_seed(run.args["seed"])
         try:
             run.model.vector_quantization.initialize(vectors, generator=generator)
         except ValueError as error:
-            raise UserError(f"{error}, or lower --num-embeddings") from None
+            raise UserError(f"{error}; lower --num-embeddings, or train on more slices") from None
 
 
 def learning_rate(args: dict, step: int, steps: int) -> float:
@@ -256,12 +263,20 @@ def learning_rate(args: dict, step: int, steps: int) -> float:
     return args["learning_rate"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def flip_at_random(images: torch.Tensor) -> torch.Tensor:
+    """Each slice (B, 1, H, W) left-right, up-down, both or neither."""
+    for axis in (-2, -1):
+        chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        images = torch.where(chosen, images.flip(axis), images)
+    return images
+
+
 def train_step(run: Run, images: torch.Tensor) -> torch.Tensor:
     """One update on images (B, 1, H, W); returns the reconstruction and quantisation losses, (2,), on the device."""
     args, model = run.args, run.model
     if args["augment"]:
-        images = images.flip([axis for axis in (-2, -1) if torch.rand(()) < 0.5])
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=args["precision"] == "bfloat16"):
+        images = flip_at_random(images)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
         losses = torch.stack(model.loss(images, model(images)))
     run.optimizer.zero_grad(set_to_none=True)
     losses.sum().backward()
@@ -287,7 +302,8 @@ def train_epoch(run: Run, train: dataset.Slices, bar: tqdm, interrupted: list[in
         run.seconds = time.perf_counter() - start
         if bar.update(len(batch)):  # a few times a second the bar is drawn anew: only then wait for the device
             slices = min(run.steps_done * args["batch_size"], len(train))
-            bar.set_postfix(loss=f"{run.loss_sums.sum().item() / slices:.4f}", ssim=f"{max(run.best_ssim, 0):.4f}")
+            best = {"best_ssim": f"{run.best_ssim:.4f}"} if run.history else {}
+            bar.set_postfix(loss=f"{run.loss_sums.sum().item() / slices:.4f}", **best)
         if interrupted:
             return
 
@@ -300,7 +316,7 @@ def end_epoch(run: Run, train: dataset.Slices, validation: dataset.Slices) -> di
     if not math.isfinite(recon + quantisation + val_loss):
         raise UserError(
             f"the loss is no longer finite in epoch {run.epochs_done + 1} (training {recon + quantisation}, validation "
-            f"{val_loss}); last.pt and best.pt keep what was before it; try a lower --learning-rate"
+            f"{val_loss}); the checkpoints keep the epochs before it, if any; try a lower --learning-rate"
         )
     codes_used, perplexity = utils.code_use(counts)
     run.epochs_done += 1
@@ -357,12 +373,48 @@ def announce(run: Run, train: dataset.Slices, validation: dataset.Slices) -> Non
     )
     print(
         f"training: recipe {args['recipe']}, {args['epochs']} epochs of {steps_an_epoch} steps of {args['batch_size']} "
-        f"slices, {steps} steps to go, on {utils.describe_device(run.device)} in {args['precision']}: "
-        f"about {math.ceil(seconds / 60)} min"
+        f"slices, {steps} steps to go, on {utils.describe_device(run.device)} in {run.precision}: "
+        f"about {math.ceil(seconds / 60)} min, and validation"
     )
     if run.device.type == "cpu" and seconds > 2 * 3600:
         epochs = max(1, int(args["epochs"] * 3600 / seconds))
         print(f"warning: over two hours on this CPU; --epochs {epochs} takes about one hour, a GPU minutes")
+
+
+def fit(run: Run, train: dataset.Slices, validation: dataset.Slices) -> int:
+    """Train up to the last epoch, or up to a signal, whose number is returned (0: to the end)."""
+    epochs, folder = run.args["epochs"], run.folder
+    interrupted: list[int] = []
+
+    def interrupt(number, frame):
+        if interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C waits for nothing
+        interrupted.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    done = run.epochs_done * len(train) + run.steps_done * run.args["batch_size"]
+    with tqdm(total=epochs * len(train), initial=done, unit=" slices", smoothing=0.05) as bar:
+        while run.epochs_done < epochs:
+            bar.set_description(f"epoch {run.epochs_done + 1}/{epochs}")
+            train_epoch(run, train, bar, interrupted)
+            if interrupted:
+                run.save("last.pt")
+                return interrupted[0]
+            row = end_epoch(run, train, validation)
+            bar.write(
+                "epoch {epoch}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, ssim {val_ssim:.4f}, "
+                "psnr {val_psnr:.2f} dB, {codes_used} codes, {seconds:.1f} s".format(**row)
+            )
+            if row["val_ssim"] > run.best_ssim:
+                run.best_ssim = row["val_ssim"]
+                run.save("best.pt")
+            if run.epochs_done in (1, epochs) or run.epochs_done % run.args["plot_every"] == 0:
+                plot_panels(run, validation)
+                utils.plot_curves(folder / "loss_ssim_plot.png", run.history, f"{folder.name}, validation")
+            utils.save_csv(folder / "metrics.csv", run.history)
+            run.save("last.pt")  # after the rest: a run that is killed before this does the epoch again
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -370,11 +422,8 @@ def main(argv: list[str] | None = None) -> int:
     folder, args, checkpoint = open_run(given)
     check_arguments(args)
     utils.keep_freed_memory()
-    device = utils.pick_device(args["device"])
-    args["precision"] = utils.pick_precision(args["precision"], device)
     train, validation = load_data(args, given)
-
-    run = Run(folder, args, device)
+    run = Run(folder, args, {"train": len(train), "validate": len(validation)})
     if checkpoint:
         run.restore(checkpoint)
     else:
@@ -385,44 +434,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     folder.mkdir(parents=True, exist_ok=True)
-    slices = {"train": len(train), "validate": len(validation)}
-    config = {"name": folder.name, "arguments": args, "slices": slices, "bits_per_pixel": run.model.bits_per_pixel}
-    config |= {"device": utils.describe_device(device), "versions": utils.versions()}
+    config = {"name": folder.name, "arguments": args, "slices": run.slices, "bits_per_pixel": run.model.bits_per_pixel}
+    config |= {"device": utils.describe_device(run.device), "precision": run.precision, "versions": utils.versions()}
     utils.save_json(folder / "config.json", config)
-
-    interrupted: list[int] = []  # the signal that asks for an end, once it has come
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: interrupted.append(number))
-
-    done = run.epochs_done * len(train) + run.steps_done * args["batch_size"]
-    with tqdm(total=args["epochs"] * len(train), initial=done, unit=" slices", smoothing=0.05) as bar:
-        while run.epochs_done < args["epochs"]:
-            bar.set_description(f"epoch {run.epochs_done + 1}/{args['epochs']}")
-            train_epoch(run, train, bar, interrupted)
-            if interrupted:
-                break
-            row = end_epoch(run, train, validation)
-            bar.write(
-                "epoch {epoch}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, ssim {val_ssim:.4f}, "
-                "psnr {val_psnr:.2f} dB, {codes_used} codes, {seconds:.1f} s".format(**row)
-            )
-            if row["val_ssim"] > run.best_ssim:
-                run.best_ssim = row["val_ssim"]
-                run.save("best.pt")
-            if run.epochs_done in (1, args["epochs"]) or run.epochs_done % args["plot_every"] == 0:
-                plot_panels(run, validation)
-                utils.plot_curves(folder / "loss_ssim_plot.png", run.history, f"{folder.name}, validation")
-            utils.save_csv(folder / "metrics.csv", run.history)
-            run.save("last.pt")  # after the rest: a run that is killed before this does the epoch again
-
-    python = utils.python_command()
-    if interrupted:
-        run.save("last.pt")
+    number = fit(run, train, validation)
+    if number:
         print(f"stopped in epoch {run.epochs_done + 1}, saved at the step; to go on:")
-        print(f"    {python} train.py --resume --runs-dir {folder.parent} --name {folder.name}")
-        return 128 + interrupted[0]
+        print("    " + utils.command("train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name))
+        return 128 + number
     print(f"best validation ssim {run.best_ssim:.4f}; the plots are in {folder}; next, the test split:")
-    print(f"    {python} predict.py --run {folder}")
+    print("    " + utils.command("predict.py", "--run", folder))
     return 0
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import ctypes
 import json
+import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
 
@@ -30,10 +31,13 @@ class UserError(Exception):
 
 
 def run_script(main, *user_errors: type[Exception]) -> None:
-    """Run `main()` and exit. A `UserError` or one of `user_errors` is one message on stderr and exit code 2."""
+    """Run `main()` and exit. What the person or the machine can mend is one message on stderr and exit code 2.
+
+    That is a `UserError`, one of `user_errors`, or an OSError: a full disk, a folder that can't be written.
+    """
     try:
         sys.exit(main())
-    except (UserError, *user_errors) as error:
+    except (UserError, OSError, *user_errors) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -43,16 +47,16 @@ def run_script(main, *user_errors: type[Exception]) -> None:
 
 def pick_device(name: str) -> torch.device:
     """The `--device`: cuda, mps or cpu; auto takes the first of them that is there."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, found in here.items() if found)
+        name = next(kind for kind, found in available.items() if found)
     try:
         device = torch.device(name)
-        found = here.get(device.type, False)
+        found = available.get(device.type, False)
     except RuntimeError:
         found = False
     if not found:
-        usable = ", ".join(kind for kind, found in here.items() if found)
+        usable = ", ".join(kind for kind, found in available.items() if found)
         raise UserError(f"--device {name} is not usable here; this torch {torch.__version__} can use: {usable}")
     return device
 
@@ -85,12 +89,18 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
 
 
-def python_command() -> str:
-    """How the person calls this Python, for commands that are printed to be pasted."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    inside = os.path.relpath(sys.executable)
-    return sys.executable if inside.startswith("..") else inside
+def command(script: str, *arguments) -> str:
+    """A command to print, which can be pasted as it is: this Python, a script beside this file, its arguments."""
+
+    def from_here(path) -> str:
+        try:
+            relative = os.path.relpath(path)
+        except ValueError:  # Windows: another drive
+            return str(path)
+        return str(path) if relative.startswith("..") else relative
+
+    python = "python" if shutil.which("python") == sys.executable else from_here(sys.executable)
+    return shlex.join([python, from_here(Path(__file__).with_name(script)), *map(str, arguments)])
 
 
 def versions() -> dict[str, str]:
@@ -116,7 +126,7 @@ def write_atomically(path: Path, write) -> None:
     """Call `write(temporary path)`, then rename: a crash leaves the old file or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.tmp")  # the dot first: `write` may look at the suffix
     write(temporary)
-    with open(temporary, "rb") as file:
+    with open(temporary, "r+b") as file:  # Windows syncs only what may be written
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -168,41 +178,47 @@ def _rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _spread(labels: Tensor, mask: Tensor) -> Tensor:
-    """Give every touching (8-connected) pixel of `mask` the largest label among them; (B, 1, H, W) floats."""
+    """Give each 4-connected region of `mask` its largest label; (B, 1, H, W) int64 and bool, labels below 2^20.
+
+    Sweeps along rows and columns, both ways, carry a label through a whole run of the mask at once.
+    """
+    gaps = {axis: ((~mask).cumsum(axis) << 20, (~mask).flip(axis).cumsum(axis) << 20) for axis in (-1, -2)}
     while True:
-        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * mask
-        if torch.equal(spread, labels):
+        before = labels
+        for axis, (forth, back) in gaps.items():  # a new gap outweighs all labels before it
+            labels = ((labels + forth).cummax(axis).values - forth) * mask
+            labels = (((labels.flip(axis) + back).cummax(axis).values - back).flip(axis)) * mask
+        if torch.equal(labels, before):
             return labels
-        labels = spread
 
 
 def _otsu(images: Tensor) -> Tensor:
     """Otsu's threshold of each slice in [0, 1], over 256 bins: (B, 1, H, W) -> (B,)."""
     bins = (images.flatten(1) * 255).round().long()
-    counts = torch.zeros(len(bins), 256, device=bins.device, dtype=torch.float64)
-    counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.float64))
-    levels = torch.arange(256, device=bins.device, dtype=torch.float64) / 255
-    below, total = counts.cumsum(1), counts.sum(1, keepdim=True)
-    moment = (counts * levels).cumsum(1)
-    mean = moment[:, -1:] / total
-    between = (mean * below - moment).square() / (below * (total - below)).clamp_min(1)  # variance between classes
-    return levels[between.argmax(1)].to(images.dtype)
+    share = torch.zeros(len(bins), 256, device=bins.device).scatter_add_(1, bins, torch.ones_like(bins).float())
+    share /= bins.shape[1]
+    levels = torch.arange(256, device=bins.device) / 255
+    below, moment = share.cumsum(1), (share * levels).cumsum(1)
+    between = (moment[:, -1:] * below - moment).square() / (below * (1 - below)).clamp_min(1e-9)  # between classes
+    return levels[between[:, :-1].argmax(1)]
 
 
 def body_mask(images: Tensor) -> Tensor:
     """The body in each slice: over Otsu's threshold, the largest component, its holes filled.
 
-    images: (B, 1, H, W) in [0, 1]; returns the same shape, float 0 or 1.
+    images: (B, 1, H, W) in [0, 1]; returns the same shape, bool. Otsu looks at log(1 + 50 x): on plain intensities
+    it parts fat from muscle, and the largest component is a strip of fat; on this scale it parts body from air.
     """
-    bright = (images > _otsu(images).view(-1, 1, 1, 1)).float()
-    names = torch.arange(1, images[0].numel() + 1, device=images.device, dtype=torch.float32)  # exact below 2^24
-    components = _spread(names.view_as(images[:1]) * bright, bright)
-    inside = torch.where(bright > 0, components, torch.nan).flatten(1)
-    body = (components == inside.mode(1).values.view(-1, 1, 1, 1)).float()
-    outside = 1 - body
-    border = torch.zeros_like(body)
-    border[..., [0, -1], :], border[..., :, [0, -1]] = 1, 1
-    return 1 - _spread(border * outside, outside)
+    images = torch.log1p(50 * images) / math.log(51)
+    bright = images > _otsu(images).view(-1, 1, 1, 1)
+    labels = torch.arange(1, images[0].numel() + 1, device=images.device).view_as(images[:1])
+    components = _spread(labels * bright, bright)
+    sizes = torch.zeros(len(images), labels.numel() + 1, device=images.device)
+    sizes.scatter_add_(1, components.flatten(1), bright.flatten(1).float())
+    body = (components == sizes.argmax(1).view(-1, 1, 1, 1)) & bright
+    border = torch.ones_like(body)
+    border[..., 1:-1, 1:-1] = False
+    return _spread((border & ~body).long(), ~body) == 0
 
 
 def ssim_map(reconstructions: Tensor, originals: Tensor, kernel_size: int = 11, gaussian: bool = True) -> Tensor:
@@ -213,12 +229,14 @@ def ssim_map(reconstructions: Tensor, originals: Tensor, kernel_size: int = 11, 
     """
     options = {"gaussian_kernel": gaussian, "sigma": 1.5, "kernel_size": kernel_size, "data_range": 1.0}
     _, full = torchmetrics_ssim(reconstructions, originals, reduction="none", return_full_image=True, **options)
-    return _inside(full, kernel_size)
+    height, width = (size - kernel_size + 1 for size in originals.shape[-2:])
+    return _inside(full, originals[..., :height, :width])
 
 
-def _inside(images: Tensor, kernel_size: int) -> Tensor:
-    edge = kernel_size // 2
-    return images[..., edge:-edge, edge:-edge]
+def _inside(images: Tensor, smaller: Tensor) -> Tensor:
+    """The middle of (B, 1, H, W) images, as large as `smaller`."""
+    top, left = ((a - b) // 2 for a, b in zip(images.shape[-2:], smaller.shape[-2:], strict=True))
+    return images[..., top : top + smaller.shape[-2], left : left + smaller.shape[-1]]
 
 
 def slice_scores(originals: Tensor, reconstructions: Tensor, names: tuple[str, ...] = SCORE_NAMES) -> dict[str, Tensor]:
@@ -249,8 +267,9 @@ def slice_scores(originals: Tensor, reconstructions: Tensor, names: tuple[str, .
     if "ssim_body" in names:
         limits = torch.quantile(pixels, torch.tensor([0.005, 0.995], device=pixels.device), dim=1)  # (2, B)
         clipped = [_rescale(x, *limits) for x in (reconstructions, originals)]
-        mask = _inside(body_mask(clipped[1]), 11)
-        scores["ssim_body"] = (ssim_map(*clipped) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
+        quality = ssim_map(*clipped)
+        mask = _inside(body_mask(clipped[1].cpu()).to(quality.device), quality)
+        scores["ssim_body"] = (quality * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
     if "psnr" in names:
         scores["psnr"] = -10 * (pair[0] - pair[1]).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
     return scores
@@ -271,18 +290,18 @@ def evaluate(model: nn.Module, data, batch_size: int, device: torch.device, name
     was_training = model.training
     model.eval()
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
-    counts = torch.zeros(model.vector_quantization.num_embeddings, dtype=torch.long, device=device)
+    counts = torch.zeros(model.vector_quantization.num_embeddings, dtype=torch.long)
     loss = torch.zeros((), device=device)
     for indices in progress(torch.arange(len(data)).split(batch_size)):
         images = data.batch(indices).to(device)
         output = model(images)
-        counts += torch.bincount(output.indices.flatten(), minlength=len(counts))
+        counts += output.counts.cpu().long()
         loss += sum(model.loss(images, output)) * len(images)
         for name, values in slice_scores(images, output.reconstruction, names).items():
             columns[name].append(values.cpu())
     model.train(was_training)
     scores = {name: torch.cat(values).masked_fill(data.constant, torch.nan) for name, values in columns.items()}
-    return scores, counts.cpu(), float(loss) / len(data)
+    return scores, counts, float(loss) / len(data)
 
 
 # ---------------------------------------------------------------- plots (axes, units, one grey window a slice)
@@ -293,6 +312,12 @@ def _upright(image: Tensor) -> np.ndarray:
     return image[0].float().cpu().numpy().T[::-1]
 
 
+def _window(original: Tensor) -> dict:
+    """The grey window of a slice and of its reconstruction: the original's 0.5 and 99.5 percentiles."""
+    low, high = torch.quantile(original.float().flatten().cpu(), torch.tensor([0.005, 0.995])).tolist()
+    return {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+
+
 def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor, titles: list[str], heading: str):
     """Original, reconstruction and signed error under each other, a column a slice; (B, 1, H, W) z-scores."""
     columns = len(titles)
@@ -300,10 +325,8 @@ def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor,
     errors = reconstructions - originals
     limit = max(float(errors.abs().flatten().quantile(0.995)), 1e-6)
     for column, title in enumerate(titles):
-        original = originals[column]
-        low, high = torch.quantile(original.float().flatten().cpu(), torch.tensor([0.005, 0.995])).tolist()
-        grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
-        axes[0, column].imshow(_upright(original), **grey)
+        grey = _window(originals[column])
+        axes[0, column].imshow(_upright(originals[column]), **grey)
         axes[1, column].imshow(_upright(reconstructions[column]), **grey)
         shown = axes[2, column].imshow(_upright(errors[column]), cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes[0, column].set_title(title, fontsize=8)
@@ -365,8 +388,7 @@ def plot_code_map(path: Path, original: Tensor, reconstruction: Tensor, indices:
     colours: (K, 3) in [0, 1], codes of like embeddings alike in colour.
     """
     figure, axes = plt.subplots(1, 3, figsize=(12, 2.7), layout="constrained")
-    low, high = torch.quantile(original.float().flatten().cpu(), torch.tensor([0.005, 0.995])).tolist()
-    grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+    grey = _window(original)
     axes[0].imshow(_upright(original), **grey)
     axes[1].imshow(colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1], interpolation="nearest")
     axes[2].imshow(_upright(reconstruction), **grey)

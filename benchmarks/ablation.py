@@ -30,15 +30,13 @@ SCORES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body", "psnr")
 
 def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
     """Train and evaluate one variant with one seed; what the results file holds of it."""
-    name = "".join(c if c.isalnum() else "_" for c in f"{args.data.name} {variant} {seed}")
-    run = args.runs_dir / name
-    last_epoch = 0
-    if (run / "metrics.csv").exists():
-        last_epoch = len((run / "metrics.csv").read_text().splitlines()) - 1
-    start = ["--resume"] if (run / "config.json").exists() else [*VARIANTS[variant].split(), "--seed", str(seed)]
-    if last_epoch < args.epochs:
-        command = ["train.py", "--data", args.data, "--runs-dir", args.runs_dir, "--name", name]
-        execute([*command, "--epochs", args.epochs, *start])
+    flags = f"{VARIANTS[variant]} --epochs {args.epochs} --seed {seed}".split()
+    name = "_".join(["".join(c if c.isalnum() else "_" for c in variant), *(f.strip("-") for f in flags[-4:])])
+    run = args.runs_dir / args.data.resolve().name / name
+    command = ["train.py", "--data", args.data, "--runs-dir", run.parent, "--name", name, *flags]
+    epochs_done = len((run / "metrics.csv").read_text().splitlines()) - 1 if (run / "metrics.csv").exists() else 0
+    if epochs_done < args.epochs:
+        execute(command + (["--resume"] if (run / "config.json").exists() else []))
     if not (run / "test" / "metrics.json").exists():
         execute(["predict.py", "--run", run, "--data", args.data])
     config = json.loads((run / "config.json").read_text())
@@ -53,6 +51,7 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
         "validation_ssim": max(float(row["val_ssim"]) for row in history),
         "test": {name: {k: metrics[name][k] for k in ("mean", "by_case")} for name in SCORES},
         "test_slices": metrics["slices"], "device": config["device"], "versions": config["versions"],
+        "evaluated_at_commit": metrics["versions"]["commit"],
     }  # fmt: skip
 
 
@@ -101,7 +100,7 @@ def main() -> None:
             results.append(run_once(args, variant, seed))
             results.sort(key=lambda row: (args.variants.index(row["variant"]), row["seed"]))
             out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-            out.with_suffix(".md").write_text(table(results))
+            out.with_suffix(".md").write_text(table(results), encoding="utf-8")
     print(table(results))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +15,22 @@ def own_environment(tmp_path, monkeypatch):
     """No test reads the user's data folder or writes to the user's cache."""
     monkeypatch.delenv("HIPMRI_DATA", raising=False)
     monkeypatch.setenv("HIPMRI_CACHE", str(tmp_path / "default_cache"))
+
+
+@pytest.fixture
+def own_signals():
+    """train.main() takes over SIGINT and SIGTERM: give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def small() -> list[str]:
+    """Flags of a model that trains in seconds, 4 slices a step."""
+    flags = {"hidden-channels": 8, "residual-channels": 4, "embedding-dim": 4, "num-embeddings": 16, "batch-size": 4}
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))] + ["--device", "cpu"]
 
 
 @pytest.fixture

@@ -145,6 +145,7 @@ def check_layout(make):
     z = quantizer.embedding(indices).movedim(-1, 1).detach()  # (B, D, h, w)
     result = quantizer(z)
     assert torch.equal(result.indices.reshape(indices.shape), indices)
+    assert torch.equal(result.counts, torch.bincount(indices.flatten(), minlength=16).float())
     torch.testing.assert_close(result.quantized, z)
 
 
@@ -153,7 +154,7 @@ def test_channels_are_moved_last_before_flattening():
         def forward(self, z):
             indices = self.nearest(z.reshape(-1, self.embedding_dim))  # rows of D taken along the width
             quantized = self.embedding(indices).view(z.shape)
-            return modules.Quantized(quantized, indices, torch.zeros(()), torch.zeros(()))
+            return modules.Quantized(quantized, indices, torch.zeros(()), torch.zeros(()), torch.zeros(16))
 
     check_layout(VectorQuantizer)
     assert fails(check_layout, Flattened)
@@ -245,10 +246,9 @@ def test_unused_codes_do_not_explode_at_the_first_update():
             super().__init__(*args)
             self.ema_count.zero_()
 
-        def _update(self, vectors, indices, quantized):
-            counts, sums = self._statistics(vectors, indices)
+        def _update(self, vectors, indices, counts, quantized):
             self.ema_count.lerp_(counts, 1 - self.decay)
-            self.ema_sum.lerp_(sums, 1 - self.decay)
+            self.ema_sum.lerp_(self._sum(vectors, indices), 1 - self.decay)
             total = self.ema_count.sum()
             smoothed = (self.ema_count + 1e-5) / (total + self.num_embeddings * 1e-5) * total
             self.embedding.weight.copy_(self.ema_sum / smoothed[:, None])
@@ -288,7 +288,8 @@ def check_restart_holds(make):
     placed = quantizer.embedding.weight.clone()
     assert torch.cdist(placed[1:], vectors).amin(1).max() < 1e-3
     quantizer.restart_below = 0.0
-    quantizer._update(vectors[:1], torch.zeros(1, dtype=torch.long), vectors[:1])
+    first = torch.zeros(1, dtype=torch.long)
+    quantizer._update(vectors[:1], first, quantizer._count(first), vectors[:1])
     torch.testing.assert_close(quantizer.embedding.weight[1:], placed[1:], rtol=0, atol=1e-3)
 
 
@@ -296,9 +297,9 @@ def test_restarted_codes_keep_their_place():
     class RestartsWeightOnly(VectorQuantizer):
         """The moving averages stay where they were, as in espnet's pull request 6284."""
 
-        def _update(self, vectors, indices, quantized):
+        def _update(self, vectors, indices, counts, quantized):
             restart, self.restart_below = self.restart_below, 0.0
-            super()._update(vectors, indices, quantized)
+            super()._update(vectors, indices, counts, quantized)
             self.restart_below = restart
             dead = self.ema_count < restart * self.ema_count.mean()
             self.embedding.weight[dead] = vectors[: dead.sum()]
@@ -337,8 +338,8 @@ def test_data_start_uses_the_codes_that_a_uniform_start_wastes():
     from_data = quantizer(z)
     assert len(from_data.indices.unique()) == 256 and uniform < 64
     # Lloyd's iterations have converged near a local optimum: each code is about the mean of its vectors.
-    counts, sums = quantizer._statistics(vectors, from_data.indices.flatten())
-    moved = (sums / counts[:, None] - quantizer.embedding.weight).norm(dim=1)
+    means = quantizer._sum(vectors, from_data.indices.flatten()) / from_data.counts[:, None]
+    moved = (means - quantizer.embedding.weight).norm(dim=1)
     assert moved.mean() < 0.1 * vectors.norm(dim=1).mean()
 
 
@@ -375,7 +376,9 @@ def test_quantiser_is_float32_whatever_it_is_given():
             indices = distance.argmin(1)
             loss = F.mse_loss(flat, self.embedding.weight.to(z.dtype)[indices])
             quantized = self.embedding(indices).view(*z.shape[:1], *z.shape[2:], -1).movedim(-1, 1)
-            return modules.Quantized(quantized, indices.view(z.shape[0], *z.shape[2:]), loss, loss)
+            return modules.Quantized(
+                quantized, indices.view(z.shape[0], *z.shape[2:]), loss, loss, self._count(indices)
+            )
 
     check_float32(VectorQuantizer)
     assert fails(check_float32, Half)

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from test_train import SMALL, own_signals  # noqa: F401  (a fixture)
 
 import dataset
 import predict
@@ -18,7 +17,7 @@ FILES = ["best_median_worst.png", "code_map.png", "code_use.png", "metrics.json"
 
 
 @pytest.fixture
-def trained(tmp_path, write_slices, write_nifti, monkeypatch):
+def trained(tmp_path, write_slices, write_nifti, monkeypatch, own_signals, small):
     """A run of one epoch, on data whose test split has a constant slice and a second case."""
     data = write_slices(tmp_path / "data", train=6, validate=2, test=4)
     test = data / "keras_slices_test"
@@ -26,7 +25,7 @@ def trained(tmp_path, write_slices, write_nifti, monkeypatch):
     write_nifti(test / "case_040_week_0_slice_9.nii.gz", array)
     write_nifti(test / "case_041_week_1_slice_0.nii.gz", array + torch.arange(128, dtype=torch.int16).numpy())
     monkeypatch.chdir(tmp_path)
-    assert train.main(f"--data {data} {SMALL} --epochs 1 --name a".split()) == 0
+    assert train.main(["--data", str(data), *small, "--epochs", "1", "--name", "a"]) == 0
     return tmp_path / "runs" / "a"
 
 
@@ -88,7 +87,33 @@ def test_many_cases_get_an_interval(capsys):
     summary |= {"bits_per_pixel": 0.5625, "codes_used": 5, "perplexity": 3.0, "slices": 12, "excluded_slices": 0}
     predict.print_table(summary, 512)
     printed = capsys.readouterr().out
-    assert "95 %" in printed and "0.8346 to 0.8754" in printed and "case 004" not in printed
+    assert "95 %" in printed and "12 cases" in printed and "case 004" not in printed
+    low, high = predict.interval(list(by_case.values()))
+    deviation = torch.tensor(list(by_case.values())).std(correction=0).item() / 12**0.5
+    assert (low + high) / 2 == pytest.approx(0.855, abs=0.001)
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
+
+
+def test_figure_shows_worst_median_and_best(trained, monkeypatch):
+    """Ten scripted scores and a constant slice: the panels show ranks 1-2, 5-6 and 9-10."""
+    shown = {}
+    monkeypatch.setattr(
+        predict.utils, "plot_reconstructions", lambda path, a, b, titles, heading: shown.update(t=titles)
+    )
+
+    class Data:
+        names = tuple(dataset.SliceName("040", "0", i, f"s{i}") for i in range(11))
+        constant = torch.arange(11) == 3
+
+        def batch(self, indices):
+            return torch.randn(len(indices), 1, 256, 128)
+
+    ssim = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.0])
+    scores = dict.fromkeys(SCORE_NAMES, ssim)
+    model = VQVAE.from_checkpoint(trained / "best.pt")
+    predict.draw(trained / "test", model, Data(), scores, torch.ones(16), "title")
+    picked = [(title.split(":")[0], int(title.split("slice ")[1].split()[0])) for title in shown["t"]]
+    assert picked == [("worst", 10), ("worst", 1), ("median", 8), ("median", 0), ("best", 5), ("best", 2)]
 
 
 def test_other_data_can_be_named(trained, tmp_path, write_slices, capsys):

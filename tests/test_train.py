@@ -1,6 +1,7 @@
 """Training: recipes, files, interruptions (by real processes), and mistakes at the command line."""
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -17,17 +18,7 @@ from modules import VQVAE, CheckpointError, load_checkpoint
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--hidden-channels 8 --residual-channels 4 --embedding-dim 4 --num-embeddings 16 --batch-size 4 --device cpu"
 COLUMNS = "epoch,step,train_loss,train_recon,train_vq,val_loss,val_ssim,val_psnr,perplexity,codes_used,lr,seconds"
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """main() takes over SIGINT and SIGTERM: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -44,19 +35,23 @@ def data(tmp_path, write_nifti):
 
 
 @pytest.fixture
-def run_here(tmp_path, data, monkeypatch):
+def run_here(tmp_path, data, monkeypatch, own_signals, small):
     """run_here("--epochs 2 ...") trains in this process; returns main's result."""
     monkeypatch.chdir(tmp_path)
-    return lambda flags: train.main(f"--data {data} {SMALL} {flags}".split())
+    return lambda flags: train.main(["--data", str(data), *small, *flags.split()])
 
 
-def start(tmp_path, data, flags):
-    """The same as a process of its own, which can be killed."""
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), *SMALL.split(), *flags.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+@pytest.fixture
+def start(tmp_path, data, small):
+    """start("--epochs 2 ...") is the same as a process of its own, which can be killed."""
+
+    def start(flags: str, data=data):
+        command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), *small, *flags.split()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
+
+    return start
 
 
 def rows(folder):
@@ -87,6 +82,9 @@ def test_a_run_leaves_what_it_promises(tmp_path, run_here, capsys):
     history = rows(folder)
     assert [int(row["epoch"]) for row in history] == [1, 2, 3]
     assert [int(row["step"]) for row in history] == [3, 6, 9]  # 10 slices by 4: the partial batch is kept
+    args = train.with_defaults("tuned", {})
+    rates = [train.learning_rate(args, step, 9) for step in (2, 5, 8)]
+    assert [float(row["lr"]) for row in history] == pytest.approx(rates)
     panels = sorted(path.relative_to(folder).as_posix() for path in folder.glob("plots/*/*.png"))
     assert panels == [f"plots/epoch_{n}/epoch_{n}_images.png" for n in (1, 2, 3)]
     assert (folder / "loss_ssim_plot.png").stat().st_size > 5000
@@ -99,7 +97,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, run_here, capsys):
     assert config["slices"] == {"train": 10, "validate": 3} and config["bits_per_pixel"] == 0.25
     assert {"python", "torch", "torchmetrics", "commit"} <= config["versions"].keys()
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].split()[1:] == ["predict.py", "--run", "runs/a"]
+    assert printed[-1].split()[-2:] == ["--run", "runs/a"] and "predict.py" in printed[-1]
     assert VQVAE.from_checkpoint(folder / "best.pt").arguments["codebook"] == "ema"
 
 
@@ -112,15 +110,17 @@ def test_each_recipe_learns(tmp_path, run_here, recipe):
 
 
 def test_document_recipe_is_number_for_number():
-    args = train.defaults("document")
+    args = train.with_defaults("document", {})
     expected = {
         "batch_size": 16, "epochs": 100, "learning_rate": 1e-4, "num_embeddings": 512, "embedding_dim": 64,
         "hidden_channels": 64, "commitment_cost": 0.25, "codebook": "gradient", "schedule": "constant", "warmup": 0.0,
         "clip_grad_norm": 0.0, "augment": False, "restart_below": 0.0, "codebook_init": "kmeans",
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
-    same_rate = ("batch_size", "epochs", "num_embeddings", *train.MODEL_ARGUMENTS[:4])
-    assert {name: train.defaults("tuned")[name] for name in same_rate} == {name: args[name] for name in same_rate}
+    same_rate = ("batch_size", "epochs", "num_embeddings", "embedding_dim", "hidden_channels", "num_residual_layers")
+    assert {name: train.with_defaults("tuned", {})[name] for name in same_rate} == {
+        name: args[name] for name in same_rate
+    }
 
 
 def test_flags_override_the_recipe(tmp_path):
@@ -157,9 +157,60 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(tmp_path, run_here):
     assert not torch.equal(a["encoder.conv1.weight"], c["encoder.conv1.weight"])
 
 
-def test_bfloat16_trains(tmp_path, run_here):
-    assert run_here("--epochs 2 --name a --precision bfloat16") == 0
+def test_the_best_checkpoint_is_the_best_epochs(tmp_path, run_here, monkeypatch):
+    """Scripted validation: the second of three epochs is best, and best.pt holds that epoch's weights."""
+    real, script = train.utils.evaluate, iter([0.5, 0.7, 0.6])
+
+    def scripted(*args):
+        scores, counts, loss = real(*args)
+        return scores | {"ssim": torch.full_like(scores["ssim"], next(script))}, counts, loss
+
+    monkeypatch.setattr(train.utils, "evaluate", scripted)
+    run_here("--epochs 3 --name a")
+    best = load_checkpoint(tmp_path / "runs" / "a" / "best.pt")
+    assert best["epochs_done"] == 2 and best["best_ssim"] == pytest.approx(0.7)
+
+
+def test_bfloat16_is_what_the_convolutions_compute_in(tmp_path, run_here, monkeypatch):
+    kinds, real = set(), train.VQVAE.forward
+
+    def watched(model, images):
+        if model.training:
+            kinds.add(model.encoder(images).dtype)
+        return real(model, images)
+
+    monkeypatch.setattr(train.VQVAE, "forward", watched)
+    assert run_here("--epochs 1 --name a --precision bfloat16") == 0
+    assert kinds == {torch.bfloat16}
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "runs" / "a" / "last.pt").values())
+
+
+def test_flips_are_drawn_for_each_slice():
+    torch.manual_seed(0)
+    images = torch.rand(1, 1, 8, 4).expand(64, 1, 8, 4)
+    kinds = [images[0], images[0].flip(-1), images[0].flip(-2), images[0].flip(-1, -2)]
+    seen = [[torch.equal(image, kind) for kind in kinds].index(True) for image in train.flip_at_random(images)]
+    assert set(seen) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("longest", [0.0, 1e-3])
+def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
+    args = train.with_defaults("tuned", train.parse_arguments([*small, "--clip-grad-norm", str(longest)]))
+    run = train.Run(tmp_path, args, {})
+    train.train_step(run, torch.randn(2, 1, 32, 32))
+    norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
+    assert norm == pytest.approx(longest, rel=1e-3) if longest else norm > 1e-3
+
+
+def test_augmentation_is_used_where_the_recipe_says(tmp_path, small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "flip_at_random", lambda images: calls.append(1) or images)
+    for flags, count in (([], 1), (["--no-augment"], 0), (["--recipe", "document"], 0)):
+        given = train.parse_arguments([*small, *flags])
+        run = train.Run(tmp_path, train.with_defaults(given.get("recipe", "tuned"), given), {})
+        calls.clear()
+        train.train_step(run, torch.randn(2, 1, 32, 32))
+        assert len(calls) == count
 
 
 def test_uniform_start_can_be_asked_for(tmp_path, run_here):
@@ -183,29 +234,46 @@ def test_long_training_on_a_cpu_is_announced(run_here, capsys, monkeypatch):
     assert "warning: over two hours on this CPU; --epochs 1 takes" in capsys.readouterr().out
 
 
-def test_no_data_means_the_sample(tmp_path, monkeypatch, capsys, write_slices):
+def test_no_data_means_the_sample(tmp_path, monkeypatch, capsys, own_signals, small):
+    """The chain that a newcomer walks, twice: sample, training, and the printed next command. Only the size differs."""
+    tiny = functools.partial(train.phantom.write_phantom, volumes=(1, 1, 1), slices=2, workers=1, progress=False)
+    monkeypatch.setattr(train.phantom, "write_phantom", tiny)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.phantom, "write_phantom", lambda out: write_slices(Path(out)))
-    train.main([*SMALL.split(), "--dry-run"])
+    assert train.main([*small, "--name", "first"]) == 0
+    assert len(rows(tmp_path / "runs" / "first")) == train.SAMPLE_EPOCHS
     printed = capsys.readouterr().out
-    assert "the sample" in printed and "10 epochs of 1 steps" in printed
+    assert "the sample" in printed
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("sample_data/*/*")}
+    assert len(made) == 12  # 6 slices and their masks
+    assert train.main([*small, "--name", "second", "--epochs", "1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("sample_data/*/*")} == made
+    done = subprocess.run(printed.splitlines()[-1].strip(), shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "first" / "test" / "metrics.json").exists()
+
+
+def test_data_from_the_environment(tmp_path, data, monkeypatch, capsys, small):
+    monkeypatch.setenv("HIPMRI_DATA", str(data))
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*small, "--dry-run"]) == 0
+    assert "$HIPMRI_DATA" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- interruptions, by real processes
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, data):
-    """kill -9 before the first epoch's end, later, and once more; --resume ends bit for bit where no kill would."""
-    assert start(tmp_path, data, "--epochs 6 --name whole").wait() == 0
+def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, start):
+    """kill -9 early, later, and once more; --resume ends bit for bit where no kill would."""
+    assert start("--epochs 12 --name whole").wait() == 0
     folder = tmp_path / "runs" / "killed"
-    process = start(tmp_path, data, "--epochs 6 --name killed")
-    for epochs in (0, 2, 4):
+    process = start("--epochs 12 --name killed")
+    for epochs in (0, 3, 6):
         while not (folder / "config.json").exists() or len(rows(folder)) < epochs:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.01)
         process.kill()
         process.wait()
-        process = start(tmp_path, data, "--resume --name killed" if epochs == 2 else "--resume")
+        process = start("--resume --name killed" if epochs == 3 else "--resume")
         time.sleep(0.5)  # past the config.json of before
     output = process.communicate()[0]
     assert process.returncode == 0, output
@@ -218,19 +286,32 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, data):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_at_the_step(tmp_path, data, number):
-    """The epoch goes on where it stopped: an epoch here is long, and the signal comes within it."""
-    flags = "--batch-size 1 --epochs 1"
-    assert start(tmp_path, data, f"{flags} --name whole").wait() == 0
-    process = start(tmp_path, data, f"{flags} --epochs 400 --name stopped")
+def test_a_signal_saves_at_the_step(tmp_path, start, number):
+    process = start("--batch-size 1 --epochs 400 --name stopped")
     folder = tmp_path / "runs" / "stopped"
-    while not (folder / "metrics.csv").exists():
+    while not rows(folder):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.002)
     process.send_signal(number)
     output = process.communicate()[0]
     assert process.returncode == 128 + number, output
     assert "--resume" in output and "--name stopped" in output
+    checkpoint = load_checkpoint(folder / "last.pt")
+    assert checkpoint["epochs_done"] == len(rows(folder)) < 400
+    moments = {float(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
+    assert moments == {10.0 * checkpoint["epochs_done"] + checkpoint["steps_done"]}
+
+
+def test_a_signal_after_the_last_step_changes_nothing(tmp_path, run_here, monkeypatch):
+    real = train.utils.evaluate
+
+    def signal_then_evaluate(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train.utils, "evaluate", signal_then_evaluate)
+    assert run_here("--epochs 1 --name a") == 0
+    assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt")["epochs_done"] == 1
 
 
 def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monkeypatch):
@@ -288,17 +369,39 @@ def test_resume_refuses_to_become_another_run(tmp_path, run_here):
         run_here("--resume --name nowhere")
 
 
+def test_resume_accepts_the_runs_own_flags_and_no_other_data(tmp_path, run_here, data):
+    run_here("--epochs 1 --name a --precision auto --seed 3")
+    assert run_here("--epochs 2 --name a --precision auto --seed 3 --resume") == 0
+    next(data.glob("keras_slices_train/*_9.nii.gz")).unlink()
+    with pytest.raises(UserError, match=r"was trained on .*'train': 10.* has .*'train': 9"):
+        run_here("--epochs 3 --name a --resume")
+
+
+def test_a_gradient_codebook_needs_no_second_flag():
+    assert train.with_defaults("tuned", {"codebook": "gradient"})["restart_below"] == 0
+
+
+def test_validation_slices_that_are_all_constant(run_here, data, write_nifti):
+    for path in data.glob("keras_slices_validate/*"):
+        write_nifti(path, torch.ones(256, 128, dtype=torch.int16).numpy())
+    with pytest.raises(UserError, match="all 3 validation slices are constant"):
+        run_here("--epochs 1 --name a")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--epochs 0", "--epochs is 0; expected 1 or more"),
-        ("--batch-size -1", "--batch-size is -1; expected 1 or more"),
-        ("--learning-rate nan", "--learning-rate is nan; expected 0 or more"),
+        ("--epochs 0", "--epochs is 0; expected 1 to 1e"),
+        ("--batch-size -1", "--batch-size is -1; expected 1 to"),
+        ("--learning-rate nan", "--learning-rate is nan; expected 0 to"),
         ("--learning-rate inf", "--learning-rate is inf"),
         ("--ema-decay 1.5", "--ema-decay is 1.5; expected 0 to 1"),
         ("--recipe document --restart-below 0.1", "--restart-below needs --codebook ema"),
         ("--device tpu", "--device tpu is not usable here"),
         ("--num-embeddings 100000", "can't start 100000 codes"),
+        ("--hidden-channels 1", "--hidden-channels is 1; expected 2 to"),
+        ("--seed 99999999999999", "--seed is"),
+        ("--planes 300", "--planes is 300; expected 1 to 256"),
     ],
 )
 def test_values_that_could_only_fail_later(run_here, flags, message):
@@ -306,14 +409,16 @@ def test_values_that_could_only_fail_later(run_here, flags, message):
         run_here(f"--epochs 1 --name a {flags}")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, run_here, monkeypatch):
+@pytest.mark.parametrize("recipe", ["document", "tuned"])
+def test_a_loss_that_is_not_finite_ends_the_run(run_here, recipe):
     with pytest.raises(UserError, match="no longer finite in epoch"):
-        run_here("--epochs 30 --name a --recipe document --learning-rate 1e12")
+        run_here(f"--epochs 30 --name a --recipe {recipe} --learning-rate 1e8 --clip-grad-norm 0")
 
 
-def test_a_mistake_is_one_message_and_exit_code_2(tmp_path):
-    process = start(tmp_path, tmp_path / "nowhere", "")
-    output = process.communicate()[0]
-    assert process.returncode == 2
-    assert output.startswith("error: ") and "nowhere" in output and "Traceback" not in output
-    assert len(output.splitlines()) <= 3
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, start, data):
+    (tmp_path / "a_file").touch()
+    for flags, where, word in (("", tmp_path / "nowhere", "nowhere"), ("--runs-dir a_file", data, "a_file")):
+        process = start(flags, where)
+        output = process.communicate()[0]
+        assert process.returncode == 2
+        assert "error: " in output and word in output and "Traceback" not in output
