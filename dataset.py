@@ -50,33 +50,13 @@ EXPECTED = """expected one of
   semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...                (HipMRI's 3D form)
   train/ validate/ test/                                          (your own 2D .nii or .nii.gz slices)"""
 
-_SPLIT_OF = {
-    "train": "train",
-    "training": "train",
-    "val": "validate",
-    "valid": "validate",
-    "validate": "validate",
-    "validation": "validate",
-    "test": "test",
-    "testing": "test",
-}
+_SPLIT_OF = {"train": "train", "training": "train", "val": "validate", "valid": "validate", "validate": "validate"}
+_SPLIT_OF |= {"validation": "validate", "test": "test", "testing": "test"}
 _NIFTI = re.compile(r"\.nii(?:\.gz)?$", re.I)
 _MASK = re.compile(r"seg_|.*semantic", re.I)
 _NAME = re.compile(r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I)
-_SLICE = np.dtype(
-    [
-        ("row", "i8"),
-        ("file", "i8"),
-        ("plane", "i8"),
-        ("scale", "f8"),
-        ("low", "f8"),
-        ("mean", "f8"),
-        ("std", "f8"),
-        ("constant", "?"),
-        ("height", "i8"),
-        ("width", "i8"),
-    ]
-)
+_SLICE = {"row": "i8", "file": "i8", "plane": "i8", "scale": "f8", "low": "f8", "mean": "f8", "std": "f8"}
+_SLICE = np.dtype(list((_SLICE | {"constant": "?", "height": "i8", "width": "i8"}).items()))
 _BAD = np.dtype([("file", "i8"), ("reason", "U200")])
 
 # nibabel logs every odd but harmless header field: thousands of lines for one data set.
@@ -307,7 +287,7 @@ def _describe(root: Path) -> list[str]:
         for sub in subfolders[:10]:
             lines.append(f"  {sub.name}/: {len(_list(sub)[1])} NIfTI image(s)")
     except OSError:
-        pass  # `the search has noted it already
+        pass  # the search has noted it already
     return lines
 
 
@@ -321,7 +301,7 @@ def _listing(lines: list[str], most: int = 100) -> str:
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Preprocessing:
     """What is done to a file's pixels; part of the cache's key."""
 
     form: str  # "2D" or "3D"
@@ -353,7 +333,7 @@ def _image(path: Path) -> nib.Nifti1Image:
     return image
 
 
-def _planes(path: Path, recipe: _Recipe) -> Iterator[tuple[int, np.ndarray]]:
+def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
     """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't."""
     image, dimensions = _image(path), int(recipe.form[0])
     shape = image.shape
@@ -413,7 +393,7 @@ def _encode(image: np.ndarray, fit: str) -> tuple[np.ndarray, tuple]:
     return steps, (scale, low, float(fitted.mean()), float(fitted.std()), constant, *image.shape)
 
 
-def _decode(path: Path, recipe: _Recipe) -> tuple[list[tuple], str]:
+def _decode(path: Path, recipe: _Preprocessing) -> tuple[list[tuple], str]:
     """[(plane, pixels, numbers)] of a file and "", or [] and why the file can't be used."""
     try:
         return [(plane, *_encode(image, recipe.fit)) for plane, image in _planes(path, recipe)], ""
@@ -423,7 +403,7 @@ def _decode(path: Path, recipe: _Recipe) -> tuple[list[tuple], str]:
         return [], f"can't be decoded ({error!r})"
 
 
-def _convert(pixels_path: Path, jobs: list[tuple[int, Path]], recipe: _Recipe) -> tuple[list, list]:
+def _convert(pixels_path: Path, jobs: list[tuple[int, Path]], recipe: _Preprocessing) -> tuple[list, list]:
     """Decode files straight into the memory map (what a worker process runs): _SLICE records, _BAD records.
 
     File i has the rows from i * planes on; rows that a thin volume or a bad file doesn't fill stay unused.
@@ -451,7 +431,7 @@ def _cache_root(cache_dir: str | Path | None) -> Path:
     return Path(os.path.abspath(os.path.expanduser(user))) / "hipmri-vqvae"
 
 
-def _cache_name(source: Source, split: str, recipe: _Recipe) -> tuple[str, str]:
+def _cache_name(source: Source, split: str, recipe: _Preprocessing) -> tuple[str, str]:
     """The cache folder's name, and its beginning, which stays the same when files change."""
     place = hashlib.sha256(os.fsencode(f"{source.root} {recipe} {SIZE} {CACHE_FORMAT}")).hexdigest()[:10]
     key, skip = hashlib.sha256(), len(str(source.root)) + 1
@@ -478,7 +458,7 @@ def _open_cache(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | Non
     return (pixels, slices, bad) if whole else None
 
 
-def _cached(source: Source, split: str, recipe: _Recipe, root: Path, workers: int | None, progress: bool):
+def _cached(source: Source, split: str, recipe: _Preprocessing, root: Path, workers: int | None, progress: bool):
     """`_open_cache` of a split, built first where it is missing, out of date or damaged."""
     files = source.splits[split]
     name, place = _cache_name(source, split, recipe)
@@ -505,7 +485,7 @@ def _cached(source: Source, split: str, recipe: _Recipe, root: Path, workers: in
     return _open_cache(root / name)
 
 
-def _build(folder: Path, source: Source, split: str, recipe: _Recipe, workers: int | None, progress: bool):
+def _build(folder: Path, source: Source, split: str, recipe: _Preprocessing, workers: int | None, progress: bool):
     """Decode a split into pixels.npy and slices.npz. Raises DataError where not one file is good."""
     files, pixels = list(enumerate(source.splits[split])), folder / "pixels.npy"
     _reserve(pixels, len(files) * recipe.planes)
@@ -655,7 +635,7 @@ def load_split(
             f"the {split} split of {source.root} is missing or empty, found only {found}; "
             f"{EXPECTED}\nAdd files for {split}, or point --data elsewhere."
         )
-    recipe = _Recipe(source.form, fit, planes if source.form == "3D" else 1)
+    recipe = _Preprocessing(source.form, fit, planes if source.form == "3D" else 1)
     pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)
     if len(bad) and not skip_bad_files:
         raise _unusable(source, split, bad)

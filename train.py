@@ -82,12 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict:
     flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
     flag("--resume", action="store_true", help="go on with --name, or with the newest unfinished run")
     flag("--dry-run", action="store_true", help="print data, model, steps and expected time; train nothing")
-    flag(
-        "--plot-every",
-        type=int,
-        metavar="N",
-        help="reconstruction panels each N epochs, at the first and the last (10)",
-    )
+    flag("--plot-every", type=int, metavar="N", help="panels each N epochs, and at the first and the last (10)")
     flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
     flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on GPUs that have it (auto)")
     flag("--seed", type=int, help="start of everything random (0)")
@@ -223,10 +218,8 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         if checkpoint["slices"] != self.slices:
-            found, expected = self.slices, checkpoint["slices"]
-            raise UserError(
-                f"{self.folder} was trained on {expected} slices, {self.args['data']} has {found}; use the same"
-            )
+            data, expected = self.args["data"], checkpoint["slices"]
+            raise UserError(f"{self.folder} was trained on {expected} slices, {data} has {self.slices}; name the same")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds"):

@@ -40,6 +40,8 @@ def run_script(main, *user_errors: type[Exception]) -> None:
     except (UserError, OSError, *user_errors) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------- device, seeds, commands
