@@ -729,7 +729,7 @@ def test_small_jobs_start_no_processes(tmp_path, write_slices, load, monkeypatch
 def test_workers_can_be_spawned(tmp_path, write_slices):
     """What a pool is given pickles, and a fresh interpreter can run it."""
     files = list(enumerate(find_splits(write_slices(tmp_path / "d")).splits["train"]))
-    task = (tmp_path / "pixels.npy", files, dataset._Recipe("2D", "resize", 1))
+    task = (tmp_path / "pixels.npy", files, dataset._Preprocessing("2D", "resize", 1))
     dataset._reserve(task[0], 4)
     expected = dataset._convert(*pickle.loads(pickle.dumps(task)))
     pixels = np.load(task[0])
