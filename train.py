@@ -328,8 +328,8 @@ def end_epoch(run: Run, train: dataset.Slices, validation: dataset.Slices) -> di
 
 @torch.no_grad()
 def plot_panels(run: Run, validation: dataset.Slices) -> None:
-    """Original, reconstruction and error of up to 8 validation slices, the same ones every time."""
-    chosen = torch.linspace(0, len(validation) - 1, min(8, len(validation))).round().long()
+    """Original, reconstruction and error of four validation slices, the same ones every time."""
+    chosen = torch.linspace(0, len(validation) - 1, 6).round().long()[1:-1].unique()  # the ends of a volume show little
     run.model.eval()
     originals = validation.batch(chosen)
     reconstructions = run.model(originals.to(run.device)).reconstruction.float().cpu()
@@ -404,7 +404,7 @@ def fit(run: Run, train: dataset.Slices, validation: dataset.Slices) -> int:
                 run.save("best.pt")
             if run.epochs_done in (1, epochs) or run.epochs_done % run.args["plot_every"] == 0:
                 plot_panels(run, validation)
-                utils.plot_curves(folder / "loss_ssim_plot.png", run.history, f"{folder.name}, validation")
+                utils.plot_curves(folder / "loss_ssim_plot.png", run.history, folder.name)
             utils.save_csv(folder / "metrics.csv", run.history)
             run.save("last.pt")  # after the rest: a run that is killed before this does the epoch again
     return 0

@@ -323,7 +323,7 @@ def _window(original: Tensor) -> dict:
 def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor, titles: list[str], heading: str):
     """Original, reconstruction and signed error under each other, a column a slice; (B, 1, H, W) z-scores."""
     columns = len(titles)
-    figure, axes = plt.subplots(3, columns, figsize=(2.7 * columns + 0.9, 5.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(3, columns, figsize=(2.7 * columns + 0.9, 4.9), squeeze=False, layout="constrained")
     errors = reconstructions - originals
     limit = max(float(errors.abs().flatten().quantile(0.995)), 1e-6)
     for column, title in enumerate(titles):
@@ -348,10 +348,10 @@ def plot_curves(path: Path, history: list[dict], heading: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
     left.plot(epochs, [row["val_loss"] for row in history], marker=".", label="validation")
-    left.set(xlabel="epoch", ylabel="loss: mean squared error of z-scores + quantisation", yscale="log")
+    left.set(xlabel="epoch", ylabel="loss (z-scores squared)", yscale="log")
     left.legend()
     right.plot(epochs, [row["val_ssim"] for row in history], marker=".", color="C2")
-    right.set(xlabel="epoch", ylabel="validation ssim (range of the original, Gaussian window)")
+    right.set(xlabel="epoch", ylabel="validation ssim")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(heading, fontsize=10)
