@@ -630,10 +630,10 @@ def load_split(
             "train, validate, test, a fit of resize, crop, and 1 to 256 planes."
         )
     if not source.splits.get(split):
-        found = ", ".join(f"{name} ({len(files):,} files)" for name, files in source.splits.items())
+        found = "\n".join(_describe(source.root))
         raise DataError(
-            f"the {split} split of {source.root} is missing or empty, found only {found}; "
-            f"{EXPECTED}\nAdd files for {split}, or point --data elsewhere."
+            f"the {split} split of {source.root} is missing or empty. Found:\n{found}\n{EXPECTED}\n"
+            f"Name or fill the folder of {split} so, or point --data elsewhere."
         )
     recipe = _Preprocessing(source.form, fit, planes if source.form == "3D" else 1)
     pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)
