@@ -28,6 +28,7 @@ clean:                     ## remove the environment, the sample data and caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or later is needed, this is %s; name one: make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@

@@ -134,6 +134,8 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
         return folder, args, None
 
     folder = runs_dir / given["name"] if "name" in given else newest_unfinished(runs_dir)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no run to go on with; start one without --resume, or check --name")
     saved = utils.load_json(folder / "config.json").get("arguments", {})
     changed = sorted(key for key in given.keys() - RESUMABLE if given[key] != saved.get(key))
     if changed:

@@ -365,7 +365,10 @@ def test_resume_refuses_to_become_another_run(tmp_path, run_here):
     (tmp_path / "runs" / "a" / "last.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="can't be read"):
         run_here("--epochs 2 --resume --name a")
+    (tmp_path / "runs" / "a" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json can't be read"):
+        run_here("--resume --name a")
+    with pytest.raises(UserError, match="nowhere holds no run"):
         run_here("--resume --name nowhere")
 
 
