@@ -585,6 +585,11 @@ class Slices(torch.utils.data.Dataset):
         self.mean, self.std = torch.from_numpy(records["mean"].copy()).float(), torch.from_numpy(std).float()
         self.constant = torch.from_numpy(~varied)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the slices' number, order and contents, not with the folder that they lie in."""
+        return hashlib.sha256(torch.stack([self.mean, self.std]).numpy().tobytes()).hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -630,10 +635,13 @@ def load_split(
             "train, validate, test, a fit of resize, crop, and 1 to 256 planes."
         )
     if not source.splits.get(split):
-        found = "\n".join(_describe(source.root))
+        found, cases = "\n".join(_describe(source.root)), HIPMRI_CASES[split]
+        advice = f"Name or fill the folder of {split} so"
+        if source.form == "3D":
+            advice = f"Add volumes of the cases {cases[0]:03d} to {cases[-1]:03d}, which are {split}"
         raise DataError(
             f"the {split} split of {source.root} is missing or empty. Found:\n{found}\n{EXPECTED}\n"
-            f"Name or fill the folder of {split} so, or point --data elsewhere."
+            f"{advice}, or point --data elsewhere."
         )
     recipe = _Preprocessing(source.form, fit, planes if source.form == "3D" else 1)
     pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)

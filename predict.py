@@ -134,7 +134,11 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
     order = ssim.masked_fill(data.constant, torch.inf).argsort()[: int((~data.constant).sum())]  # worst first
     middle = len(order) // 2
     groups = {"worst": order[:2], "median": order[max(middle - 1, 0) : middle + 1], "best": order[-2:]}
-    chosen = {int(i): label for label, group in groups.items() for i in group}  # few slices: each is shown once
+    labels: dict[int, str] = {}
+    for label in ("worst", "best", "median"):  # of few slices each is shown once
+        for i in groups[label].tolist():
+            labels.setdefault(i, label)
+    chosen = {i: labels[i] for i in order.tolist() if i in labels}  # worst first
     indices = torch.tensor(list(chosen))
     originals = data.batch(indices)
     output = model(originals.to(device))

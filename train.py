@@ -144,7 +144,8 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
     args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
     checkpoint = last_checkpoint(folder)
     if checkpoint and checkpoint["epochs_done"] >= args["epochs"]:
-        raise UserError(f"{folder} has finished its {args['epochs']} epochs; give more --epochs, or a new --name")
+        done = checkpoint["epochs_done"]
+        raise UserError(f"{folder} has finished {done} epochs; give --epochs more than that, or a new --name")
     return folder, args, checkpoint
 
 
@@ -196,8 +197,8 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
 class Run:
     """What a run consists of: folder, arguments, model, optimizer, and how far it has come."""
 
-    def __init__(self, folder: Path, args: dict, slices: dict[str, int]):
-        self.folder, self.args, self.slices = folder, args, slices
+    def __init__(self, folder: Path, args: dict, fingerprint: str):
+        self.folder, self.args, self.fingerprint = folder, args, fingerprint  # of the training and validation slices
         self.device = utils.pick_device(args["device"])
         self.precision = utils.pick_precision(args["precision"], self.device)
         torch.manual_seed(args["seed"])
@@ -214,14 +215,14 @@ class Run:
             "format": CHECKPOINT_FORMAT, "model_args": self.model.arguments, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "epochs_done": self.epochs_done, "history": self.history,
             "best_ssim": self.best_ssim, "steps_done": self.steps_done, "seconds": self.seconds,
-            "loss_sums": self.loss_sums, "slices": self.slices,
+            "loss_sums": self.loss_sums, "fingerprint": self.fingerprint,
         }  # fmt: skip
         utils.save_checkpoint(self.folder / name, checkpoint)
 
     def restore(self, checkpoint: dict) -> None:
-        if checkpoint["slices"] != self.slices:
-            data, expected = self.args["data"], checkpoint["slices"]
-            raise UserError(f"{self.folder} was trained on {expected} slices, {data} has {self.slices}; name the same")
+        if checkpoint["fingerprint"] != self.fingerprint:
+            data = self.args["data"]
+            raise UserError(f"{self.folder} was trained on other slices than {data} holds; name the same with --data")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds"):
@@ -394,7 +395,8 @@ def fit(run: Run, train: dataset.Slices, validation: dataset.Slices) -> int:
             bar.set_description(f"epoch {run.epochs_done + 1}/{epochs}")
             train_epoch(run, train, bar, interrupted)
             if interrupted:
-                run.save("last.pt")
+                if run.loss_sums.isfinite().all():  # else the last epoch's end is better
+                    run.save("last.pt")
                 return interrupted[0]
             row = end_epoch(run, train, validation)
             bar.write(
@@ -418,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     check_arguments(args)
     utils.keep_freed_memory()
     train, validation = load_data(args, given)
-    run = Run(folder, args, {"train": len(train), "validate": len(validation)})
+    run = Run(folder, args, f"{train.fingerprint} {validation.fingerprint}")
     if checkpoint:
         run.restore(checkpoint)
     else:
@@ -429,12 +431,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"name": folder.name, "arguments": args, "slices": run.slices, "bits_per_pixel": run.model.bits_per_pixel}
+    slices = {"train": len(train), "validate": len(validation)}
+    config = {"name": folder.name, "arguments": args, "slices": slices, "bits_per_pixel": run.model.bits_per_pixel}
     config |= {"device": utils.describe_device(run.device), "precision": run.precision, "versions": utils.versions()}
     utils.save_json(folder / "config.json", config)
     number = fit(run, train, validation)
     if number:
-        print(f"stopped in epoch {run.epochs_done + 1}, saved at the step; to go on:")
+        print(f"stopped in epoch {run.epochs_done + 1}; to go on:")
         print("    " + utils.command("train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name))
         return 128 + number
     print(f"best validation ssim {run.best_ssim:.4f}; the plots are in {folder}; next, the test split:")

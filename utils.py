@@ -102,7 +102,10 @@ def command(script: str, *arguments) -> str:
         return str(path) if relative.startswith("..") else relative
 
     python = "python" if shutil.which("python") == sys.executable else from_here(sys.executable)
-    return shlex.join([python, from_here(Path(__file__).with_name(script)), *map(str, arguments)])
+    words = [python, from_here(Path(__file__).with_name(script)), *map(str, arguments)]
+    if os.name != "nt":
+        return shlex.join(words)
+    return ("& " if " " in python else "") + subprocess.list2cmdline(words)  # PowerShell calls a quoted path so
 
 
 def versions() -> dict[str, str]:
@@ -363,7 +366,8 @@ def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str
     figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 3.2), sharey=True, layout="constrained")
     for axis, (name, values) in zip(np.atleast_1d(axes), scores.items(), strict=True):
         values = values[np.isfinite(values)]
-        axis.hist(values, bins=min(40, max(5, len(values) // 3)), color="0.4")
+        limits = (values.min() - 1e-3, values.max() + 1e-3)  # not empty where all slices score alike
+        axis.hist(values, bins=min(40, max(5, len(values) // 3)), range=limits, color="0.4")
         axis.axvline(values.mean(), color="C3", label=f"mean {values.mean():.3f}")
         axis.set(xlabel=name)
         axis.legend(fontsize=8)

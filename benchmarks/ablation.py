@@ -35,6 +35,11 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
     run = args.runs_dir / args.data.resolve().name / name
     command = ["train.py", "--data", args.data, "--runs-dir", run.parent, "--name", name, *flags]
     epochs_done = len((run / "metrics.csv").read_text().splitlines()) - 1 if (run / "metrics.csv").exists() else 0
+    if epochs_done:
+        trained_on = Path(json.loads((run / "config.json").read_text())["arguments"]["data"])
+        data = args.data.resolve()  # train.py may have found the slices below it, or one level above
+        if data not in (trained_on, *trained_on.parents) and data.parent != trained_on:
+            sys.exit(f"{run} was trained on {trained_on}, not on {args.data}: name another --runs-dir")
     if epochs_done < args.epochs:
         execute(command + (["--resume"] if (run / "config.json").exists() else []))
     if not (run / "test" / "metrics.json").exists():
@@ -56,7 +61,9 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
 
 
 def execute(command: list) -> None:
-    subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], check=True)
+    done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # the script has said why
 
 
 def table(results: list[dict]) -> str:
@@ -99,8 +106,8 @@ def main() -> None:
         for variant in args.variants:
             results.append(run_once(args, variant, seed))
             results.sort(key=lambda row: (args.variants.index(row["variant"]), row["seed"]))
-            out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-            out.with_suffix(".md").write_text(table(results), encoding="utf-8")
+            Path(f"{out}.json").write_text(json.dumps(results, indent=1) + "\n")
+            Path(f"{out}.md").write_text(table(results), encoding="utf-8")
     print(table(results))
 
 

@@ -35,11 +35,11 @@ def small() -> list[str]:
 
 @pytest.fixture
 def real_data() -> Path:
-    """A folder of real slices in HipMRI's 2D form, $HIPMRI_REAL_DATA; without it the test is skipped."""
-    folder = os.environ.get("HIPMRI_REAL_DATA")
-    if not folder:
-        pytest.skip("$HIPMRI_REAL_DATA isn't set: this test needs real slices, which are not in the repo")
-    return Path(folder)
+    """$HIPMRI_REAL_DATA: its folder prostatex/ holds real slices in HipMRI's 2D form. Without it, a skip."""
+    folder = Path(os.environ.get("HIPMRI_REAL_DATA") or "not set")
+    if not (folder / "prostatex").is_dir():
+        pytest.skip(f"$HIPMRI_REAL_DATA is {folder}, without a folder prostatex: real slices are not in the repo")
+    return folder
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ def test_a_variant_is_trained_evaluated_and_tabled(tmp_path, write_slices):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "epoch 1" not in done.stdout
+    other = write_slices(tmp_path / "elsewhere" / "data", train=3, validate=2, test=2)
+    done = subprocess.run([str(other if word is data else word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 1 and "name another --runs-dir" in done.stderr
     (row,) = json.loads(out.with_suffix(".json").read_text())
     run = tmp_path / "runs" / "data" / "document_epochs_1_seed_0"
     assert row["test"]["ssim"] == json.loads((run / "test" / "metrics.json").read_text())["ssim"]

@@ -39,7 +39,7 @@ def unit(image: np.ndarray) -> np.ndarray:
 
 def run(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, phantom.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 # --- determinism --------------------------------------------------------------------------------------------

@@ -122,6 +122,14 @@ def test_other_data_can_be_named(trained, tmp_path, write_slices, capsys):
     assert json.loads((trained / "test" / "metrics.json").read_text())["slices"] == 3
 
 
+def test_figures_of_a_single_slice_and_of_equal_scores(trained, tmp_path, write_slices):
+    for count in (1, 2, 3):
+        data = write_slices(tmp_path / str(count), test=count)
+        assert predict.main(["--run", str(trained), "--data", str(data)]) == 0
+    utils.plot_score_histogram(tmp_path / "a.png", {"ssim": torch.tensor([0.5, 0.50000006]).numpy()}, "equal")
+    assert (tmp_path / "a.png").exists()
+
+
 @pytest.mark.parametrize("embeddings", [1, 2, 16])
 def test_code_colours(embeddings):
     model = VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=2, num_embeddings=embeddings)

@@ -3,7 +3,7 @@
 import json
 import shlex
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -218,6 +218,14 @@ def test_commands_can_be_pasted(tmp_path, monkeypatch):
         assert printed[-2:] == ["--name", "my run"]
         assert Path(printed[1]).samefile(Path(utils.__file__).with_name("train.py"))
         assert subprocess.run([printed[0], "-c", "import torch"], check=False).returncode == 0
+
+
+def test_commands_are_for_the_shell_of_the_system(monkeypatch):
+    monkeypatch.setattr(utils.os, "name", "nt")
+    monkeypatch.setattr(utils, "Path", PurePosixPath)  # a WindowsPath can't be made here
+    monkeypatch.setattr(utils.sys, "executable", r"C:\My Tools\python.exe")
+    assert utils.command("train.py", "--name", r"runs\a").startswith(r'& "C:\My Tools\python.exe" ')
+    assert utils.command("train.py", "--name", r"runs\a").endswith(r" --name runs\a")
 
 
 def test_device_that_is_not_there():
