@@ -184,7 +184,7 @@ class VectorQuantizer(nn.Module):
         weight[0] = vectors[0]
         distance = (vectors - weight[0]).square().sum(1)  # (N,), to the nearest centre so far
         for k in range(1, self.num_embeddings):
-            draw = torch.rand((), generator=generator, dtype=torch.float64).to(distance.device, distance.dtype)
+            draw = torch.rand((), generator=generator, dtype=torch.float64).float().to(distance.device)
             total = distance.cumsum(0)
             weight[k] = vectors[torch.searchsorted(total, draw * total[-1]).clamp_max(len(vectors) - 1)]
             distance = torch.minimum(distance, (vectors - weight[k]).square().sum(1))
