@@ -55,8 +55,10 @@ _SPLIT_OF |= {"validation": "validate", "test": "test", "testing": "test"}
 _NIFTI = re.compile(r"\.nii(?:\.gz)?$", re.I)
 _MASK = re.compile(r"seg_|.*semantic", re.I)
 _NAME = re.compile(r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I)
-_SLICE = {"row": "i8", "file": "i8", "plane": "i8", "scale": "f8", "low": "f8", "mean": "f8", "std": "f8"}
-_SLICE = np.dtype(list((_SLICE | {"constant": "?", "height": "i8", "width": "i8"}).items()))
+_SLICE = np.dtype([
+    ("row", "i8"), ("file", "i8"), ("plane", "i8"), ("scale", "f8"), ("low", "f8"), ("mean", "f8"), ("std", "f8"),
+    ("constant", "?"), ("height", "i8"), ("width", "i8"),
+])  # fmt: skip
 _BAD = np.dtype([("file", "i8"), ("reason", "U200")])
 
 # nibabel logs every odd but harmless header field: thousands of lines for one data set.

@@ -260,17 +260,13 @@ class VQVAE(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, device: str | torch.device = "cpu") -> VQVAE:
         """The model of a run's `best.pt` or `last.pt`, in eval mode. Raises `CheckpointError`."""
-        return cls.from_state(load_checkpoint(path, device), path).to(device).eval()
-
-    @classmethod
-    def from_state(cls, checkpoint: dict, path="checkpoint") -> VQVAE:
-        """The model of a loaded checkpoint; `path` is for the error message. Raises `CheckpointError`."""
+        checkpoint = load_checkpoint(path, device)
         try:
             model = cls(**checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"])
         except (TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this version's VQVAE: {error}") from None
-        return model
+        return model.to(device).eval()
 
 
 class CheckpointError(ValueError):
