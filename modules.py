@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRIDE = 4  # pixels of the slice a side of one code: two convolutions of stride 2
 CHECKPOINT_FORMAT = 1
 
 
@@ -46,41 +45,71 @@ class ResidualStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Slice (B, 1, H, W) -> one vector a code position, (B, D, H/4, W/4)."""
+    """Slice (B, 1, H, W) -> one vector a code position, (B, D, H/stride, W/stride).
 
-    def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int):
+    Strides over 4 halve further, after the residual stack.
+    """
+
+    def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, stride: int = 4):
         super().__init__()
         self.conv1 = nn.Conv2d(1, channels, kernel_size=4, stride=2, padding=1)
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
+        if halvings := _halvings_beyond_4(stride):
+            self.down = nn.ModuleList(nn.Conv2d(channels, channels, 4, stride=2, padding=1) for _ in range(halvings))
         self.conv2 = nn.Conv2d(channels, embedding_dim, kernel_size=4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 1, H, W)
         x = F.relu(self.conv1(x))  # (B, C, H/2, W/2)
-        return self.conv2(self.residual_stack(x))  # (B, D, H/4, W/4)
+        x = self.residual_stack(x)
+        for conv in getattr(self, "down", ()):
+            x = conv(F.relu(x))  # (B, C, H/4, W/4), ...
+        return self.conv2(x)  # (B, D, H/stride, W/stride)
 
 
 class Decoder(nn.Module):
-    """Quantised vectors (B, D, h, w) -> slice (B, 1, 4h, 4w); no output activation, since z-scores have no bounds."""
+    """Quantised vectors (B, D, h, w) -> slice (B, 1, stride h, stride w), unbounded as z-scores are.
 
-    def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int):
+    refine_channels: with them, the last convolution is one more, at the slice's own resolution.
+    """
+
+    def __init__(
+        self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, stride: int = 4,
+        refine_channels: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.conv1 = nn.ConvTranspose2d(embedding_dim, channels, kernel_size=4, stride=2, padding=1)
+        if doublings := _halvings_beyond_4(stride):
+            self.up = nn.ModuleList(
+                nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) for _ in range(doublings)
+            )
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
-        self.conv2 = nn.ConvTranspose2d(channels, 1, kernel_size=4, stride=2, padding=1)
+        self.conv2 = nn.ConvTranspose2d(channels, refine_channels or 1, kernel_size=4, stride=2, padding=1)
+        if refine_channels:
+            self.conv3 = nn.Conv2d(refine_channels, 1, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D, h, w)
         x = F.relu(self.conv1(x))  # (B, C, 2h, 2w)
-        return self.conv2(self.residual_stack(x))  # (B, 1, 4h, 4w)
+        for conv in getattr(self, "up", ()):
+            x = F.relu(conv(x))  # (B, C, 4h, 4w), ...
+        x = self.conv2(self.residual_stack(x))  # (B, 1 or refine_channels, stride h, stride w)
+        return self.conv3(F.relu(x)) if hasattr(self, "conv3") else x
+
+
+def _halvings_beyond_4(stride: int) -> int:
+    """How many convolutions of stride 2 it takes more than a stride of 4. Raises ValueError where none fit."""
+    if stride < 4 or stride & (stride - 1):
+        raise ValueError(f"stride is {stride}; expected 4, 8, 16 or another power of two")
+    return stride.bit_length() - 3
 
 
 class Quantized(NamedTuple):
     """What `VectorQuantizer` returns."""
 
     quantized: Tensor  # (B, D, h, w) float32, nearest embeddings; gradients pass straight to the input
-    indices: Tensor  # (B, h, w) int64, which embedding
+    indices: Tensor  # (B, h, w) int64, which embedding; of several codebooks (B, h, w, num_codebooks)
     codebook_loss: Tensor  # (), ||sg[z] - e||^2: moves the embeddings; 0 when they follow by moving average
     commitment_loss: Tensor  # (), ||z - sg[e]||^2: moves the encoder; not yet times `commitment_cost`
-    counts: Tensor  # (K,) float32, how many of the B h w vectors took each embedding
+    counts: Tensor  # (num_codebooks K,) float32, how many of the B h w vectors took each embedding
 
 
 class VectorQuantizer(nn.Module):
@@ -91,6 +120,9 @@ class VectorQuantizer(nn.Module):
     restart_below: with "ema", a code used less than this share of the mean use starts again from a vector of
         the batch, together with its moving averages (else the next update would take it straight back); 0: never.
 
+    num_codebooks: over 1, `rest` quantises what this codebook leaves over, with one codebook fewer (residual
+        quantisation, arXiv 2107.03312); losses add up, and so do embeddings.
+
     A codebook starts at uniform(-1/K, 1/K), the usual default, under which nearly all codes lose to the few
     that happen to lie nearest; `initialize` starts it from data instead. All arithmetic is float32, also under
     autocast: half precision overflows in the squared distances.
@@ -98,7 +130,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, codebook: str = "gradient", decay: float = 0.99,
-        restart_below: float = 0.0,
+        restart_below: float = 0.0, num_codebooks: int = 1,
     ):  # fmt: skip
         super().__init__()
         if codebook not in ("gradient", "ema"):
@@ -114,6 +146,11 @@ class VectorQuantizer(nn.Module):
             # Counts and sums start consistent (sum / count = embedding): with counts at 0, unused codes explode.
             self.register_buffer("ema_count", torch.ones(num_embeddings))  # (K,)
             self.register_buffer("ema_sum", self.embedding.weight.detach().clone())  # (K, D)
+        self.num_codebooks = num_codebooks
+        if num_codebooks > 1:
+            self.rest = VectorQuantizer(
+                num_embeddings, embedding_dim, codebook, decay, restart_below, num_codebooks - 1
+            )
 
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, D, h, w), of any float type."""
@@ -130,8 +167,23 @@ class VectorQuantizer(nn.Module):
                 codebook_loss = torch.zeros_like(commitment_loss)
                 if self.training:
                     self._update(flat.detach(), indices, counts, quantized.detach())
+            indices = indices.view(z.shape[:-1])  # (B, h, w)
+            if self.num_codebooks > 1:
+                rest = self.rest((flat - quantized.detach()).view_as(z).movedim(-1, 1))
+                quantized = quantized + rest.quantized.movedim(1, -1).reshape(-1, self.embedding_dim)
+                indices = torch.cat([indices[..., None], rest.indices.view(*indices.shape, -1)], -1)
+                codebook_loss = codebook_loss + rest.codebook_loss
+                commitment_loss = commitment_loss + rest.commitment_loss
+                counts = torch.cat([counts, rest.counts])
             quantized = (flat + (quantized - flat).detach()).view_as(z).movedim(-1, 1)
-        return Quantized(quantized, indices.view(z.shape[:-1]), codebook_loss, commitment_loss, counts)
+        return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Indices as in `Quantized` -> the vectors that they stand for, (B, D, h, w)."""
+        if self.num_codebooks == 1:
+            return self.embedding(indices).movedim(-1, 1)
+        rest = indices[..., 1] if self.num_codebooks == 2 else indices[..., 1:]
+        return self.embedding(indices[..., 0]).movedim(-1, 1) + self.rest.embed(rest)
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Index of the nearest embedding of each vector: (N, D) -> (N,) int64. Blocks bound the (N, K) distances."""
@@ -195,6 +247,8 @@ class VectorQuantizer(nn.Module):
         if self.codebook == "ema":
             self.ema_count.fill_(1)
             self.ema_sum.copy_(weight)
+        if self.num_codebooks > 1:
+            self.rest.initialize(vectors - weight[self.nearest(vectors)], iterations, generator)
 
 
 class Output(NamedTuple):
@@ -207,28 +261,57 @@ class Output(NamedTuple):
     counts: Tensor
 
 
+def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """1 - SSIM (Wang et al. 2004), mean over windows inside the slices: (B, 1, H, W) twice -> ().
+
+    Gaussian window 11, sigma 1.5; both scaled as each original fills [0, 1]. The blur along an axis is a product with a
+    banded matrix: on a CPU several times as fast as a convolution of one channel.
+    """
+    taps = torch.exp(-((torch.arange(11, device=images.device) - 5.0) ** 2) / (2 * 1.5**2))
+    rows, columns = (_band(taps / taps.sum(), size) for size in images.shape[-2:])
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    x, y = ((pixels.float() - low) / (high - low).clamp_min(1e-3) for pixels in (reconstructions, images))
+    with torch.autocast(images.device.type, enabled=False):  # variances are differences of nearly equal numbers
+        mean_x, mean_y, xx, yy, xy = (rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T).unbind()
+    c1, c2 = 0.01**2, 0.03**2  # for a data range of 1
+    variance_x, variance_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    similar_means = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return 1 - (similar_means * (2 * covariance + c2) / (variance_x + variance_y + c2)).mean()
+
+
+def _band(taps: Tensor, size: int) -> Tensor:
+    """The matrix that slides `taps` (T,) along an axis of `size`, where they fit: (size - T + 1, size)."""
+    place = torch.arange(size, device=taps.device)
+    offset = place - place[: size - len(taps) + 1, None]  # how far column is right of row
+    return torch.where((offset >= 0) & (offset < len(taps)), taps[offset.clamp(0, len(taps) - 1)], 0.0)
+
+
 class VQVAE(nn.Module):
     """Encoder, vector quantiser and decoder. `VQVAE()` is the source document's model, 0.81 GMAC a slice.
 
     hidden_channels: twice the width of the residual stacks; `residual_channels` is the width inside a layer.
-    The other arguments are `VectorQuantizer`'s.
+    stride: pixels of the slice a side of one code position: 4, 8, 16. ssim_weight: of `ssim_loss` in the loss.
+    The other arguments are `Decoder`'s and `VectorQuantizer`'s.
     """
 
     def __init__(
         self, hidden_channels: int = 64, residual_channels: int = 32, num_residual_layers: int = 2,
-        embedding_dim: int = 64, num_embeddings: int = 512, commitment_cost: float = 0.25,
+        refine_channels: int = 0, stride: int = 4, embedding_dim: int = 64, num_embeddings: int = 512,
+        num_codebooks: int = 1, commitment_cost: float = 0.25, ssim_weight: float = 0.0,
         codebook: str = "gradient", ema_decay: float = 0.99, restart_below: float = 0.0,
     ):  # fmt: skip
         self.arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.commitment_cost = commitment_cost
+        self.stride, self.commitment_cost, self.ssim_weight = stride, commitment_cost, ssim_weight
         widths = (hidden_channels // 2, residual_channels, num_residual_layers, embedding_dim)
-        self.encoder = Encoder(*widths)
-        self.vector_quantization = VectorQuantizer(num_embeddings, embedding_dim, codebook, ema_decay, restart_below)
-        self.decoder = Decoder(*widths)
+        self.encoder = Encoder(*widths, stride)
+        self.vector_quantization = VectorQuantizer(
+            num_embeddings, embedding_dim, codebook, ema_decay, restart_below, num_codebooks
+        )
+        self.decoder = Decoder(*widths, stride, refine_channels)
 
     def forward(self, images: Tensor) -> Output:
-        """images: (B, 1, H, W), H and W divisible by 4."""
+        """images: (B, 1, H, W), H and W divisible by the stride."""
         quantized, *rest = self.vector_quantization(self.encoder(images))
         return Output(self.decoder(quantized), *rest)
 
@@ -238,24 +321,27 @@ class VQVAE(nn.Module):
         The commitment cost beta multiplies the term whose gradient reaches the encoder.
         """
         reconstruction = F.mse_loss(output.reconstruction.float(), images)
+        if self.ssim_weight:
+            reconstruction = reconstruction + self.ssim_weight * ssim_loss(output.reconstruction, images)
         return reconstruction, output.codebook_loss + self.commitment_cost * output.commitment_loss
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) -> (B, H/4, W/4) int64 codes in 0..K-1."""
+        """(B, 1, H, W) -> (B, h, w) int64 codes in 0..K-1; of several codebooks (B, h, w, num_codebooks)."""
         return self.vector_quantization(self.encoder(images)).indices
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """(B, D, h, w) embeddings -> (B, 1, 4h, 4w)."""
+        """(B, D, h, w) embeddings -> (B, 1, stride h, stride w)."""
         return self.decoder(quantized)
 
     def decode_codes(self, indices: Tensor) -> Tensor:
-        """(B, h, w) int64 codes -> (B, 1, 4h, 4w)."""
-        return self.decode(self.vector_quantization.embedding(indices).movedim(-1, 1))
+        """Codes as `encode` returns them -> (B, 1, stride h, stride w)."""
+        return self.decode(self.vector_quantization.embed(indices))
 
     @property
     def bits_per_pixel(self) -> float:
-        """log2 K bits a code of fixed length, over the pixels that one code covers."""
-        return math.log2(self.vector_quantization.num_embeddings) / STRIDE**2
+        """log2 K bits a code of fixed length, over the pixels that one code position covers."""
+        quantizer = self.vector_quantization
+        return quantizer.num_codebooks * math.log2(quantizer.num_embeddings) / self.stride**2
 
     @classmethod
     def from_checkpoint(cls, path, device: str | torch.device = "cpu") -> VQVAE:

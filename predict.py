@@ -151,9 +151,10 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
     used, perplexity = utils.code_use(counts)
     heading = f"{title}; {used} of {len(counts)} used, perplexity {perplexity:.0f}"
     utils.plot_code_use(folder / "code_use.png", counts, heading)
+    first_codes = output.indices.reshape(*output.indices.shape[:3], -1)[..., 0]  # of several codebooks, the first
     one = list(chosen.values()).index("median") if "median" in chosen.values() else 0
     utils.plot_code_map(
-        folder / "code_map.png", originals[one], reconstructions[one], output.indices[one], code_colours(model),
+        folder / "code_map.png", originals[one], reconstructions[one], first_codes[one], code_colours(model),
         f"{data.names[int(indices[one])]}, ssim {ssim[indices[one]]:.3f}; codes of like embeddings share a colour",
     )  # fmt: skip
 

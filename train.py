@@ -35,26 +35,30 @@ SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
 
 # The recipes. "document" is the source document's training; its one departure is a codebook that starts from
 # data. "tuned" spends the same bits, batches and epochs on what makes the model learn faster and better.
-ANY, SOME = (0, 1e9), (1, 1e9)
+ANY, SOME = (0, 1e9), (1, 1e9)  # bounds; a list is of choices
 RECIPES = {
     # flag                  document    tuned     allowed                 help
     "epochs":              (100,        100,      SOME,                   "passes over the training split"),
     "batch_size":          (16,         16,       SOME,                   "slices a step"),
-    "learning_rate":       (1e-4,       1e-3,     ANY,                    "Adam's; with a schedule, its peak"),
-    "schedule":            ("constant", "cosine", ("constant", "cosine"), "of the learning rate; cosine ends at 0"),
+    "learning_rate":       (1e-4,       2e-3,     ANY,                    "Adam's; with a schedule, its peak"),
+    "schedule":            ("constant", "cosine", ["constant", "cosine"], "of the learning rate; cosine ends at 0"),
     "warmup":              (0.0,        0.05,     (0, 1),                 "share of steps in which it rises from 0"),
     "clip_grad_norm":      (0.0,        1.0,      ANY,                    "longest gradient of a step; 0: any"),
     "augment":             (False,      True,     None,                   "flip training slices at random"),
-    "codebook":            ("gradient", "ema",    ("gradient", "ema"),    "how it moves; ema: moving averages"),
-    "codebook_init":       ("kmeans",   "kmeans", ("kmeans", "uniform"),  "from data; uniform collapses"),
+    "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
+    "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
+    "codebook_init":       ("kmeans",   "kmeans", ["kmeans", "uniform"],  "from data; uniform collapses"),
     "ema_decay":           (0.99,       0.99,     (0, 1),                 "of an ema codebook's averages"),
     "restart_below":       (0.0,        0.1,      ANY,                    "share of mean use; rarer ema codes restart"),
     "commitment_cost":     (0.25,       0.25,     ANY,                    "beta: ties the encoder to the codebook"),
+    "stride":              (4,          4,        [4, 8, 16],             "pixels a side of one code position"),
+    "num_codebooks":       (1,          1,        (1, 64),                "codes a position; each takes what is left"),
     "num_embeddings":      (512,        512,      SOME,                   "K, the number of codes"),
     "embedding_dim":       (64,         64,       SOME,                   "D, the length of an embedding"),
     "hidden_channels":     (64,         64,       (2, 1e9),               "twice the width of the residual stacks"),
     "residual_channels":   (32,         32,       SOME,                   "width inside a residual layer"),
     "num_residual_layers": (2,          2,        ANY,                    "layers in a residual stack"),
+    "refine_channels":     (0,          16,       ANY,                    "of one more, full-size convolution"),
 }  # fmt: skip
 DEFAULTS = {
     "data": None, "fit": "resize", "planes": 60, "skip_bad_files": False, "cache_dir": None, "recipe": "tuned",
@@ -91,8 +95,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict:
         options = {"type": type(tuned), "metavar": "X"}
         if isinstance(tuned, bool):
             options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(tuned, str):
-            options = {"choices": allowed}
+        elif isinstance(allowed, list):
+            options = {"choices": allowed, "type": type(tuned)}
         group.add_argument(flag_name(name), help=f"{text} ({tuned} | {document})", **options)
     return vars(parser.parse_args(argv))
 
@@ -112,7 +116,7 @@ def with_defaults(recipe: str, given: dict) -> dict:
 
 def check_arguments(args: dict) -> None:
     """Refuse, before any work, the values that could only fail later."""
-    bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[1], int | float) and row[2]}
+    bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
     for name, (low, high) in (bounds | {"plot_every": SOME, "planes": (1, 256), "seed": (0, 2**40)}).items():
         if not low <= args[name] <= high:
             raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
@@ -364,7 +368,8 @@ def announce(run: Run, train: dataset.Slices, validation: dataset.Slices) -> Non
     seconds = steps * seconds_a_step(run, train)
     print(f"data: {args['data']}: {len(train)} training and {len(validation)} validation slices of 256 x 128")
     print(
-        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {args['num_embeddings']} codes, "
+        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{args['num_codebooks']} x {args['num_embeddings']} codes, "
         f"{model.bits_per_pixel:.4f} bits per pixel (each slice's mean and deviation, apart: 0.001)"
     )
     print(

@@ -288,19 +288,19 @@ def code_use(counts: Tensor) -> tuple[int, float]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data, batch_size: int, device: torch.device, names=("ssim", "psnr"), progress=iter):
-    """Reconstruct a whole split: ({score: (N,)}, counts of use (K,), mean loss); constant slices score NaN.
+    """Reconstruct a whole split: ({score: (N,)}, counts of use of all codes, mean loss); constant slices score NaN.
 
     data: has `len`, `batch(indices)` and `constant`, as dataset.Slices. Nothing depends on the batch size.
     """
     was_training = model.training
     model.eval()
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
-    counts = torch.zeros(model.vector_quantization.num_embeddings, dtype=torch.long)
+    counts = torch.zeros((), dtype=torch.long)
     loss = torch.zeros((), device=device)
     for indices in progress(torch.arange(len(data)).split(batch_size)):
         images = data.batch(indices).to(device)
         output = model(images)
-        counts += output.counts.cpu().long()
+        counts = counts + output.counts.cpu().long()
         loss += sum(model.loss(images, output)) * len(images)
         for name, values in slice_scores(images, output.reconstruction, names).items():
             columns[name].append(values.cpu())

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modules
+import utils
 from modules import VQVAE, CheckpointError, VectorQuantizer, load_checkpoint
 
 SMALL = {"hidden_channels": 16, "residual_channels": 8, "embedding_dim": 8, "num_embeddings": 32}
@@ -88,6 +89,48 @@ def test_forward_is_decode_after_encode():
     torch.testing.assert_close(model.encode(x), output.indices)
 
 
+@pytest.mark.parametrize(
+    ("stride", "num_codebooks", "rate"), [(4, 2, 1.125), (8, 2, 0.28125), (8, 1, 0.140625), (16, 2, 0.0703125)]
+)
+@pytest.mark.parametrize("codebook", ["gradient", "ema"])
+def test_other_rates_follow_from_stride_and_codebooks(stride, num_codebooks, rate, codebook):
+    model = VQVAE(stride=stride, num_codebooks=num_codebooks, codebook=codebook, **SMALL | {"num_embeddings": 512})
+    x = images(1, (256, 128))
+    output = model(x)
+    shape = (1, 256 // stride, 128 // stride)
+    assert output.indices.shape == (shape if num_codebooks == 1 else (*shape, num_codebooks))
+    assert output.indices.numel() * 9 / x.numel() == model.bits_per_pixel == rate
+    assert output.counts.shape == (num_codebooks * 512,) and output.counts.sum() == output.indices.numel()
+    model.eval()
+    torch.testing.assert_close(model.decode_codes(model.encode(x)), model(x).reconstruction)
+
+
+def test_each_codebook_quantises_what_is_left():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 4, num_codebooks=3)
+    z = torch.randn(2, 4, 16, 16)
+    quantizer.initialize(z.movedim(1, -1).reshape(-1, 4), generator=torch.Generator().manual_seed(0))
+    result = quantizer(z)
+    left, level, losses = z, quantizer, []
+    for codebook in range(3):
+        embedded = level.embedding(result.indices[..., codebook]).movedim(-1, 1)
+        assert torch.equal(level.nearest(left.movedim(1, -1).reshape(-1, 4)), result.indices[..., codebook].flatten())
+        left = left - embedded
+        losses.append(left.square().mean())
+        level = level.rest if codebook < 2 else None
+    assert losses[0] > 2 * losses[1] > 4 * losses[2]
+    torch.testing.assert_close(result.quantized, z - left)
+    torch.testing.assert_close(quantizer.embed(result.indices), z - left)
+    torch.testing.assert_close(result.commitment_loss, sum(losses))
+
+
+def test_refinement_is_one_convolution_at_full_size():
+    model, plain = VQVAE(**SMALL, refine_channels=6), VQVAE(**SMALL)
+    assert model(images()).reconstruction.shape == (2, 1, 32, 32)
+    assert model.decoder.conv2.out_channels == 6 and str(model.decoder.conv3).startswith("Conv2d(6, 1, kernel_size=(3")
+    assert not hasattr(plain.decoder, "conv3")
+
+
 def test_multiply_adds_are_the_designs():
     """0.747 GMAC of convolutions and 0.067 for the nearest-code search, counted by hooks."""
     model, macs = VQVAE(), []
@@ -117,6 +160,9 @@ def test_arguments_that_make_no_sense_are_refused():
         VQVAE(codebook="kmeans")
     with pytest.raises(ValueError, match="restart_below needs codebook 'ema'"):
         VQVAE(restart_below=0.1)
+    for stride in (2, 6):
+        with pytest.raises(ValueError, match=f"stride is {stride}; expected 4, 8, 16"):
+            VQVAE(stride=stride)
     with pytest.raises(ValueError, match="10 vectors can't start 32 codes"):
         VectorQuantizer(32, 4).initialize(torch.randn(10, 4))
 
@@ -184,6 +230,33 @@ def test_commitment_cost_is_on_the_encoders_term():
     assert fails(
         check_beta, lambda model, x, output: output.commitment_loss + model.commitment_cost * output.codebook_loss
     )
+
+
+def test_ssim_loss_is_the_measured_ssim():
+    """Also under bfloat16 autocast, and whatever the slices' unit; a constant slice gives no NaN."""
+    originals = images(3, (64, 48))
+    noisy = originals + 0.1 * torch.randn(originals.shape, generator=torch.Generator().manual_seed(1))
+    noisy = noisy.clamp(originals.amin((1, 2, 3), keepdim=True), originals.amax((1, 2, 3), keepdim=True))
+    expected = 1 - utils.slice_scores(originals, noisy, ("ssim",))["ssim"].mean()
+    assert 0.05 < expected < 0.95
+    torch.testing.assert_close(modules.ssim_loss(noisy, originals), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(modules.ssim_loss(noisy * 90 + 7, originals * 90 + 7), expected, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(modules.ssim_loss(noisy, originals), expected, atol=1e-4, rtol=0)
+    assert modules.ssim_loss(originals, originals).abs() < 1e-5
+    flat = torch.zeros(1, 1, 16, 16)
+    reconstruction = torch.randn(1, 1, 16, 16, requires_grad=True)
+    modules.ssim_loss(reconstruction, flat).backward()
+    assert reconstruction.grad.isfinite().all()
+
+
+def test_ssim_weight_adds_to_the_reconstruction_loss():
+    torch.manual_seed(0)
+    model = VQVAE(**SMALL, ssim_weight=0.5)
+    x = images()
+    output = model(x)
+    expected = F.mse_loss(output.reconstruction, x) + 0.5 * modules.ssim_loss(output.reconstruction, x)
+    torch.testing.assert_close(model.loss(x, output)[0], expected)
 
 
 def test_loss_is_equation_3():

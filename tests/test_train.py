@@ -115,6 +115,7 @@ def test_document_recipe_is_number_for_number():
         "batch_size": 16, "epochs": 100, "learning_rate": 1e-4, "num_embeddings": 512, "embedding_dim": 64,
         "hidden_channels": 64, "commitment_cost": 0.25, "codebook": "gradient", "schedule": "constant", "warmup": 0.0,
         "clip_grad_norm": 0.0, "augment": False, "restart_below": 0.0, "codebook_init": "kmeans",
+        "ssim_weight": 0.0, "refine_channels": 0, "stride": 4, "num_codebooks": 1,
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     same_rate = ("batch_size", "epochs", "num_embeddings", "embedding_dim", "hidden_channels", "num_residual_layers")
