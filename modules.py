@@ -69,14 +69,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Quantised vectors (B, D, h, w) -> slice (B, 1, stride h, stride w), unbounded as z-scores are.
 
+    num_code_layers: residual layers on the code grid, before the first convolution; a quarter of the work of one after.
     refine_channels: with them, the last convolution is one more, at the slice's own resolution.
     """
 
     def __init__(
         self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, stride: int = 4,
-        refine_channels: int = 0,
+        num_code_layers: int = 0, refine_channels: int = 0,
     ):  # fmt: skip
         super().__init__()
+        if num_code_layers:
+            self.code_stack = ResidualStack(embedding_dim, residual_channels, num_code_layers)
         self.conv1 = nn.ConvTranspose2d(embedding_dim, channels, kernel_size=4, stride=2, padding=1)
         if doublings := _halvings_beyond_4(stride):
             self.up = nn.ModuleList(
@@ -88,6 +91,8 @@ class Decoder(nn.Module):
             self.conv3 = nn.Conv2d(refine_channels, 1, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D, h, w)
+        if hasattr(self, "code_stack"):
+            x = self.code_stack(x)
         x = F.relu(self.conv1(x))  # (B, C, 2h, 2w)
         for conv in getattr(self, "up", ()):
             x = F.relu(conv(x))  # (B, C, 4h, 4w), ...
@@ -296,8 +301,8 @@ class VQVAE(nn.Module):
 
     def __init__(
         self, hidden_channels: int = 64, residual_channels: int = 32, num_residual_layers: int = 2,
-        refine_channels: int = 0, stride: int = 4, embedding_dim: int = 64, num_embeddings: int = 512,
-        num_codebooks: int = 1, commitment_cost: float = 0.25, ssim_weight: float = 0.0,
+        num_code_layers: int = 0, refine_channels: int = 0, stride: int = 4, embedding_dim: int = 64,
+        num_embeddings: int = 512, num_codebooks: int = 1, commitment_cost: float = 0.25, ssim_weight: float = 0.0,
         codebook: str = "gradient", ema_decay: float = 0.99, restart_below: float = 0.0,
     ):  # fmt: skip
         self.arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -308,7 +313,7 @@ class VQVAE(nn.Module):
         self.vector_quantization = VectorQuantizer(
             num_embeddings, embedding_dim, codebook, ema_decay, restart_below, num_codebooks
         )
-        self.decoder = Decoder(*widths, stride, refine_channels)
+        self.decoder = Decoder(*widths, stride, num_code_layers, refine_channels)
 
     def forward(self, images: Tensor) -> Output:
         """images: (B, 1, H, W), H and W divisible by the stride."""

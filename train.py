@@ -44,6 +44,7 @@ RECIPES = {
     "schedule":            ("constant", "cosine", ["constant", "cosine"], "of the learning rate; cosine ends at 0"),
     "warmup":              (0.0,        0.05,     (0, 1),                 "share of steps in which it rises from 0"),
     "clip_grad_norm":      (0.0,        1.0,      ANY,                    "longest gradient of a step; 0: any"),
+    "crop":                (0,          128,      (0, 128),               "side of random squares; 0: whole slices"),
     "augment":             (False,      True,     None,                   "flip training slices at random"),
     "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
     "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
@@ -57,7 +58,8 @@ RECIPES = {
     "embedding_dim":       (64,         64,       SOME,                   "D, the length of an embedding"),
     "hidden_channels":     (64,         64,       (2, 1e9),               "twice the width of the residual stacks"),
     "residual_channels":   (32,         32,       SOME,                   "width inside a residual layer"),
-    "num_residual_layers": (2,          2,        ANY,                    "layers in a residual stack"),
+    "num_residual_layers": (2,          3,        ANY,                    "layers in a residual stack"),
+    "num_code_layers":     (0,          4,        ANY,                    "the decoder's, at the codes' own grid"),
     "refine_channels":     (0,          16,       ANY,                    "of one more, full-size convolution"),
 }  # fmt: skip
 DEFAULTS = {
@@ -120,6 +122,9 @@ def check_arguments(args: dict) -> None:
     for name, (low, high) in (bounds | {"plot_every": SOME, "planes": (1, 256), "seed": (0, 2**40)}).items():
         if not low <= args[name] <= high:
             raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
+    if args["crop"] % args["stride"] or 0 < args["crop"] < 16:
+        stride = args["stride"]
+        raise UserError(f"--crop is {args['crop']}; expected 0, or 16 to 128 and divisible by --stride {stride}")
     if args["restart_below"] and args["codebook"] == "gradient":
         raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
 
@@ -263,6 +268,16 @@ def learning_rate(args: dict, step: int, steps: int) -> float:
     return args["learning_rate"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def crop_at_random(images: torch.Tensor, side: int) -> torch.Tensor:
+    """A square of each slice, (B, 1, H, W) -> (B, 1, side, side), transposed or not."""
+    count, _, *sizes = images.shape
+    rows, columns = (torch.randint(size - side + 1, (count, 1), device=images.device) for size in sizes)
+    places = torch.arange(side, device=images.device)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    squares = images[each, :, (rows + places)[:, :, None], (columns + places)[:, None, :]].movedim(-1, 1)
+    return torch.where(torch.rand_like(squares[:, :, :1, :1]) < 0.5, squares.mT, squares)
+
+
 def flip_at_random(images: torch.Tensor) -> torch.Tensor:
     """Each slice (B, 1, H, W) left-right, up-down, both or neither."""
     for axis in (-2, -1):
@@ -274,6 +289,8 @@ def flip_at_random(images: torch.Tensor) -> torch.Tensor:
 def train_step(run: Run, images: torch.Tensor) -> torch.Tensor:
     """One update on images (B, 1, H, W); returns the reconstruction and quantisation losses, (2,), on the device."""
     args, model = run.args, run.model
+    if args["crop"]:
+        images = crop_at_random(images, args["crop"])
     if args["augment"]:
         images = flip_at_random(images)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):

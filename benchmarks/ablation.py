@@ -1,69 +1,255 @@
-"""Train named variants of train.py for equal epochs on equal data, and compare them on the test split.
+"""Train named variants for equal epochs on equal data, and compare them on the test split.
 
     python benchmarks/ablation.py --data DIR                             # every variant, one seed
     python benchmarks/ablation.py --data DIR --variants document tuned --seeds 0 1 2
+    python benchmarks/ablation.py --data DIR --jobs 2                    # two runs at a time, a share of the cores each
 
-Each variant and seed is a run of train.py and predict.py in --runs-dir; a run that is there already is not
-trained again, one that was stopped goes on. Writes <out>.json and <out>.md: mean and spread over seeds. Choose by
-the validation column; the test columns are for reporting.
+A variant is a set of train.py's flags, at equal bits unless its name says otherwise; what lost lives here as a class
+put in the place of one of modules.py. Each variant and seed is a run of train.py and predict.py in --runs-dir; a run
+that is there already is not trained again, one that was stopped goes on. Writes <out>.json and <out>.md: mean and
+half the range over seeds. Choose by the validation column; the test columns are for reporting.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import csv
 import json
+import os
 import statistics
-import subprocess
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
+
+import modules
+import predict
+import train
+from modules import Decoder, Encoder, Quantized, ResidualLayer, ResidualStack, VectorQuantizer
+
+RESULTS = Path(__file__).parent / "results"
+
+# ---------------------------------------------------------------- classes that did not earn a place in modules.py
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantisation (arXiv 2309.15505): 8 levels on each of 3 channels make 512 fixed codes."""
+
+    num_codebooks = 1
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *others):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.levels = round(num_embeddings ** (1 / embedding_dim))
+        assert self.levels**embedding_dim == num_embeddings
+        points = (torch.arange(self.levels) - self.levels // 2) / (self.levels // 2)
+        grid = torch.cartesian_prod(*[points] * embedding_dim)  # (K, D)
+        self.embedding = nn.Embedding.from_pretrained(grid, freeze=True)
+
+    def forward(self, z: Tensor) -> Quantized:
+        half = (self.levels - 1) * 1.001 / 2
+        scaled = torch.tanh(z.float() + torch.tan(torch.tensor(0.5 / half))) * half - 0.5  # of an even number of levels
+        rounded = scaled + (scaled.round() - scaled).detach()
+        digits = (rounded.detach().round().long() + self.levels // 2).movedim(1, -1)  # (B, h, w, D) in 0..levels-1
+        indices = (digits * self.levels ** torch.arange(self.embedding_dim - 1, -1, -1, device=z.device)).sum(-1)
+        counts = torch.bincount(indices.flatten(), minlength=self.num_embeddings).float()
+        zero = torch.zeros((), device=z.device)
+        return Quantized(rounded / (self.levels // 2), indices, zero, zero, counts)
+
+    def initialize(self, vectors: Tensor, generator=None) -> None:
+        """Nothing to start: the codes are fixed."""
+
+    def embed(self, indices: Tensor) -> Tensor:
+        return self.embedding(indices).movedim(-1, 1)
+
+
+class RotationTrick(VectorQuantizer):
+    """Gradients reach the encoder through the rotation that takes z to its embedding (arXiv 2410.06424)."""
+
+    def forward(self, z: Tensor) -> Quantized:
+        result = super().forward(z)
+        z, e = z.float(), result.quantized.detach()
+        u, v = F.normalize(z.detach(), dim=1), F.normalize(e, dim=1)
+        middle = F.normalize(u + v, dim=1)
+        scale = e.norm(dim=1, keepdim=True) / z.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
+        along, before = ((z * a).sum(1, keepdim=True) for a in (middle, u))
+        return result._replace(quantized=scale * (z - 2 * along * middle + 2 * before * v))
+
+
+class NormalisedLayer(ResidualLayer):
+    """Batch normalisation before a residual layer's first activation."""
+
+    def __init__(self, channels: int, residual_channels: int):
+        super().__init__(channels, residual_channels)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.relu(self.conv1(self.relu(self.norm(x)))))
+
+
+class CodeGridEncoder(Encoder):
+    """The residual stack after the last convolution, on the code grid: a quarter of the work a layer and channel."""
+
+    def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, stride: int):
+        super().__init__(channels, residual_channels, 0, embedding_dim, stride)
+        self.code_stack = ResidualStack(embedding_dim, embedding_dim, num_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code_stack(super().forward(x))
+
+
+class CodeGridDecoder(Decoder):
+    """The residual stack before the first convolution, on the code grid."""
+
+    def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, *others):
+        super().__init__(channels, residual_channels, 0, embedding_dim, *others)
+        self.code_stack = ResidualStack(embedding_dim, embedding_dim, num_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.code_stack(x))
+
+
+# ---------------------------------------------------------------- variants
+
+
+class Variant(NamedTuple):
+    flags: str  # of train.py
+    replaced: Mapping[str, type] = MappingProxyType({})  # classes of modules.py and what stands in for them
+
+
+CODE_GRID = {"Encoder": CodeGridEncoder, "Decoder": CodeGridDecoder}
 VARIANTS = {
-    "document": "--recipe document",
-    "document, uniform start": "--recipe document --codebook-init uniform",
-    "tuned": "--recipe tuned",
-    "tuned, no restarts": "--recipe tuned --restart-below 0",
-    "tuned, no flips": "--recipe tuned --no-augment",
-    "tuned, gradient codebook": "--recipe tuned --codebook gradient --restart-below 0",
+    "document": Variant("--recipe document"),
+    "document, uniform start": Variant("--recipe document --codebook-init uniform"),
+    "tuned": Variant(""),
+    "tuned, no restarts": Variant("--restart-below 0"),
+    "tuned, no flips": Variant("--no-augment"),
+    "tuned, gradient codebook": Variant("--codebook gradient --restart-below 0"),
+    "tuned, squared error alone": Variant("--ssim-weight 0"),
+    "tuned, SSIM weight 0.25": Variant("--ssim-weight 0.25"),
+    "tuned, SSIM weight 1": Variant("--ssim-weight 1"),
+    "tuned, no refinement": Variant("--refine-channels 0"),
+    "tuned, no code layers": Variant("--num-code-layers 0"),
+    "tuned, the document's architecture": Variant("--num-residual-layers 2 --num-code-layers 0 --refine-channels 0"),
+    "tuned, whole slices": Variant("--crop 0"),
+    "tuned, learning rate 1e-3": Variant("--learning-rate 1e-3"),
+    "tuned, learning rate 4e-3": Variant("--learning-rate 4e-3"),
+    "tuned, restart below 0.3": Variant("--restart-below 0.3"),
+    "tuned, commitment cost 1": Variant("--commitment-cost 1"),
+    "tuned, codes of 16 numbers": Variant("--embedding-dim 16"),
+    "tuned, stride 8, 4 residual codebooks": Variant("--stride 8 --num-codebooks 4"),
+    "tuned, depth at the code grid": Variant("--num-residual-layers 4 --num-code-layers 0", CODE_GRID),
+    "tuned, batch normalisation": Variant("", {"ResidualLayer": NormalisedLayer}),
+    "tuned, FSQ 8 x 8 x 8": Variant("--embedding-dim 3", {"VectorQuantizer": FSQ}),
+    "tuned, rotation trick": Variant("", {"VectorQuantizer": RotationTrick}),
 }
 SCORES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body", "psnr")
 
 
+@contextlib.contextmanager
+def replaced(classes: Mapping[str, type]):
+    """While it lasts, `modules` builds models of these classes."""
+    own = {name: getattr(modules, name) for name in classes}
+    for name, stand_in in classes.items():
+        setattr(modules, name, stand_in)
+    try:
+        yield
+    finally:
+        for name, original in own.items():
+            setattr(modules, name, original)
+
+
+# ---------------------------------------------------------------- runs
+
+
 def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
     """Train and evaluate one variant with one seed; what the results file holds of it."""
-    flags = f"{VARIANTS[variant]} --epochs {args.epochs} --seed {seed}".split()
-    name = "_".join(["".join(c if c.isalnum() else "_" for c in variant), *(f.strip("-") for f in flags[-4:])])
+    chosen = VARIANTS[variant]
+    flags = [*chosen.flags.split(), "--epochs", str(args.epochs), "--seed", str(seed), "--precision", args.precision]
+    name = "".join(c if c.isalnum() else "_" for c in f"{variant} epochs {args.epochs} seed {seed}")
     run = args.runs_dir / args.data.resolve().name / name
-    command = ["train.py", "--data", args.data, "--runs-dir", run.parent, "--name", name, *flags]
-    epochs_done = len((run / "metrics.csv").read_text().splitlines()) - 1 if (run / "metrics.csv").exists() else 0
-    if epochs_done:
-        trained_on = Path(json.loads((run / "config.json").read_text())["arguments"]["data"])
-        data = args.data.resolve()  # train.py may have found the slices below it, or one level above
-        if data not in (trained_on, *trained_on.parents) and data.parent != trained_on:
-            sys.exit(f"{run} was trained on {trained_on}, not on {args.data}: name another --runs-dir")
-    if epochs_done < args.epochs:
-        execute(command + (["--resume"] if (run / "config.json").exists() else []))
+    if epochs_done(run, args.data) < args.epochs:
+        where = ["--data", args.data, "--runs-dir", run.parent, "--name", name]
+        resume = ["--resume"] if (run / "config.json").exists() else []
+        execute(train.main, [*where, *flags, *resume], run, chosen.replaced)
     if not (run / "test" / "metrics.json").exists():
-        execute(["predict.py", "--run", run, "--data", args.data])
+        execute(predict.main, ["--run", run, "--data", args.data], run, chosen.replaced)
     config = json.loads((run / "config.json").read_text())
     metrics = json.loads((run / "test" / "metrics.json").read_text())
     with open(run / "metrics.csv") as file:
         history = list(csv.DictReader(file))
+    with replaced(chosen.replaced):
+        model = modules.VQVAE.from_checkpoint(run / "best.pt")
     return {
-        "variant": variant, "flags": VARIANTS[variant], "seed": seed, "epochs": len(history),
+        "variant": variant, "flags": chosen.flags, "replaced": {k: v.__name__ for k, v in chosen.replaced.items()},
+        "seed": seed, "epochs": len(history),
         "minutes": round(sum(float(row["seconds"]) for row in history) / 60, 2),
+        "gmac": round(multiply_adds(model) / 1e9, 3), "parameters": sum(p.numel() for p in model.parameters()),
         "bits_per_pixel": metrics["bits_per_pixel"], "codes_used": metrics["codes_used"],
         "perplexity": round(metrics["perplexity"], 1),
         "validation_ssim": max(float(row["val_ssim"]) for row in history),
         "test": {name: {k: metrics[name][k] for k in ("mean", "by_case")} for name in SCORES},
-        "test_slices": metrics["slices"], "device": config["device"], "versions": config["versions"],
-        "evaluated_at_commit": metrics["versions"]["commit"],
+        "test_slices": metrics["slices"], "device": config["device"], "precision": config["precision"],
+        "versions": config["versions"], "evaluated_at_commit": metrics["versions"]["commit"],
     }  # fmt: skip
 
 
-def execute(command: list) -> None:
-    done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)  # the script has said why
+def epochs_done(run: Path, data: Path) -> int:
+    """Epochs of a run that is there already; it must have been trained on the same folder."""
+    if not (run / "metrics.csv").exists():
+        return 0
+    trained_on = Path(json.loads((run / "config.json").read_text())["arguments"]["data"])
+    data = data.resolve()  # train.py may have found the slices below it, or one level above
+    if data not in (trained_on, *trained_on.parents) and data.parent != trained_on:
+        sys.exit(f"{run} was trained on {trained_on}, not on {data}: name another --runs-dir")
+    return len((run / "metrics.csv").read_text().splitlines()) - 1
+
+
+def execute(main, flags: list, run: Path, classes: Mapping[str, type]) -> None:
+    """One of the scripts, here in this process; what it prints goes to a file beside the run."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(run.parent / f"{run.name}.log", "a") as log, replaced(classes),
+        contextlib.redirect_stdout(log), contextlib.redirect_stderr(log),
+    ):  # fmt: skip
+        code = main([str(flag) for flag in flags])
+    if code:
+        sys.exit(f"{run} was stopped; the same command goes on from there")
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """Of one slice, forward, nearest-code search included."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 1, 256, 128))
+    return counter.get_total_flops() // 2
+
+
+def relative_step_time(args: argparse.Namespace, rounds: int = 5) -> dict[str, float]:
+    """Each variant's training step over the document's: medians of steps timed in turn, alone on the machine."""
+    given = {name: train.parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}}
+    seconds: dict[str, list[float]] = {variant: [] for variant in given}
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        slices, _ = train.load_data(train.with_defaults("tuned", {"data": str(args.data)}), {"epochs": 1})
+    for _ in range(rounds):
+        for variant, flags in given.items():
+            settings = train.with_defaults(flags.get("recipe", "tuned"), flags | {"precision": args.precision})
+            with replaced(VARIANTS[variant].replaced):
+                seconds[variant].append(train.seconds_a_step(train.Run(Path(), settings, ""), slices, steps=1))
+    return {v: statistics.median(s) / statistics.median(seconds["document"]) for v, s in seconds.items()}
+
+
+# ---------------------------------------------------------------- table
 
 
 def table(results: list[dict]) -> str:
@@ -75,18 +261,26 @@ def table(results: list[dict]) -> str:
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
     lines = [
-        "| variant | seeds | epochs | minutes | bits per pixel | validation `ssim` | `ssim` | `ssim_zscore` "
+        "| variant | seeds | epochs | GMAC | step time | bits per pixel | validation `ssim` | `ssim` | `ssim_zscore` "
         "| `ssim_uniform` | `ssim_body` | PSNR (dB) | codes used | perplexity |",
-        "|" + "---|" * 13,
+        "|" + "---|" * 14,
     ]
     for variant in dict.fromkeys(row["variant"] for row in results):
         rows = [row for row in results if row["variant"] == variant]
-        cells = [variant, str(len(rows)), str(rows[0]["epochs"]), cell(rows, lambda row: row["minutes"], 1)]
-        cells += [f"{rows[0]['bits_per_pixel']:.4f}", cell(rows, lambda row: row["validation_ssim"], 3)]
+        cells = [variant, str(len(rows)), str(rows[0]["epochs"]), f"{rows[0]['gmac']:.2f}"]
+        cells += [f"{rows[0]['step_time']:.2f}" if "step_time" in rows[0] else "", f"{rows[0]['bits_per_pixel']:.4f}"]
+        cells += [cell(rows, lambda row: row["validation_ssim"], 3)]
         cells += [cell(rows, lambda row, n=n: row["test"][n]["mean"], 2 if n == "psnr" else 3) for n in SCORES]
         cells += [cell(rows, lambda row: row["codes_used"], 0), cell(rows, lambda row: row["perplexity"], 0)]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "GMAC: multiply-adds of a slice, forward, search included. Step time: over the document model's."]
     return "\n".join(lines) + "\n"
+
+
+def write(out: Path, results: list[dict]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path(f"{out}.md").write_text(table(results), encoding="utf-8")
 
 
 def main() -> None:
@@ -96,19 +290,24 @@ def main() -> None:
     flag("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"of {list(VARIANTS)}")
     flag("--seeds", type=int, nargs="+", default=[0], help="a run of each variant for each seed (0)")
     flag("--epochs", type=int, default=100, help="of every run (100)")
+    flag("--precision", default="auto", help="of every run, as for train.py (auto)")
+    flag("--jobs", type=int, default=1, help="runs at a time, each with its share of the CPU's cores (1)")
     flag("--runs-dir", type=Path, default=Path("runs/ablation"), help="where the runs are kept (runs/ablation)")
     flag("--out", type=Path, help="result files, without ending (benchmarks/results/ablation_<data>)")
     args = parser.parse_args()
-    out = args.out or ROOT / "benchmarks" / "results" / f"ablation_{args.data.resolve().name}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results = []
-    for seed in args.seeds:  # seeds outermost: a first table stands after the first seed
-        for variant in args.variants:
-            results.append(run_once(args, variant, seed))
+    out = args.out or RESULTS / f"ablation_{args.data.resolve().name}"
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    results: list[dict] = []
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        order = [(variant, seed) for seed in args.seeds for variant in args.variants]  # a first table after one seed
+        for row in pool.map(run_once, *zip(*[(args, *item) for item in order], strict=True)):
+            results.append(row)
             results.sort(key=lambda row: (args.variants.index(row["variant"]), row["seed"]))
-            Path(f"{out}.json").write_text(json.dumps(results, indent=1) + "\n")
-            Path(f"{out}.md").write_text(table(results), encoding="utf-8")
-    print(table(results))
+            write(out, results)
+            print(f"{row['variant']}, seed {row['seed']}: validation ssim {row['validation_ssim']:.4f}", flush=True)
+    step_time = relative_step_time(args)
+    write(out, [row | {"step_time": round(step_time[row["variant"]], 3)} for row in results])
+    print(Path(f"{out}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

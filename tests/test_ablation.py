@@ -1,14 +1,18 @@
 """The comparison of variants: its command runs, its table says what the runs' files say."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
+
+import train
 
 
 def test_a_variant_is_trained_evaluated_and_tabled(tmp_path, write_slices):
@@ -19,7 +23,8 @@ def test_a_variant_is_trained_evaluated_and_tabled(tmp_path, write_slices):
     for _ in range(2):  # the second time nothing is left to do
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "epoch 1" not in done.stdout
+    log = tmp_path / "runs" / "data" / "document_epochs_1_seed_0.log"
+    assert log.read_text().count("epoch 1: train loss") == 1
     other = write_slices(tmp_path / "elsewhere" / "data", train=3, validate=2, test=2)
     done = subprocess.run([str(other if word is data else word) for word in command], capture_output=True, text=True)
     assert done.returncode == 1 and "name another --runs-dir" in done.stderr
@@ -27,17 +32,63 @@ def test_a_variant_is_trained_evaluated_and_tabled(tmp_path, write_slices):
     run = tmp_path / "runs" / "data" / "document_epochs_1_seed_0"
     assert row["test"]["ssim"] == json.loads((run / "test" / "metrics.json").read_text())["ssim"]
     assert row["flags"] == "--recipe document" and row["epochs"] == 1 and row["bits_per_pixel"] == 0.5625
-    assert f"| document | 1 | 1 | {row['minutes']:.1f} | 0.5625 |" in out.with_suffix(".md").read_text()
+    assert row["gmac"] == 0.814 and row["step_time"] == 1
+    assert "| document | 1 | 1 | 0.81 | 1.00 | 0.5625 |" in out.with_suffix(".md").read_text()
 
 
 def test_the_spread_is_half_the_range_over_seeds():
     def row(seed, value):
         test = {name: {"mean": value} for name in ablation.SCORES}
-        return {"variant": "tuned", "seed": seed, "epochs": 2, "minutes": 1, "bits_per_pixel": 0.5625,
+        return {"variant": "tuned", "seed": seed, "epochs": 2, "gmac": 1, "bits_per_pixel": 0.5625,
                 "codes_used": 500, "perplexity": 300, "validation_ssim": value, "test": test}  # fmt: skip
 
-    cells = ablation.table([row(0, 0.80), row(1, 0.82), row(2, 0.81)]).splitlines()[-1].split(" | ")
-    assert cells[6] == "0.810 ± 0.010" and cells[1] == "3"
+    cells = ablation.table([row(0, 0.80), row(1, 0.82), row(2, 0.81)]).splitlines()[2].split(" | ")
+    assert cells[7] == "0.810 ± 0.010" and cells[1] == "3"
+
+
+@pytest.mark.parametrize("name", ablation.VARIANTS)
+def test_every_variant_trains_at_equal_bits_or_says_so(tmp_path, name):
+    """One step changes weights, codes decode to what forward gives, and the model is built of the variant's classes."""
+    variant = ablation.VARIANTS[name]
+    given = train.parse_arguments([*variant.flags.split(), "--precision", "float32", "--device", "cpu"])
+    images = torch.randn(1, 1, 128, 128, generator=torch.Generator().manual_seed(0))
+    with ablation.replaced(variant.replaced):
+        run = train.Run(tmp_path, train.with_defaults(given.get("recipe", "tuned"), given), "")
+        before = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
+        assert train.train_step(run, images).isfinite().all()
+    after = [p for p in run.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    model = run.model.eval()
+    output = model(images)
+    torch.testing.assert_close(model.decode_codes(output.indices), output.reconstruction, atol=1e-4, rtol=1e-4)
+    assert output.indices.numel() * 9 / images.numel() == model.bits_per_pixel == 0.5625
+    assert all(any(type(part) is stand_in for part in model.modules()) for stand_in in variant.replaced.values())
+
+
+def test_fsq_is_the_papers_rounding():
+    """At each code's own value nothing changes, all 512 occur, and values between go to a neighbour."""
+    fsq = ablation.FSQ(512, 3)
+    half = 3.5 * 1.001
+    levels = torch.cartesian_prod(*[torch.arange(-4.0, 4)] * 3)  # (512, 3), what rounding gives
+    shift = math.tan(0.5 / half)
+    z = (torch.atanh((levels + 0.5) / half) - shift).T.reshape(1, 3, 512, 1)
+    result = fsq(z)
+    assert result.indices.flatten().tolist() == list(range(512)) and (result.counts == 1).all()
+    torch.testing.assert_close(result.quantized[0, :, :, 0].T, levels / 4)
+    torch.testing.assert_close(fsq.embed(result.indices), result.quantized)
+
+
+def test_rotation_trick_keeps_values_and_turns_gradients():
+    torch.manual_seed(0)
+    quantizer = ablation.RotationTrick(16, 4)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    z = torch.randn(1, 4, 3, 3, requires_grad=True)
+    quantized = quantizer(z).quantized
+    torch.testing.assert_close(quantized, quantizer.embed(quantizer(z).indices))
+    gradient = torch.randn_like(quantized)
+    (got,) = torch.autograd.grad(quantized, z, gradient)
+    scale = quantized.detach().norm(dim=1) / z.detach().norm(dim=1)
+    torch.testing.assert_close(got.norm(dim=1), scale * gradient.norm(dim=1))  # a rotation and a scale, no more
 
 
 def test_unknown_variants_are_refused(monkeypatch):

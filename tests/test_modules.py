@@ -131,6 +131,14 @@ def test_refinement_is_one_convolution_at_full_size():
     assert not hasattr(plain.decoder, "conv3")
 
 
+def test_code_layers_are_the_decoders_on_the_code_grid():
+    decoder = VQVAE(**SMALL, num_code_layers=2).decoder
+    assert len(decoder.code_stack.stack) == 2
+    seen = []
+    decoder.code_stack.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert decoder(torch.randn(1, 8, 6, 5)).shape == (1, 1, 24, 20) and seen == [(1, 8, 6, 5)]
+
+
 def test_multiply_adds_are_the_designs():
     """0.747 GMAC of convolutions and 0.067 for the nearest-code search, counted by hooks."""
     model, macs = VQVAE(), []

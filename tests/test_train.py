@@ -115,10 +115,11 @@ def test_document_recipe_is_number_for_number():
         "batch_size": 16, "epochs": 100, "learning_rate": 1e-4, "num_embeddings": 512, "embedding_dim": 64,
         "hidden_channels": 64, "commitment_cost": 0.25, "codebook": "gradient", "schedule": "constant", "warmup": 0.0,
         "clip_grad_norm": 0.0, "augment": False, "restart_below": 0.0, "codebook_init": "kmeans",
-        "ssim_weight": 0.0, "refine_channels": 0, "stride": 4, "num_codebooks": 1,
+        "crop": 0, "ssim_weight": 0.0, "num_residual_layers": 2, "num_code_layers": 0,
+        "refine_channels": 0, "stride": 4, "num_codebooks": 1,
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
-    same_rate = ("batch_size", "epochs", "num_embeddings", "embedding_dim", "hidden_channels", "num_residual_layers")
+    same_rate = ("batch_size", "epochs", "num_embeddings", "embedding_dim", "hidden_channels")
     assert {name: train.with_defaults("tuned", {})[name] for name in same_rate} == {
         name: args[name] for name in same_rate
     }
@@ -194,11 +195,26 @@ def test_flips_are_drawn_for_each_slice():
     assert set(seen) == {0, 1, 2, 3}
 
 
+def test_crops_are_squares_of_the_slices_at_every_place():
+    torch.manual_seed(0)
+    slices = torch.arange(500 * 1 * 6 * 4.0).view(500, 1, 6, 4)
+    squares = train.crop_at_random(slices, 3)
+    assert squares.shape == (500, 1, 3, 3)
+    seen = set()
+    for i, square in enumerate(squares[:, 0]):
+        transposed = bool(square[0, 1] - square[0, 0] == 4)
+        top, left = divmod(int(square[0, 0]) - 24 * i, 4)
+        expected = slices[i, 0, top : top + 3, left : left + 3]
+        assert torch.equal(square, expected.T if transposed else expected)
+        seen.add((top, left, transposed))
+    assert seen == {(top, left, turned) for top in range(4) for left in range(2) for turned in (False, True)}
+
+
 @pytest.mark.parametrize("longest", [0.0, 1e-3])
 def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
     args = train.with_defaults("tuned", train.parse_arguments([*small, "--clip-grad-norm", str(longest)]))
     run = train.Run(tmp_path, args, "")
-    train.train_step(run, torch.randn(2, 1, 32, 32))
+    train.train_step(run, torch.randn(2, 1, 128, 128))
     norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
     assert norm == pytest.approx(longest, rel=1e-3) if longest else norm > 1e-3
 
@@ -210,7 +226,7 @@ def test_augmentation_is_used_where_the_recipe_says(tmp_path, small, monkeypatch
         given = train.parse_arguments([*small, *flags])
         run = train.Run(tmp_path, train.with_defaults(given.get("recipe", "tuned"), given), "")
         calls.clear()
-        train.train_step(run, torch.randn(2, 1, 32, 32))
+        train.train_step(run, torch.randn(2, 1, 128, 128))
         assert len(calls) == count
 
 
@@ -361,7 +377,7 @@ def test_a_run_is_never_overwritten(run_here):
 
 def test_resume_refuses_to_become_another_run(tmp_path, run_here):
     run_here("--epochs 1 --name a")
-    with pytest.raises(UserError, match=r"can't go on with --learning-rate 0.5 \(it has 0.001\)"):
+    with pytest.raises(UserError, match=r"can't go on with --learning-rate 0.5 \(it has 0.002\)"):
         run_here("--epochs 2 --resume --name a --learning-rate 0.5")
     (tmp_path / "runs" / "a" / "last.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="can't be read"):
@@ -420,6 +436,8 @@ def test_validation_slices_that_are_all_constant(run_here, data, write_nifti):
         ("--recipe document --restart-below 0.1", "--restart-below needs --codebook ema"),
         ("--device tpu", "--device tpu is not usable here"),
         ("--num-embeddings 100000", "can't start 100000 codes"),
+        ("--crop 8", "--crop is 8; expected 0, or 16 to 128"),
+        ("--crop 40 --stride 16", "--crop is 40; expected .* divisible by --stride 16"),
         ("--hidden-channels 1", "--hidden-channels is 1; expected 2 to"),
         ("--seed 99999999999999", "--seed is"),
         ("--planes 300", "--planes is 300; expected 1 to 256"),
