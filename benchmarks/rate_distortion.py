@@ -33,6 +33,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
 
+import entropy
+
 import dataset
 import utils
 from modules import VQVAE, CheckpointError
@@ -67,8 +69,9 @@ RULES = """\
   JPEG 2000 (OpenJPEG): irreversible 9/7, one tile, one layer, 8 and 16 bits. JPEG XL (libjxl): effort 10, 8 bits, and
   16 in linear light, as imagecodecs labels them. WebP (libwebp): method 6, 8 bits, grey RGB. AVIF (libavif, libaom):
   monochrome, speed 4, 8, 10 and 12 bits.
-- A run's codes are counted at their fixed length. Its weights are not counted, as a codec's program is not; the table
-  names their size in float32.
+- A run's codes are counted at their fixed length; `entropy, estimated` is what a coder would need that knows the
+  probabilities of benchmarks/entropy.py's model, fitted to the training split's codes; no coder is run. A run's weights
+  are not counted, as a codec's program is not; the table names their size in float32.
 - What each is made for: a run, slices like its training data and the training loss in its config.json. JPEG, JPEG 2000
   and WebP, squared error, with JPEG's visual weighting of frequencies and WebP's default psychovisual preset. AVIF,
   libavif's default tuning: SSIM, from 1.4 on "iq", for SSIMULACRA 2. JPEG XL, Butteraugli.
@@ -227,8 +230,8 @@ class Originals(NamedTuple):
     cases: list[str]  # N
 
 
-def load(args: argparse.Namespace) -> tuple[Originals, int, str]:
-    """The slices of the split or the volume, how many constant ones were left out, and where they lie."""
+def load(args: argparse.Namespace) -> tuple[Originals, int]:
+    """The slices of the split or the volume, and how many constant ones were left out."""
     if args.volume:
         # Pixels count as square, and the centre of a plane is cropped to 2 : 1 before it is resized.
         source = dataset.Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
@@ -244,7 +247,7 @@ def load(args: argparse.Namespace) -> tuple[Originals, int, str]:
     unit = 2.0 ** math.ceil(math.log2(float(images.abs().max())) - 15)
     mean, std = (numbers[kept].view(-1, 1, 1, 1) / unit for numbers in (data.mean, data.std))
     originals = Originals(images / unit, mean, std, [data.names[i].case for i in kept])
-    return originals, len(data) - len(kept), str(args.volume or source.root)
+    return originals, len(data) - len(kept)
 
 
 def ms_ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
@@ -303,19 +306,29 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
     return rows
 
 
-@torch.no_grad()
-def measure_run(run: Path, originals: Originals, device: torch.device) -> dict:
-    """The row of a run's best.pt."""
+def measure_run(run: Path, originals: Originals, device: torch.device, with_entropy: bool) -> list[dict]:
+    """The row of a run's best.pt; with its codes' estimated entropy, a second one."""
     model = VQVAE.from_checkpoint(run / "best.pt", device)
-    recipe = utils.load_json(run / "config.json").get("arguments", {}).get("recipe", "unknown recipe")
+    trained_with = utils.load_json(run / "config.json").get("arguments", {})
     mean, std = originals.mean.half().float(), originals.std.half().float()
     batches = ((originals.images - mean) / std).split(16)
-    restored = torch.cat([model(batch.to(device)).reconstruction.float().cpu() for batch in batches]) * std + mean
-    return {
-        "method": f"{run.resolve().name} ({recipe})", "rate": model.bits_per_pixel, "accounting": "fixed length",
-        "misfits": 0, "bits_per_pixel": model.bits_per_pixel + SCALE_BITS / PIXELS, "checkpoint": str(run / "best.pt"),
+    with torch.no_grad():
+        outputs = [model(batch.to(device)) for batch in batches]
+    restored = torch.cat([output.reconstruction.float().cpu() for output in outputs]) * std + mean
+    row = {
+        "method": f"{run.resolve().name} ({trained_with.get('recipe', 'unknown recipe')})", "misfits": 0,
         "weights_bytes": 4 * sum(p.numel() for p in model.parameters()), "scores": summarize(originals, restored),
     }  # fmt: skip
+    rates = {"fixed length": model.bits_per_pixel}
+    if with_entropy:
+        options = {key: trained_with[key] for key in ("fit", "planes", "skip_bad_files", "cache_dir")}
+        train = dataset.load_split(dataset.find_splits(Path(trained_with["data"])), "train", **options)
+        bits = entropy.estimate(model, train, torch.cat([output.indices for output in outputs]))
+        rates["entropy, estimated"] = bits / model.stride**2
+    return [
+        row | {"accounting": accounting, "rate": rate, "bits_per_pixel": rate + SCALE_BITS / PIXELS}
+        for accounting, rate in rates.items()
+    ]
 
 
 # ---------------------------------------------------------------- results
@@ -372,6 +385,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--split", choices=("train", "validate", "test"), default="test", help="of --data (test)")
     flag("--planes", type=int, default=60, help="of each volume (60)")
     flag("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs, each with a best.pt (none)")
+    flag("--entropy", action="store_true", help="estimate the entropy of the runs' codes too: minutes a run")
     flag("--rates", type=float, nargs="+", default=RATES, help=f"of the codecs, bits per pixel {RATES}")
     flag("--codecs", nargs="+", choices=CODECS, default=list(CODECS), metavar="NAME", help=f"of {', '.join(CODECS)}")
     flag("--device", default="auto", help="of the runs: auto, cuda, cuda:1, mps or cpu (auto)")
@@ -387,8 +401,8 @@ def main(argv: list[str] | None = None) -> int:
     versions |= {name: CODECS[name].call("version") for name in args.codecs}
     device = utils.pick_device(args.device)
     utils.keep_freed_memory()
-    originals, excluded, where = load(args)
-    rows = [measure_run(run, originals, device) for run in args.runs]
+    originals, excluded = load(args)
+    rows = [row for run in args.runs for row in measure_run(run, originals, device, args.entropy)]
     for name in args.codecs:
         rows += measure_codec(CODECS[name], originals, sorted(args.rates))
     rows.sort(key=lambda row: row["rate"])  # at a rate: runs, then codecs
@@ -397,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path(__file__).parent / "results" / f"rate_distortion_{name}"
     out.parent.mkdir(parents=True, exist_ok=True)
     slices = len(originals.cases)
-    result = {"arguments": sys.argv[1:] if argv is None else argv, "data": where, "split": args.split}
+    result = {"data": name, "split": args.split, "planes": args.planes if args.volume else None}
     result |= {"slices": slices, "excluded_slices": excluded, "device": utils.describe_device(device)}
     utils.save_json(Path(f"{out}.json"), result | {"versions": versions, "rows": rows})
     heading = f"{name}, {'central planes' if args.volume else args.split}, {slices} slices"
