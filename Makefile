@@ -33,6 +33,6 @@ clean:                     ## remove the environment, the sample data and caches
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/dev: .venv/runtime requirements-dev.txt
+.venv/dev: .venv/runtime requirements-dev.txt benchmarks/requirements.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -351,7 +351,7 @@ def plot_curves(path: Path, history: list[dict], heading: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
     left.plot(epochs, [row["val_loss"] for row in history], marker=".", label="validation")
-    left.set(xlabel="epoch", ylabel="loss (z-scores squared)", yscale="log")
+    left.set(xlabel="epoch", ylabel="loss", yscale="log")
     left.legend()
     right.plot(epochs, [row["val_ssim"] for row in history], marker=".", color="C2")
     right.set(xlabel="epoch", ylabel="validation ssim")

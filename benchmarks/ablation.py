@@ -235,7 +235,7 @@ def multiply_adds(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def relative_step_time(args: argparse.Namespace, rounds: int = 5) -> dict[str, float]:
+def relative_step_time(args: argparse.Namespace, rounds: int = 3) -> dict[str, float]:
     """Each variant's training step over the document's: medians of steps timed in turn, alone on the machine."""
     given = {name: train.parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}}
     seconds: dict[str, list[float]] = {variant: [] for variant in given}

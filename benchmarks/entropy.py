@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from utils import UserError
 
+STEPS = 1500  # of the context model's training: about five minutes of two CPU cores
+
 
 class CausalConv2d(nn.Conv2d):
     """Sees, of each position's neighbours, those above and to the left; itself only where `itself` says so."""
@@ -63,7 +65,7 @@ class ContextModel(nn.Module):
         return F.cross_entropy(self(codes).movedim(-1, 1), codes, reduction="none") / math.log(2)
 
 
-def fit(codes: Tensor, embedding: Tensor, steps: int = 1500, batch_size: int = 4, seed: int = 0) -> ContextModel:
+def fit(codes: Tensor, embedding: Tensor, steps: int, batch_size: int = 4, seed: int = 0) -> ContextModel:
     """Train on codes (N, h, w) for some minutes of a CPU: AdamW 2e-3, warm-up, cosine to 0."""
     torch.manual_seed(seed)
     frequencies = torch.bincount(codes.flatten(), minlength=len(embedding)).float()
@@ -87,11 +89,11 @@ def encode(model: nn.Module, data) -> Tensor:
     return torch.cat([model.encode(images.flip(axes)) for images in batches for axes in ((), (-1,), (-2,), (-1, -2))])
 
 
-def estimate(model: nn.Module, train, codes: Tensor, steps: int = 1500) -> float:
+def estimate(model: nn.Module, train, codes: Tensor) -> float:
     """Bits a position of `codes` (N, h, w), under a context model fitted to the codes of `train`, a dataset.Slices."""
     quantizer = model.vector_quantization
     if quantizer.num_codebooks > 1:
         raise UserError(f"the run has {quantizer.num_codebooks} codebooks; the estimate is made for one")
-    context = fit(encode(model, train), quantizer.embedding.weight.detach(), steps)
+    context = fit(encode(model, train), quantizer.embedding.weight.detach(), STEPS)
     with torch.no_grad():
         return float(torch.cat([context.bits(batch).flatten() for batch in codes.split(4)]).mean())

@@ -30,6 +30,7 @@ def own_signals():
 def small() -> list[str]:
     """Flags of a model that trains in seconds, 4 slices a step."""
     flags = {"hidden-channels": 8, "residual-channels": 4, "embedding-dim": 4, "num-embeddings": 16, "batch-size": 4}
+    flags |= {"num-residual-layers": 1, "num-code-layers": 1, "refine-channels": 2, "crop": 64}
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))] + ["--device", "cpu"]
 
 

@@ -16,6 +16,7 @@ from dataset import find_splits, load_split
 from modules import CHECKPOINT_FORMAT, VQVAE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import entropy
 import rate_distortion
 from rate_distortion import ACCOUNTINGS, CODECS, RATES, Originals, measure_codec, ms_ssim, search
 
@@ -130,28 +131,37 @@ def test_ms_ssim_is_torchmetrics_slice_by_slice(smooth):
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run's folder with an untrained model."""
+    """A run's folder with an untrained model, as if trained on <tmp_path>/data."""
     torch.manual_seed(0)
     model = VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16)
     folder = tmp_path / "runs" / "untrained"
     folder.mkdir(parents=True)
     checkpoint = {"format": CHECKPOINT_FORMAT, "model_args": model.arguments, "model": model.state_dict()}
     utils.save_checkpoint(folder / "best.pt", checkpoint)
-    utils.save_json(folder / "config.json", {"arguments": {"recipe": "tuned"}})
+    arguments = {"recipe": "tuned", "data": str(tmp_path / "data"), "fit": "resize", "planes": 60}
+    arguments |= {"skip_bad_files": False, "cache_dir": None}
+    utils.save_json(folder / "config.json", {"arguments": arguments})
     return folder
 
 
-def test_the_command_measures_runs_and_codecs(tmp_path, run, write_slices, write_nifti, capsys):
+def test_the_command_measures_runs_and_codecs(tmp_path, run, write_slices, write_nifti, capsys, monkeypatch):
+    monkeypatch.setattr(entropy, "STEPS", 2)
     data = write_slices(tmp_path / "data", train=1, validate=1, test=2)
     write_nifti(data / "keras_slices_test" / "case_041_week_0_slice_0.nii.gz", np.zeros((256, 128), np.int16))
     out = tmp_path / "results" / "rd"
     command = ["--data", data, "--runs", run, "--codecs", "jpeg", "--rates", 0.25, 6, "--device", "cpu", "--out", out]
+    command += ["--entropy"]
     assert rate_distortion.main(list(map(str, command))) == 0
     assert "untrained (tuned)" in capsys.readouterr().out
     result = json.loads(out.with_suffix(".json").read_text())
     assert (result["slices"], result["excluded_slices"], result["split"]) == (2, 1, "test")
-    assert {"imagecodecs", "jpeg", "torch", "commit"} <= result["versions"].keys() and "--rates" in result["arguments"]
-    first, *codecs = result["rows"]
+    assert {"imagecodecs", "jpeg", "torch", "commit"} <= result["versions"].keys()
+    assert str(tmp_path) not in json.dumps(result)
+    rows = {row["accounting"]: row for row in result["rows"] if "weights_bytes" in row}
+    first, second = rows["fixed length"], rows["entropy, estimated"]
+    codecs = [row for row in result["rows"] if "weights_bytes" not in row]
+    assert second["accounting"] == "entropy, estimated" and second["scores"] == first["scores"]
+    assert 0 < second["bits_per_pixel"] < 2 * first["bits_per_pixel"]
     assert first["method"] == "untrained (tuned)" and first["accounting"] == "fixed length"
     assert first["bits_per_pixel"] == 0.25 + 32 / 32768
     model = VQVAE.from_checkpoint(run / "best.pt")
@@ -169,8 +179,9 @@ def test_a_runs_scores_are_predicts_up_to_the_rounded_scale(tmp_path, run, write
     slices = load_split(find_splits(data), "test")
     device = torch.device("cpu")
     expected, _, _ = utils.evaluate(VQVAE.from_checkpoint(run / "best.pt"), slices, 2, device, utils.SCORE_NAMES)
-    loaded, _, _ = rate_distortion.load(rate_distortion.parse_arguments(["--data", str(data)]))
-    scores = rate_distortion.measure_run(run, loaded, device)["scores"]
+    loaded, _ = rate_distortion.load(rate_distortion.parse_arguments(["--data", str(data)]))
+    (row,) = rate_distortion.measure_run(run, loaded, device, with_entropy=False)
+    scores = row["scores"]
     for name, values in expected.items():
         assert scores[name]["mean"] == pytest.approx(float(values.mean()), abs=2e-3 if name != "psnr" else 0.02)
 
@@ -180,7 +191,7 @@ def test_a_volume_is_cut_into_undistorted_coronal_planes(tmp_path, write_nifti):
     disc = ((right - 49.5) ** 2 + (up - 44.5) ** 2 < 20**2) * 70000.0 + right  # beyond float16, if left alone
     path = write_nifti(tmp_path / "head.nii.gz", disc.astype(np.float32))
     args = rate_distortion.parse_arguments(["--volume", str(path), "--planes", "5"])
-    loaded, excluded, _ = rate_distortion.load(args)
+    loaded, excluded = rate_distortion.load(args)
     assert loaded.images.shape == (5, 1, 256, 128) and excluded == 0 and set(loaded.cases) == {"head"}
     assert 16384 < loaded.images.max() <= 32768
     inside = loaded.images[0, 0] > loaded.images.max() / 2
