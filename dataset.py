@@ -10,6 +10,8 @@ plain `train/ validate/ test/` folders of 2D NIfTI slices; masks are never read 
 the data is a `DataError`: what was found, what was expected, what to do. What is merely worth knowing stands
 in `Source.notes` and `Slices.notes`, for the script to print.
 
+`crop_at_random` and `flip_at_random` vary training batches.
+
 Pixels are cached as int16: integers spanning at most 65,535 steps are exact; of any other slice no pixel is
 off by more than half a step, (max - min) / 131,070 of that slice.
 """
@@ -706,3 +708,24 @@ def _notes(
         stems = [names[i].stem for i in np.flatnonzero(records["constant"])]
         notes.append(f"warning: {split}: {len(stems):,} slice(s) of one value:\n{_listing(stems, most=5)}")
     return notes
+
+
+# ------------------------------------------------------------------------------------ augmentation
+
+
+def crop_at_random(images: torch.Tensor, side: int) -> torch.Tensor:
+    """A square of each slice, (B, 1, H, W) -> (B, 1, side, side), transposed or not."""
+    count, _, *sizes = images.shape
+    rows, columns = (torch.randint(size - side + 1, (count, 1), device=images.device) for size in sizes)
+    places = torch.arange(side, device=images.device)
+    each = torch.arange(count, device=images.device)[:, None, None]
+    squares = images[each, :, (rows + places)[:, :, None], (columns + places)[:, None, :]].movedim(-1, 1)
+    return torch.where(torch.rand_like(squares[:, :, :1, :1]) < 0.5, squares.mT, squares)
+
+
+def flip_at_random(images: torch.Tensor) -> torch.Tensor:
+    """Each slice (B, 1, H, W) left-right, up-down, both or neither."""
+    for axis in (-2, -1):
+        chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        images = torch.where(chosen, images.flip(axis), images)
+    return images

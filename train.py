@@ -268,31 +268,13 @@ def learning_rate(args: dict, step: int, steps: int) -> float:
     return args["learning_rate"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def crop_at_random(images: torch.Tensor, side: int) -> torch.Tensor:
-    """A square of each slice, (B, 1, H, W) -> (B, 1, side, side), transposed or not."""
-    count, _, *sizes = images.shape
-    rows, columns = (torch.randint(size - side + 1, (count, 1), device=images.device) for size in sizes)
-    places = torch.arange(side, device=images.device)
-    each = torch.arange(count, device=images.device)[:, None, None]
-    squares = images[each, :, (rows + places)[:, :, None], (columns + places)[:, None, :]].movedim(-1, 1)
-    return torch.where(torch.rand_like(squares[:, :, :1, :1]) < 0.5, squares.mT, squares)
-
-
-def flip_at_random(images: torch.Tensor) -> torch.Tensor:
-    """Each slice (B, 1, H, W) left-right, up-down, both or neither."""
-    for axis in (-2, -1):
-        chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-        images = torch.where(chosen, images.flip(axis), images)
-    return images
-
-
 def train_step(run: Run, images: torch.Tensor) -> torch.Tensor:
     """One update on images (B, 1, H, W); returns the reconstruction and quantisation losses, (2,), on the device."""
     args, model = run.args, run.model
     if args["crop"]:
-        images = crop_at_random(images, args["crop"])
+        images = dataset.crop_at_random(images, args["crop"])
     if args["augment"]:
-        images = flip_at_random(images)
+        images = dataset.flip_at_random(images)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
         losses = torch.stack(model.loss(images, model(images)))
     run.optimizer.zero_grad(set_to_none=True)

@@ -819,3 +819,29 @@ def test_real_slices(real_data, load):
             assert np.array_equal(image, np.asarray(nib.load(file).dataobj))
         assert batch.mean((1, 2, 3)).abs().max() < 1e-5
         assert (batch.std((1, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def test_crops_are_squares_of_the_slices_at_every_place():
+    torch.manual_seed(0)
+    slices = torch.arange(500 * 1 * 6 * 4.0).view(500, 1, 6, 4)
+    squares = dataset.crop_at_random(slices, 3)
+    assert squares.shape == (500, 1, 3, 3)
+    seen = set()
+    for i, square in enumerate(squares[:, 0]):
+        transposed = bool(square[0, 1] - square[0, 0] == 4)
+        top, left = divmod(int(square[0, 0]) - 24 * i, 4)
+        expected = slices[i, 0, top : top + 3, left : left + 3]
+        assert torch.equal(square, expected.T if transposed else expected)
+        seen.add((top, left, transposed))
+    assert seen == {(top, left, turned) for top in range(4) for left in range(2) for turned in (False, True)}
+
+
+def test_flips_are_drawn_for_each_slice():
+    torch.manual_seed(0)
+    images = torch.rand(1, 1, 8, 4).expand(64, 1, 8, 4)
+    kinds = [images[0], images[0].flip(-1), images[0].flip(-2), images[0].flip(-1, -2)]
+    seen = [[torch.equal(image, kind) for kind in kinds].index(True) for image in dataset.flip_at_random(images)]
+    assert set(seen) == {0, 1, 2, 3}

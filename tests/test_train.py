@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dataset
 import train
 from modules import VQVAE, CheckpointError, load_checkpoint
 from utils import UserError
@@ -187,29 +188,6 @@ def test_bfloat16_is_what_the_convolutions_compute_in(tmp_path, run_here, monkey
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "runs" / "a" / "last.pt").values())
 
 
-def test_flips_are_drawn_for_each_slice():
-    torch.manual_seed(0)
-    images = torch.rand(1, 1, 8, 4).expand(64, 1, 8, 4)
-    kinds = [images[0], images[0].flip(-1), images[0].flip(-2), images[0].flip(-1, -2)]
-    seen = [[torch.equal(image, kind) for kind in kinds].index(True) for image in train.flip_at_random(images)]
-    assert set(seen) == {0, 1, 2, 3}
-
-
-def test_crops_are_squares_of_the_slices_at_every_place():
-    torch.manual_seed(0)
-    slices = torch.arange(500 * 1 * 6 * 4.0).view(500, 1, 6, 4)
-    squares = train.crop_at_random(slices, 3)
-    assert squares.shape == (500, 1, 3, 3)
-    seen = set()
-    for i, square in enumerate(squares[:, 0]):
-        transposed = bool(square[0, 1] - square[0, 0] == 4)
-        top, left = divmod(int(square[0, 0]) - 24 * i, 4)
-        expected = slices[i, 0, top : top + 3, left : left + 3]
-        assert torch.equal(square, expected.T if transposed else expected)
-        seen.add((top, left, transposed))
-    assert seen == {(top, left, turned) for top in range(4) for left in range(2) for turned in (False, True)}
-
-
 @pytest.mark.parametrize("longest", [0.0, 1e-3])
 def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
     args = train.with_defaults("tuned", train.parse_arguments([*small, "--clip-grad-norm", str(longest)]))
@@ -221,7 +199,7 @@ def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
 
 def test_augmentation_is_used_where_the_recipe_says(tmp_path, small, monkeypatch):
     calls = []
-    monkeypatch.setattr(train, "flip_at_random", lambda images: calls.append(1) or images)
+    monkeypatch.setattr(dataset, "flip_at_random", lambda images: calls.append(1) or images)
     for flags, count in (([], 1), (["--no-augment"], 0), (["--recipe", "document"], 0)):
         given = train.parse_arguments([*small, *flags])
         run = train.Run(tmp_path, train.with_defaults(given.get("recipe", "tuned"), given), "")
