@@ -714,18 +714,20 @@ def _notes(
 
 
 def crop_at_random(images: torch.Tensor, side: int) -> torch.Tensor:
-    """A square of each slice, (B, 1, H, W) -> (B, 1, side, side), transposed or not."""
+    """A square of each slice, each at its own place: (B, 1, H, W) -> (B, 1, side, side)."""
     count, _, *sizes = images.shape
     rows, columns = (torch.randint(size - side + 1, (count, 1), device=images.device) for size in sizes)
     places = torch.arange(side, device=images.device)
     each = torch.arange(count, device=images.device)[:, None, None]
-    squares = images[each, :, (rows + places)[:, :, None], (columns + places)[:, None, :]].movedim(-1, 1)
-    return torch.where(torch.rand_like(squares[:, :, :1, :1]) < 0.5, squares.mT, squares)
+    return images[each, :, (rows + places)[:, :, None], (columns + places)[:, None, :]].movedim(-1, 1)
 
 
 def flip_at_random(images: torch.Tensor) -> torch.Tensor:
-    """Each slice (B, 1, H, W) left-right, up-down, both or neither."""
-    for axis in (-2, -1):
+    """Each slice (B, 1, H, W) left-right, up-down, both or neither; squares are also transposed or not."""
+    ways = [lambda x: x.flip(-2), lambda x: x.flip(-1)]
+    if images.shape[-1] == images.shape[-2]:
+        ways.append(lambda x: x.mT)
+    for turned in ways:
         chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-        images = torch.where(chosen, images.flip(axis), images)
+        images = torch.where(chosen, turned(images), images)
     return images

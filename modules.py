@@ -69,7 +69,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Quantised vectors (B, D, h, w) -> slice (B, 1, stride h, stride w), unbounded as z-scores are.
 
-    num_code_layers: residual layers on the code grid, before the first convolution; a quarter of the work of one after.
+    num_code_layers: residual layers on the code grid, before the first convolution.
     refine_channels: with them, the last convolution is one more, at the slice's own resolution.
     """
 
@@ -267,10 +267,10 @@ class Output(NamedTuple):
 
 
 def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al. 2004), mean over windows inside the slices: (B, 1, H, W) twice -> ().
+    """1 - SSIM (Wang et al. 2004), mean over windows inside the slices: (B, 1, H, W) twice, sides of 11 or more -> ().
 
-    Gaussian window 11, sigma 1.5; both scaled as each original fills [0, 1]. The blur along an axis is a product with a
-    banded matrix: on a CPU several times as fast as a convolution of one channel.
+    Gaussian window 11, sigma 1.5; both scaled as each original fills [0, 1], a cropped slice by its crop's range. The
+    blur along an axis is a product with a banded matrix, on a CPU several times as fast as a convolution.
     """
     taps = torch.exp(-((torch.arange(11, device=images.device) - 5.0) ** 2) / (2 * 1.5**2))
     rows, columns = (_band(taps / taps.sum(), size) for size in images.shape[-2:])
@@ -279,13 +279,17 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):  # variances are differences of nearly equal numbers
         mean_x, mean_y, xx, yy, xy = (rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T).unbind()
     c1, c2 = 0.01**2, 0.03**2  # for a data range of 1
-    variance_x, variance_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    # Rounding can make the variance of a nearly flat window negative, and then the fraction anything.
+    variance_x, variance_y = (xx - mean_x**2).clamp_min(0), (yy - mean_y**2).clamp_min(0)
+    covariance = xy - mean_x * mean_y
     similar_means = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return 1 - (similar_means * (2 * covariance + c2) / (variance_x + variance_y + c2)).mean()
 
 
 def _band(taps: Tensor, size: int) -> Tensor:
     """The matrix that slides `taps` (T,) along an axis of `size`, where they fit: (size - T + 1, size)."""
+    if size < len(taps):
+        raise ValueError(f"slices with a side of {size} have no room for SSIM's window of {len(taps)}")
     place = torch.arange(size, device=taps.device)
     offset = place - place[: size - len(taps) + 1, None]  # how far column is right of row
     return torch.where((offset >= 0) & (offset < len(taps)), taps[offset.clamp(0, len(taps) - 1)], 0.0)

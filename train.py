@@ -34,7 +34,7 @@ from utils import UserError
 SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
 
 # The recipes. "document" is the source document's training; its one departure is a codebook that starts from
-# data. "tuned" spends the same bits, batches and epochs on what makes the model learn faster and better.
+# data. "tuned" learns faster and better from the same bits, batches and epochs, with 1.8 times the multiply-adds.
 ANY, SOME = (0, 1e9), (1, 1e9)  # bounds; a list is of choices
 RECIPES = {
     # flag                  document    tuned     allowed                 help
@@ -45,7 +45,7 @@ RECIPES = {
     "warmup":              (0.0,        0.05,     (0, 1),                 "share of steps in which it rises from 0"),
     "clip_grad_norm":      (0.0,        1.0,      ANY,                    "longest gradient of a step; 0: any"),
     "crop":                (0,          128,      (0, 128),               "side of random squares; 0: whole slices"),
-    "augment":             (False,      True,     None,                   "flip training slices at random"),
+    "augment":             (False,      True,     None,                   "flip slices, turn squares, at random"),
     "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
     "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
     "codebook_init":       ("kmeans",   "kmeans", ["kmeans", "uniform"],  "from data; uniform collapses"),
@@ -232,6 +232,8 @@ class Run:
         if checkpoint["fingerprint"] != self.fingerprint:
             data = self.args["data"]
             raise UserError(f"{self.folder} was trained on other slices than {data} holds; name the same with --data")
+        if checkpoint["model_args"] != self.model.arguments:
+            raise UserError(f"{self.folder} is of another version, whose recipe made another model; start a new run")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds"):

@@ -5,9 +5,10 @@
     python benchmarks/ablation.py --data DIR --jobs 2                    # two runs at a time, a share of the cores each
 
 A variant is a set of train.py's flags, at equal bits unless its name says otherwise; what lost lives here as a class
-put in the place of one of modules.py. Each variant and seed is a run of train.py and predict.py in --runs-dir; a run
-that is there already is not trained again, one that was stopped goes on. Writes <out>.json and <out>.md: mean and
-half the range over seeds. Choose by the validation column; the test columns are for reporting.
+put in the place of one of modules.py, and such runs open only from here. Each variant and seed is a run of train.py and
+predict.py in --runs-dir; a run that is there already is not trained again, one that was stopped goes on. Writes
+<out>.json and <out>.md: mean and half the range over seeds. Choose by the validation column; the test columns are for
+reporting.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -33,10 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
 
+import dataset
 import modules
 import predict
 import train
+import utils
 from modules import Decoder, Encoder, Quantized, ResidualLayer, ResidualStack, VectorQuantizer
+from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,34 +51,41 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation (arXiv 2309.15505): 8 levels on each of 3 channels make 512 fixed codes."""
+    """Finite scalar quantisation (arXiv 2309.15505): 8 levels on each of 3 channels make 512 fixed codes.
+
+    1 x 1 convolutions lead from D channels to the 3 and back, so that encoder and decoder are the others'.
+    """
 
     num_codebooks = 1
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *others):
         super().__init__()
+        assert num_embeddings == 8**3
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.levels = round(num_embeddings ** (1 / embedding_dim))
-        assert self.levels**embedding_dim == num_embeddings
-        points = (torch.arange(self.levels) - self.levels // 2) / (self.levels // 2)
-        grid = torch.cartesian_prod(*[points] * embedding_dim)  # (K, D)
+        self.down, self.up = nn.Conv2d(embedding_dim, 3, 1), nn.Conv2d(3, embedding_dim, 1)
+        grid = torch.cartesian_prod(*[torch.arange(-4.0, 4)] * 3) / 4  # (512, 3)
         self.embedding = nn.Embedding.from_pretrained(grid, freeze=True)
 
     def forward(self, z: Tensor) -> Quantized:
-        half = (self.levels - 1) * 1.001 / 2
-        scaled = torch.tanh(z.float() + torch.tan(torch.tensor(0.5 / half))) * half - 0.5  # of an even number of levels
-        rounded = scaled + (scaled.round() - scaled).detach()
-        digits = (rounded.detach().round().long() + self.levels // 2).movedim(1, -1)  # (B, h, w, D) in 0..levels-1
-        indices = (digits * self.levels ** torch.arange(self.embedding_dim - 1, -1, -1, device=z.device)).sum(-1)
+        rounded = self.round(self.down(z).float())
+        digits = rounded.detach().round().long() + 4  # (B, 3, h, w) in 0..7
+        indices = digits[:, 0] * 64 + digits[:, 1] * 8 + digits[:, 2]
         counts = torch.bincount(indices.flatten(), minlength=self.num_embeddings).float()
         zero = torch.zeros((), device=z.device)
-        return Quantized(rounded / (self.levels // 2), indices, zero, zero, counts)
+        return Quantized(self.up(rounded / 4), indices, zero, zero, counts)
+
+    @staticmethod
+    def round(z: Tensor) -> Tensor:
+        """To the integers -4..3, with the gradient of what is rounded."""
+        half = 3.5 * 1.001
+        bounded = torch.tanh(z + math.tan(0.5 / half)) * half - 0.5
+        return bounded + (bounded.round() - bounded).detach()
 
     def initialize(self, vectors: Tensor, generator=None) -> None:
         """Nothing to start: the codes are fixed."""
 
     def embed(self, indices: Tensor) -> Tensor:
-        return self.embedding(indices).movedim(-1, 1)
+        return self.up(self.embedding(indices).movedim(-1, 1))
 
 
 class RotationTrick(VectorQuantizer):
@@ -114,10 +128,7 @@ class CodeGridDecoder(Decoder):
 
     def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, *others):
         super().__init__(channels, residual_channels, 0, embedding_dim, *others)
-        self.code_stack = ResidualStack(embedding_dim, embedding_dim, num_layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.code_stack(x))
+        self.code_stack = ResidualStack(embedding_dim, embedding_dim, num_layers)  # Decoder.forward applies it first
 
 
 # ---------------------------------------------------------------- variants
@@ -134,7 +145,7 @@ VARIANTS = {
     "document, uniform start": Variant("--recipe document --codebook-init uniform"),
     "tuned": Variant(""),
     "tuned, no restarts": Variant("--restart-below 0"),
-    "tuned, no flips": Variant("--no-augment"),
+    "tuned, no flips or turns": Variant("--no-augment"),
     "tuned, gradient codebook": Variant("--codebook gradient --restart-below 0"),
     "tuned, squared error alone": Variant("--ssim-weight 0"),
     "tuned, SSIM weight 0.25": Variant("--ssim-weight 0.25"),
@@ -151,7 +162,7 @@ VARIANTS = {
     "tuned, stride 8, 4 residual codebooks": Variant("--stride 8 --num-codebooks 4"),
     "tuned, depth at the code grid": Variant("--num-residual-layers 4 --num-code-layers 0", CODE_GRID),
     "tuned, batch normalisation": Variant("", {"ResidualLayer": NormalisedLayer}),
-    "tuned, FSQ 8 x 8 x 8": Variant("--embedding-dim 3", {"VectorQuantizer": FSQ}),
+    "tuned, FSQ 8 x 8 x 8": Variant("", {"VectorQuantizer": FSQ}),
     "tuned, rotation trick": Variant("", {"VectorQuantizer": RotationTrick}),
 }
 SCORES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body", "psnr")
@@ -179,7 +190,7 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
     flags = [*chosen.flags.split(), "--epochs", str(args.epochs), "--seed", str(seed), "--precision", args.precision]
     name = "".join(c if c.isalnum() else "_" for c in f"{variant} epochs {args.epochs} seed {seed}")
     run = args.runs_dir / args.data.resolve().name / name
-    if epochs_done(run, args.data) < args.epochs:
+    if epochs_done(run, args.data, flags) < args.epochs:
         where = ["--data", args.data, "--runs-dir", run.parent, "--name", name]
         resume = ["--resume"] if (run / "config.json").exists() else []
         execute(train.main, [*where, *flags, *resume], run, chosen.replaced)
@@ -201,18 +212,23 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
         "validation_ssim": max(float(row["val_ssim"]) for row in history),
         "test": {name: {k: metrics[name][k] for k in ("mean", "by_case")} for name in SCORES},
         "test_slices": metrics["slices"], "device": config["device"], "precision": config["precision"],
-        "versions": config["versions"], "evaluated_at_commit": metrics["versions"]["commit"],
+        "versions": config["versions"],  # the commit that it was trained at among them
     }  # fmt: skip
 
 
-def epochs_done(run: Path, data: Path) -> int:
-    """Epochs of a run that is there already; it must have been trained on the same folder."""
+def epochs_done(run: Path, data: Path, flags: list[str]) -> int:
+    """Epochs of a run that is there already, trained on the same folder with the same settings, or refused."""
     if not (run / "metrics.csv").exists():
         return 0
-    trained_on = Path(json.loads((run / "config.json").read_text())["arguments"]["data"])
-    data = data.resolve()  # train.py may have found the slices below it, or one level above
-    if data not in (trained_on, *trained_on.parents) and data.parent != trained_on:
-        sys.exit(f"{run} was trained on {trained_on}, not on {data}: name another --runs-dir")
+    trained_with = json.loads((run / "config.json").read_text())["arguments"]
+    trained_on, data = Path(trained_with["data"]), data.resolve()
+    if data not in (trained_on, *trained_on.parents) and data.parent != trained_on:  # train.py looks around a little
+        raise UserError(f"{run} was trained on {trained_on}, not on {data}: name another --runs-dir")
+    given = train.parse_arguments(flags)
+    expected = train.with_defaults(given.get("recipe", "tuned"), given)
+    changed = [key for key in (*train.RECIPES, "seed", "precision") if trained_with.get(key) != expected[key]]
+    if changed:
+        raise UserError(f"{run} was trained with other {', '.join(changed)}: name another --runs-dir")
     return len((run / "metrics.csv").read_text().splitlines()) - 1
 
 
@@ -224,8 +240,10 @@ def execute(main, flags: list, run: Path, classes: Mapping[str, type]) -> None:
         contextlib.redirect_stdout(log), contextlib.redirect_stderr(log),
     ):  # fmt: skip
         code = main([str(flag) for flag in flags])
+    for number in (signal.SIGINT, signal.SIGTERM):  # train.py's would let the rest run on
+        signal.signal(number, signal.SIG_DFL)
     if code:
-        sys.exit(f"{run} was stopped; the same command goes on from there")
+        os._exit(code)  # the pool is told by the loss of a worker, and starts no other run
 
 
 def multiply_adds(model: nn.Module) -> int:
@@ -237,6 +255,7 @@ def multiply_adds(model: nn.Module) -> int:
 
 def relative_step_time(args: argparse.Namespace, rounds: int = 3) -> dict[str, float]:
     """Each variant's training step over the document's: medians of steps timed in turn, alone on the machine."""
+    utils.keep_freed_memory()  # as in training
     given = {name: train.parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}}
     seconds: dict[str, list[float]] = {variant: [] for variant in given}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -273,7 +292,11 @@ def table(results: list[dict]) -> str:
         cells += [cell(rows, lambda row, n=n: row["test"][n]["mean"], 2 if n == "psnr" else 3) for n in SCORES]
         cells += [cell(rows, lambda row: row["codes_used"], 0), cell(rows, lambda row: row["perplexity"], 0)]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "GMAC: multiply-adds of a slice, forward, search included. Step time: over the document model's."]
+    lines += [
+        "",
+        "GMAC: multiply-adds of a whole slice, forward, search included. Step time: of 16 slices in training, as",
+    ]
+    lines += ["the variant crops them, over the document's. Codes used and perplexity: of all codebooks together."]
     return "\n".join(lines) + "\n"
 
 
@@ -295,20 +318,31 @@ def main() -> None:
     flag("--runs-dir", type=Path, default=Path("runs/ablation"), help="where the runs are kept (runs/ablation)")
     flag("--out", type=Path, help="result files, without ending (benchmarks/results/ablation_<data>)")
     args = parser.parse_args()
+    args.variants = list(dict.fromkeys(args.variants))
+    if args.jobs < 1 or args.epochs < 1:
+        raise UserError(f"--jobs is {args.jobs} and --epochs {args.epochs}; expected 1 or more of each")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = args.out or RESULTS / f"ablation_{args.data.resolve().name}"
     threads = max(1, torch.get_num_threads() // args.jobs)
     results: list[dict] = []
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        order = [(variant, seed) for seed in args.seeds for variant in args.variants]  # a first table after one seed
-        for row in pool.map(run_once, *zip(*[(args, *item) for item in order], strict=True)):
+    order = [(args, variant, seed) for seed in args.seeds for variant in args.variants]  # a first table after one seed
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    try:
+        for row in pool.map(run_once, *zip(*order, strict=True)):
             results.append(row)
             results.sort(key=lambda row: (args.variants.index(row["variant"]), row["seed"]))
             write(out, results)
             print(f"{row['variant']}, seed {row['seed']}: validation ssim {row['validation_ssim']:.4f}", flush=True)
+    except BrokenProcessPool:
+        raise UserError("a run was stopped; the same command goes on from there") from None
+    finally:
+        for worker in active_children():  # none is busy, unless this was stopped: then each saves its run
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
     step_time = relative_step_time(args)
     write(out, [row | {"step_time": round(step_time[row["variant"]], 3)} for row in results])
     print(Path(f"{out}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, dataset.DataError, modules.CheckpointError)

@@ -89,11 +89,15 @@ def encode(model: nn.Module, data) -> Tensor:
     return torch.cat([model.encode(images.flip(axes)) for images in batches for axes in ((), (-1,), (-2,), (-1, -2))])
 
 
-def estimate(model: nn.Module, train, codes: Tensor) -> float:
-    """Bits a position of `codes` (N, h, w), under a context model fitted to the codes of `train`, a dataset.Slices."""
+def estimate(model: nn.Module, train, codes: Tensor) -> tuple[float, int]:
+    """Bits a position of `codes` (N, h, w), and the parameters of the context model that predicts them.
+
+    It is fitted to the codes of `train`, a dataset.Slices. Raises UserError for a run of several codebooks.
+    """
     quantizer = model.vector_quantization
     if quantizer.num_codebooks > 1:
-        raise UserError(f"the run has {quantizer.num_codebooks} codebooks; the estimate is made for one")
+        raise UserError(f"--entropy: a run has {quantizer.num_codebooks} codebooks; the estimate is made for one")
     context = fit(encode(model, train), quantizer.embedding.weight.detach(), STEPS)
     with torch.no_grad():
-        return float(torch.cat([context.bits(batch).flatten() for batch in codes.split(4)]).mean())
+        bits = torch.cat([context.bits(batch).flatten() for batch in codes.split(4)]).mean()
+    return float(bits), sum(p.numel() for p in context.parameters())

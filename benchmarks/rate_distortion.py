@@ -68,10 +68,11 @@ RULES = """\
   that rate. JPEG (libjpeg-turbo): baseline, 8 and 12 bits, Huffman tables standard or optimised, whichever is smaller.
   JPEG 2000 (OpenJPEG): irreversible 9/7, one tile, one layer, 8 and 16 bits. JPEG XL (libjxl): effort 10, 8 bits, and
   16 in linear light, as imagecodecs labels them. WebP (libwebp): method 6, 8 bits, grey RGB. AVIF (libavif, libaom):
-  monochrome, speed 4, 8, 10 and 12 bits.
+  monochrome, speed 2 (0 takes three times as long and is no better), 8, 10 and 12 bits.
 - A run's codes are counted at their fixed length; `entropy, estimated` is what a coder would need that knows the
-  probabilities of benchmarks/entropy.py's model, fitted to the training split's codes; no coder is run. A run's weights
-  are not counted, as a codec's program is not; the table names their size in float32.
+  probabilities of benchmarks/entropy.py's model, fitted to the training split's codes. No coder is run, and the mean is
+  over slices, where codecs fit each slice's budget. A run's weights are not counted, as a codec's program is not; the
+  table names their number.
 - What each is made for: a run, slices like its training data and the training loss in its config.json. JPEG, JPEG 2000
   and WebP, squared error, with JPEG's visual weighting of frequencies and WebP's default psychovisual preset. AVIF,
   libavif's default tuning: SSIM, from 1.4 on "iq", for SSIMULACRA 2. JPEG XL, Butteraugli.
@@ -202,7 +203,7 @@ CODECS = {
     ),
     "avif": Codec(  # single-channel input would be coded without loss
         "AVIF", "avif", (8, 10, 12), range(100), avif_payload,
-        {"speed": 4, "codec": "aom", "pixelformat": "yuv400"}, rgb=True,
+        {"speed": 2, "codec": "aom", "pixelformat": "yuv400"}, rgb=True,
     ),
 }  # fmt: skip
 
@@ -244,7 +245,7 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
     if not len(kept):
         raise UserError(f"all {len(data)} slices of {args.split} are constant; there is nothing to measure")
     images = data.denormalise(data.batch(kept), kept)
-    unit = 2.0 ** math.ceil(math.log2(float(images.abs().max())) - 15)
+    unit = 2.0 ** math.ceil(math.log2(float(images.abs().max())) - 14)
     mean, std = (numbers[kept].view(-1, 1, 1, 1) / unit for numbers in (data.mean, data.std))
     originals = Originals(images / unit, mean, std, [data.names[i].case for i in kept])
     return originals, len(data) - len(kept)
@@ -317,17 +318,18 @@ def measure_run(run: Path, originals: Originals, device: torch.device, with_entr
     restored = torch.cat([output.reconstruction.float().cpu() for output in outputs]) * std + mean
     row = {
         "method": f"{run.resolve().name} ({trained_with.get('recipe', 'unknown recipe')})", "misfits": 0,
-        "weights_bytes": 4 * sum(p.numel() for p in model.parameters()), "scores": summarize(originals, restored),
+        "scores": summarize(originals, restored),
     }  # fmt: skip
-    rates = {"fixed length": model.bits_per_pixel}
+    parameters = sum(p.numel() for p in model.parameters())
+    rates = {"fixed length": (model.bits_per_pixel, parameters)}
     if with_entropy:
         options = {key: trained_with[key] for key in ("fit", "planes", "skip_bad_files", "cache_dir")}
         train = dataset.load_split(dataset.find_splits(Path(trained_with["data"])), "train", **options)
-        bits = entropy.estimate(model, train, torch.cat([output.indices for output in outputs]))
-        rates["entropy, estimated"] = bits / model.stride**2
+        bits, more = entropy.estimate(model, train, torch.cat([output.indices for output in outputs]))
+        rates["entropy, estimated"] = (bits / model.stride**2, parameters + more)
     return [
-        row | {"accounting": accounting, "rate": rate, "bits_per_pixel": rate + SCALE_BITS / PIXELS}
-        for accounting, rate in rates.items()
+        row | {"accounting": accounting, "rate": rate, "bits_per_pixel": rate + SCALE_BITS / PIXELS, "weights": weights}
+        for accounting, (rate, weights) in rates.items()
     ]
 
 
@@ -340,7 +342,7 @@ def table(rows: list[dict], slices: int) -> str:
     lines = [f"| rate | method | counted | bits per pixel | {names} |", "|" + "---|" * (4 + len(SCORES))]
     for row in rows:
         detail = f", {row['depth']} bits" if "depth" in row else ""
-        detail += f", weights of {row['weights_bytes']:,} bytes" if "weights_bytes" in row else ""
+        detail += f", {row['weights']:,} weights" if "weights" in row else ""
         cells = [f"{row['rate']:.4f}", row["method"] + detail, row["accounting"]]
         if "scores" in row:
             cells.append(f"{row['bits_per_pixel']:.4f}")
@@ -366,7 +368,8 @@ def plot(path: Path, rows: list[dict], heading: str) -> None:
             style = {"color": colours[method], "linestyle": "-" if accounting == "payload" else "--"}
             axis.plot(*zip(*points, strict=True), marker=".", label=f"{method}, {accounting}", **style)
         else:
-            axis.plot(*points[0], "k" + next(markers), markersize=8, linestyle="", label=method)
+            label = f"{method}, {accounting}"
+            axis.plot(*zip(*points, strict=True), "k" + next(markers), markersize=8, linestyle="", label=label)
     ticks = sorted({row["rate"] for row in rows if row["method"] in colours})
     axis.set(xscale="log", xlabel="bits per pixel", ylabel="ssim", title=heading)
     axis.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
@@ -397,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if imagecodecs is None:
         raise UserError("imagecodecs, which has the codecs, is missing: pip install -r benchmarks/requirements.txt")
+    if args.entropy and args.split == "train":
+        raise UserError("--entropy needs --split validate or test: its model is fitted to the training split's codes")
     versions = utils.versions() | {"imagecodecs": imagecodecs.__version__}
     versions |= {name: CODECS[name].call("version") for name in args.codecs}
     device = utils.pick_device(args.device)

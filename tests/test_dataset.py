@@ -831,12 +831,10 @@ def test_crops_are_squares_of_the_slices_at_every_place():
     assert squares.shape == (500, 1, 3, 3)
     seen = set()
     for i, square in enumerate(squares[:, 0]):
-        transposed = bool(square[0, 1] - square[0, 0] == 4)
         top, left = divmod(int(square[0, 0]) - 24 * i, 4)
-        expected = slices[i, 0, top : top + 3, left : left + 3]
-        assert torch.equal(square, expected.T if transposed else expected)
-        seen.add((top, left, transposed))
-    assert seen == {(top, left, turned) for top in range(4) for left in range(2) for turned in (False, True)}
+        assert torch.equal(square, slices[i, 0, top : top + 3, left : left + 3])
+        seen.add((top, left))
+    assert seen == {(top, left) for top in range(4) for left in range(2)}
 
 
 def test_flips_are_drawn_for_each_slice():
@@ -845,3 +843,13 @@ def test_flips_are_drawn_for_each_slice():
     kinds = [images[0], images[0].flip(-1), images[0].flip(-2), images[0].flip(-1, -2)]
     seen = [[torch.equal(image, kind) for kind in kinds].index(True) for image in dataset.flip_at_random(images)]
     assert set(seen) == {0, 1, 2, 3}
+
+
+def test_squares_are_turned_all_eight_ways():
+    torch.manual_seed(0)
+    square = torch.rand(1, 1, 4, 4)
+    turned = dataset.flip_at_random(square.expand(200, 1, 4, 4))
+    ways = {
+        tuple(x.flip(axes).flatten().tolist()) for x in (square, square.mT) for axes in ((), (-1,), (-2,), (-1, -2))
+    }
+    assert {tuple(x.flatten().tolist()) for x in turned} == ways and len(ways) == 8

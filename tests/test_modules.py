@@ -252,6 +252,8 @@ def test_ssim_loss_is_the_measured_ssim():
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(modules.ssim_loss(noisy, originals), expected, atol=1e-4, rtol=0)
     assert modules.ssim_loss(originals, originals).abs() < 1e-5
+    with pytest.raises(ValueError, match="a side of 10 have no room"):
+        modules.ssim_loss(torch.zeros(1, 1, 10, 16), torch.zeros(1, 1, 10, 16))
     flat = torch.zeros(1, 1, 16, 16)
     reconstruction = torch.randn(1, 1, 16, 16, requires_grad=True)
     modules.ssim_loss(reconstruction, flat).backward()

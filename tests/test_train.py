@@ -188,6 +188,16 @@ def test_bfloat16_is_what_the_convolutions_compute_in(tmp_path, run_here, monkey
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "runs" / "a" / "last.pt").values())
 
 
+def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
+    for crop, shape in (("32", (2, 1, 32, 32)), ("0", (2, 1, 64, 48))):
+        given = train.parse_arguments([*small, "--crop", crop])
+        run = train.Run(tmp_path, train.with_defaults("tuned", given), "")
+        seen = []
+        run.model.encoder.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape))
+        train.train_step(run, torch.randn(2, 1, 64, 48))
+        assert seen == [shape]
+
+
 @pytest.mark.parametrize("longest", [0.0, 1e-3])
 def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
     args = train.with_defaults("tuned", train.parse_arguments([*small, "--clip-grad-norm", str(longest)]))
@@ -372,6 +382,11 @@ def test_resume_accepts_the_runs_own_flags_and_no_other_data(tmp_path, run_here,
     run_here("--epochs 1 --name a --precision auto --seed 3")
     moved = data.rename(tmp_path / "moved")
     assert run_here(f"--epochs 2 --name a --precision auto --seed 3 --resume --data {moved}") == 0
+    config = tmp_path / "runs" / "a" / "config.json"
+    config.write_text(config.read_text().replace('"num_code_layers": 1', '"num_code_layers": 2'))
+    with pytest.raises(UserError, match="is of another version"):
+        run_here("--epochs 3 --name a --resume --data " + str(moved) + " --num-code-layers 2")
+    config.write_text(config.read_text().replace('"num_code_layers": 2', '"num_code_layers": 1'))
     other = write_slices(tmp_path / "other", train=10, validate=3)
     with pytest.raises(UserError, match="was trained on other slices than"):
         run_here(f"--epochs 3 --name a --resume --data {other}")
