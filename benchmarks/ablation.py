@@ -333,11 +333,13 @@ def main() -> None:
             results.sort(key=lambda row: (args.variants.index(row["variant"]), row["seed"]))
             write(out, results)
             print(f"{row['variant']}, seed {row['seed']}: validation ssim {row['validation_ssim']:.4f}", flush=True)
-    except BrokenProcessPool:
-        raise UserError("a run was stopped; the same command goes on from there") from None
+    except BaseException as stop:
+        for worker in active_children():
+            worker.terminate()  # it saves its run first
+        if isinstance(stop, BrokenProcessPool):
+            raise UserError("a run was stopped; the same command goes on from there") from None
+        raise
     finally:
-        for worker in active_children():  # none is busy, unless this was stopped: then each saves its run
-            worker.terminate()
         pool.shutdown(cancel_futures=True)
     step_time = relative_step_time(args)
     write(out, [row | {"step_time": round(step_time[row["variant"]], 3)} for row in results])
