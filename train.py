@@ -1,6 +1,6 @@
 """Train a VQ-VAE on MRI slices.
 
-    python train.py                                     # sample data: about two minutes on two CPU cores
+    python train.py                                     # sample data: minutes on two CPU cores
     python train.py --data /data/keras_slices_data      # HipMRI, 100 epochs
     python train.py --data ... --recipe document        # the source document's training, number for number
     python train.py --data ... --dry-run                # print what would be done, and how long it would take
