@@ -66,13 +66,9 @@ def load_data(args: argparse.Namespace, run: Path) -> tuple[dataset.Slices, str]
 
 def summarize(scores: dict[str, torch.Tensor], counts: torch.Tensor, data: dataset.Slices) -> dict:
     """What metrics.json holds of the figures: each score's mean over slices and over each case's slices."""
-    cases = np.array([name.case for name in data.names])
     kept = ~data.constant.numpy()
-    summary = {}
-    for name in SCORE_NAMES:
-        values = scores[name].double().numpy()
-        by_case = {case: float(values[kept & (cases == case)].mean()) for case in dict.fromkeys(cases[kept].tolist())}
-        summary[name] = {"mean": float(values[kept].mean()), "by_case": by_case}
+    cases = [name.case for name, keep in zip(data.names, kept, strict=True) if keep]
+    summary = {name: utils.mean_by_case(scores[name].double().numpy()[kept], cases) for name in SCORE_NAMES}
     summary["codes_used"], summary["perplexity"] = utils.code_use(counts)
     return summary | {"slices": int(kept.sum()), "excluded_slices": int((~kept).sum())}
 

@@ -176,7 +176,7 @@ def save_figure(figure, path: Path) -> None:
 # ---------------------------------------------------------------- measures
 
 
-def _rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """(B, 1, H, W) to [0, 1] between each slice's low and high, (B,), clipped."""
     low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
     return ((images - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
@@ -259,7 +259,7 @@ def slice_scores(originals: Tensor, reconstructions: Tensor, names: tuple[str, .
     originals, reconstructions = originals.float(), reconstructions.float()
     pixels = originals.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)
-    pair = [_rescale(x, low, high) for x in (reconstructions, originals)]
+    pair = [rescale(x, low, high) for x in (reconstructions, originals)]
     scores = {}
     if "ssim" in names:
         scores["ssim"] = ssim_map(*pair).mean((1, 2, 3))
@@ -271,13 +271,19 @@ def slice_scores(originals: Tensor, reconstructions: Tensor, names: tuple[str, .
         scores["ssim_uniform"] = ssim_map(*pair, kernel_size=7, gaussian=False).mean((1, 2, 3))
     if "ssim_body" in names:
         limits = torch.quantile(pixels, torch.tensor([0.005, 0.995], device=pixels.device), dim=1)  # (2, B)
-        clipped = [_rescale(x, *limits) for x in (reconstructions, originals)]
+        clipped = [rescale(x, *limits) for x in (reconstructions, originals)]
         quality = ssim_map(*clipped)
         mask = _inside(body_mask(clipped[1].cpu()).to(quality.device), quality)
         scores["ssim_body"] = (quality * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
     if "psnr" in names:
         scores["psnr"] = -10 * (pair[0] - pair[1]).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
     return scores
+
+
+def mean_by_case(values: np.ndarray, cases: list[str]) -> dict:
+    """A score of N slices, (N,), and the case of each: the mean over slices, and over each case's slices."""
+    by_case = {case: float(values[np.array(cases) == case].mean()) for case in dict.fromkeys(cases)}
+    return {"mean": float(values.mean()), "by_case": by_case}
 
 
 def code_use(counts: Tensor) -> tuple[int, float]:

@@ -295,8 +295,8 @@ def table(results: list[dict]) -> str:
     lines += [
         "",
         "GMAC: multiply-adds of a whole slice, forward, search included. Step time: of 16 slices in training, as",
+        "the variant crops them, over the document's. Codes used and perplexity: of all codebooks together.",
     ]
-    lines += ["the variant crops them, over the document's. Codes used and perplexity: of all codebooks together."]
     return "\n".join(lines) + "\n"
 
 

@@ -253,8 +253,8 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
 
 def ms_ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Multi-scale SSIM of each slice, on `ssim`'s images: (B, 1, H, W) twice -> (B,)."""
-    low, high = originals.amin((1, 2, 3), keepdim=True), originals.amax((1, 2, 3), keepdim=True)
-    pair = [((images - low) / (high - low)).clamp(0, 1) for images in (reconstructions, originals)]
+    pixels = originals.flatten(1)
+    pair = [utils.rescale(images, pixels.amin(1), pixels.amax(1)) for images in (reconstructions, originals)]
     return torchmetrics_ms_ssim(*pair, reduction="none", data_range=1.0, betas=MS_SSIM_WEIGHTS).flatten()
 
 
@@ -270,11 +270,8 @@ def score(originals: Tensor, reconstructions: Tensor, names: tuple[str, ...]) ->
 
 def summarize(originals: Originals, reconstructions: Tensor) -> dict[str, dict]:
     """Each score's mean over slices and over each case's slices, as in predict.py's metrics.json."""
-    cases, summary = np.array(originals.cases), {}
-    for name, values in score(originals.images, reconstructions, SCORES).items():
-        by_case = {case: float(values[cases == case].mean()) for case in dict.fromkeys(originals.cases)}
-        summary[name] = {"mean": float(values.mean()), "by_case": by_case}
-    return summary
+    scores = score(originals.images, reconstructions, SCORES)
+    return {name: utils.mean_by_case(values, originals.cases) for name, values in scores.items()}
 
 
 def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) -> list[dict]:

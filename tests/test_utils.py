@@ -135,7 +135,7 @@ def test_body_mask_finds_the_body_of_a_pelvis():
     image, labels = phantom.make_volume(5, 0, slices=3)
     slices = torch.from_numpy(image.astype(np.float32)).movedim(2, 0)[:, None]
     body = torch.from_numpy(labels > 0).movedim(2, 0)[:, None]
-    mask = body_mask(utils._rescale(slices, slices.amin((1, 2, 3)), torch.quantile(slices.flatten(1), 0.995, dim=1)))
+    mask = body_mask(utils.rescale(slices, slices.amin((1, 2, 3)), torch.quantile(slices.flatten(1), 0.995, dim=1)))
     overlap = (mask & body).sum((1, 2, 3)) / (mask | body).sum((1, 2, 3))
     assert overlap.min() > 0.9
 
