@@ -5,10 +5,10 @@
     python benchmarks/ablation.py --data DIR --jobs 2                    # two runs at a time, a share of the cores each
 
 A variant is a set of train.py's flags, at equal bits unless its name says otherwise; what lost lives here as a class
-put in the place of one of modules.py, and such runs open only from here. Each variant and seed is a run of train.py and
-predict.py in --runs-dir; a run that is there already is not trained again, one that was stopped goes on. Writes
-<out>.json and <out>.md: mean and half the range over seeds. Choose by the validation column; the test columns are for
-reporting.
+or function put in the place of one of modules.py, and such runs open only from here. Each variant and seed is a run of
+train.py and predict.py in --runs-dir; a run that is there already is not trained again, one that was stopped goes on.
+Writes <out>.json and <out>.md: mean and half the range over seeds. Choose by the validation column; the test columns
+are for reporting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
@@ -37,17 +37,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
 
+from rate_distortion import MS_SSIM_WEIGHTS
+
 import dataset
 import modules
 import predict
 import train
 import utils
-from modules import Decoder, Encoder, Quantized, ResidualLayer, ResidualStack, VectorQuantizer
+from modules import Decoder, Encoder, Quantized, ResidualLayer, ResidualStack, VectorQuantizer, ssim_loss
 from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
 
-# ---------------------------------------------------------------- classes that did not earn a place in modules.py
+# ---------------------------------------------------------------- what did not earn a place in modules.py
 
 
 class FSQ(nn.Module):
@@ -101,6 +103,59 @@ class RotationTrick(VectorQuantizer):
         return result._replace(quantized=scale * (z - 2 * along * middle + 2 * before * v))
 
 
+class CosineCodes(VectorQuantizer):
+    """Vectors of one length, sqrt(D), and embeddings that are means of such: cosine similarity (arXiv 2110.04627)."""
+
+    def forward(self, z: Tensor) -> Quantized:
+        return super().forward(F.normalize(z.float(), dim=1) * math.sqrt(self.embedding_dim))
+
+    def initialize(self, vectors: Tensor, *others, **more) -> None:
+        vectors = F.normalize(vectors.float(), dim=1) * math.sqrt(self.embedding_dim)
+        super().initialize(vectors, *others, **more)
+
+
+class SimVQ(VectorQuantizer):
+    """A fixed table times a matrix that is trained: one gradient moves all codes (arXiv 2411.02038).
+
+    For codebook "gradient". The table starts from data, as the other codebooks do, and the matrix at the identity.
+    """
+
+    class Product(nn.Module):
+        def __init__(self, table: Tensor):
+            super().__init__()
+            self.register_buffer("table", table)  # (K, D)
+            self.matrix = nn.Parameter(torch.eye(table.shape[1]))
+
+        @property
+        def weight(self) -> Tensor:
+            return self.table @ self.matrix
+
+        def forward(self, indices: Tensor) -> Tensor:
+            return F.embedding(indices, self.weight)
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.embedding = self.Product(self.embedding.weight.detach().clone())
+
+    @torch.no_grad()
+    def initialize(self, vectors: Tensor, *others, **more) -> None:
+        product, self.embedding = self.embedding, nn.Embedding(*self.embedding.table.shape, device=vectors.device)
+        super().initialize(vectors, *others, **more)  # writes into an embedding
+        product.table.copy_(self.embedding.weight)
+        self.embedding = product
+
+
+class SubPixelDecoder(Decoder):
+    """Doubles by 3 x 3 convolutions whose channels become pixels (arXiv 1609.05158), not by transposed ones."""
+
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        for name in ("conv1", "conv2"):
+            own = getattr(self, name)
+            conv = nn.Conv2d(own.in_channels, 4 * own.out_channels, kernel_size=3, padding=1)
+            setattr(self, name, nn.Sequential(conv, nn.PixelShuffle(2)))
+
+
 class NormalisedLayer(ResidualLayer):
     """Batch normalisation before a residual layer's first activation."""
 
@@ -110,6 +165,12 @@ class NormalisedLayer(ResidualLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.relu(self.conv1(self.relu(self.norm(x)))))
+
+
+def four_scales_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """The SSIM term at four scales, with MS-SSIM's weights; summed, as the gradient of its product has no bound."""
+    scales = [[F.avg_pool2d(x.float(), 2**i) for x in (reconstructions, images)] for i in range(4)]
+    return sum(weight * ssim_loss(*pair) for weight, pair in zip(MS_SSIM_WEIGHTS, scales, strict=True))
 
 
 class CodeGridEncoder(Encoder):
@@ -136,7 +197,7 @@ class CodeGridDecoder(Decoder):
 
 class Variant(NamedTuple):
     flags: str  # of train.py
-    replaced: Mapping[str, type] = MappingProxyType({})  # classes of modules.py and what stands in for them
+    replaced: Mapping[str, Callable] = MappingProxyType({})  # names in modules.py: what stands in for them
 
 
 CODE_GRID = {"Encoder": CodeGridEncoder, "Decoder": CodeGridDecoder}
@@ -150,6 +211,7 @@ VARIANTS = {
     "tuned, squared error alone": Variant("--ssim-weight 0"),
     "tuned, SSIM weight 0.25": Variant("--ssim-weight 0.25"),
     "tuned, SSIM weight 1": Variant("--ssim-weight 1"),
+    "tuned, SSIM at four scales": Variant("", {"ssim_loss": four_scales_loss}),
     "tuned, no refinement": Variant("--refine-channels 0"),
     "tuned, no code layers": Variant("--num-code-layers 0"),
     "tuned, the document's architecture": Variant("--num-residual-layers 2 --num-code-layers 0 --refine-channels 0"),
@@ -161,18 +223,21 @@ VARIANTS = {
     "tuned, codes of 16 numbers": Variant("--embedding-dim 16"),
     "tuned, stride 8, 4 residual codebooks": Variant("--stride 8 --num-codebooks 4"),
     "tuned, depth at the code grid": Variant("--num-residual-layers 4 --num-code-layers 0", CODE_GRID),
+    "tuned, sub-pixel decoder": Variant("", {"Decoder": SubPixelDecoder}),
     "tuned, batch normalisation": Variant("", {"ResidualLayer": NormalisedLayer}),
     "tuned, FSQ 8 x 8 x 8": Variant("", {"VectorQuantizer": FSQ}),
     "tuned, rotation trick": Variant("", {"VectorQuantizer": RotationTrick}),
+    "tuned, cosine codes": Variant("", {"VectorQuantizer": CosineCodes}),
+    "tuned, SimVQ": Variant("--codebook gradient --restart-below 0", {"VectorQuantizer": SimVQ}),
 }
 SCORES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body", "psnr")
 
 
 @contextlib.contextmanager
-def replaced(classes: Mapping[str, type]):
-    """While it lasts, `modules` builds models of these classes."""
-    own = {name: getattr(modules, name) for name in classes}
-    for name, stand_in in classes.items():
+def replaced(stand_ins: Mapping[str, Callable]):
+    """While it lasts, `modules` builds models of these classes and uses these functions."""
+    own = {name: getattr(modules, name) for name in stand_ins}
+    for name, stand_in in stand_ins.items():
         setattr(modules, name, stand_in)
     try:
         yield
@@ -232,11 +297,11 @@ def epochs_done(run: Path, data: Path, flags: list[str]) -> int:
     return len((run / "metrics.csv").read_text().splitlines()) - 1
 
 
-def execute(main, flags: list, run: Path, classes: Mapping[str, type]) -> None:
+def execute(main, flags: list, run: Path, stand_ins: Mapping[str, Callable]) -> None:
     """One of the scripts, here in this process; what it prints goes to a file beside the run."""
     run.parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(run.parent / f"{run.name}.log", "a") as log, replaced(classes),
+        open(run.parent / f"{run.name}.log", "a") as log, replaced(stand_ins),
         contextlib.redirect_stdout(log), contextlib.redirect_stderr(log),
     ):  # fmt: skip
         code = main([str(flag) for flag in flags])
