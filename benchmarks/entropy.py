@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UserError
-
-STEPS = 1500  # of the context model's training: about five minutes of two CPU cores
+STEPS = 1500  # of the context model's training: some minutes of a CPU
+POSITIONS = 1024  # of a batch's, drawn at random, that a step predicts: K logits each are most of the work
 
 
 class CausalConv2d(nn.Conv2d):
@@ -55,10 +54,14 @@ class ContextModel(nn.Module):
         self.codes.bias.data.copy_(((frequencies + 0.1) / (frequencies + 0.1).sum()).log())
 
     def forward(self, codes: Tensor) -> Tensor:
+        return self.codes(self.predict(codes))
+
+    def predict(self, codes: Tensor) -> Tensor:
+        """What the codes before it tell of each, (B, h, w, D): all but the last layer."""
         x = self.first(self.embedding[codes].movedim(-1, 1))
         for layer in self.layers:
             x = x + layer(x)
-        return self.codes(self.last(F.gelu(x)).movedim(1, -1))
+        return self.last(F.gelu(x)).movedim(1, -1)
 
     def bits(self, codes: Tensor) -> Tensor:
         """-log2 p of each code, (B, h, w)."""
@@ -66,7 +69,7 @@ class ContextModel(nn.Module):
 
 
 def fit(codes: Tensor, embedding: Tensor, steps: int, batch_size: int = 4, seed: int = 0) -> ContextModel:
-    """Train on codes (N, h, w) for some minutes of a CPU: AdamW 2e-3, warm-up, cosine to 0."""
+    """Train on codes (N, h, w): AdamW 2e-3, warm-up, cosine to 0."""
     torch.manual_seed(seed)
     frequencies = torch.bincount(codes.flatten(), minlength=len(embedding)).float()
     model = ContextModel(embedding, frequencies).to(codes.device)
@@ -74,7 +77,9 @@ def fit(codes: Tensor, embedding: Tensor, steps: int, batch_size: int = 4, seed:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = model.bits(codes[torch.randint(len(codes), (batch_size,))]).mean()
+        batch = codes[torch.randint(len(codes), (batch_size,))]
+        chosen = torch.randperm(batch.numel(), device=codes.device)[:POSITIONS]
+        loss = F.cross_entropy(model.codes(model.predict(batch).flatten(0, 2)[chosen]), batch.flatten()[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -89,15 +94,29 @@ def encode(model: nn.Module, data) -> Tensor:
     return torch.cat([model.encode(images.flip(axes)) for images in batches for axes in ((), (-1,), (-2,), (-1, -2))])
 
 
-def estimate(model: nn.Module, train, codes: Tensor) -> tuple[float, int]:
-    """Bits a position of `codes` (N, h, w), and the parameters of the context model that predicts them.
+def interleave(codes: Tensor, num_embeddings: int) -> Tensor:
+    """Codes (N, h, w, n) of n codebooks as (N, h, w n) of one with n K codes, a position's side by side."""
+    offset = torch.arange(codes.shape[-1], device=codes.device) * num_embeddings
+    return (codes + offset).flatten(2)
 
-    It is fitted to the codes of `train`, a dataset.Slices. Raises UserError for a run of several codebooks.
+
+def estimate(model: nn.Module, train, codes: Tensor) -> tuple[float, int]:
+    """Bits a position of `codes` (as model.encode gives them), and the parameters of what predicts them.
+
+    It is fitted to the codes of `train`, a dataset.Slices.
     """
     quantizer = model.vector_quantization
-    if quantizer.num_codebooks > 1:
-        raise UserError(f"--entropy: a run has {quantizer.num_codebooks} codebooks; the estimate is made for one")
-    context = fit(encode(model, train), quantizer.embedding.weight.detach(), STEPS)
+    train_codes, table = encode(model, train), quantizer.embedding.weight.detach()
+    if (n := quantizer.num_codebooks) > 1:
+        tables = [table]
+        while quantizer.num_codebooks > 1:
+            quantizer = quantizer.rest
+            tables.append(quantizer.embedding.weight.detach())
+        # A one-hot of the codebook, by which a code says whose turn is next.
+        which = torch.eye(n, device=table.device).repeat_interleave(len(table), 0)
+        table = torch.cat([torch.cat([each / each.std() for each in tables]), which], 1)
+        train_codes, codes = (interleave(each, quantizer.num_embeddings) for each in (train_codes, codes))
+    context = fit(train_codes, table, STEPS)
     with torch.no_grad():
         bits = torch.cat([context.bits(batch).flatten() for batch in codes.split(4)]).mean()
-    return float(bits), sum(p.numel() for p in context.parameters())
+    return float(bits) * n, sum(p.numel() for p in context.parameters())

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from modules import VQVAE
-from utils import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import entropy
@@ -44,19 +43,30 @@ def test_it_finds_what_the_neighbours_tell():
     assert bits[0] == pytest.approx(1, abs=0.1) and bits[1:].mean() < 0.1
 
 
-def test_estimate_of_a_run_and_its_refusal(monkeypatch):
+class Slices(SimpleNamespace):
+    def __len__(self):
+        return 3
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 3])
+def test_estimate_of_a_run(monkeypatch, num_codebooks):
     monkeypatch.setattr(entropy, "STEPS", 3)
-    small = {"hidden_channels": 8, "residual_channels": 4, "embedding_dim": 4, "num_embeddings": 16}
     images = torch.randn(3, 1, 32, 16)
-
-    class Slices(SimpleNamespace):
-        def __len__(self):
-            return 3
-
     slices = Slices(batch=lambda indices: images[indices])
-    model = VQVAE(**small)
-    assert entropy.encode(model, slices).shape == (12, 8, 4)
+    model = VQVAE(16, 8, embedding_dim=4, num_embeddings=16, num_codebooks=num_codebooks).eval()
+    assert entropy.encode(model, slices).shape[:3] == (12, 8, 4)
     bits, parameters = entropy.estimate(model, slices, model.encode(images))
-    assert 0 < bits < 3 * math.log2(16) and parameters > 100_000
-    with pytest.raises(UserError, match="2 codebooks; the estimate is made for one"):
-        entropy.estimate(VQVAE(**small, num_codebooks=2), slices, None)
+    assert 0 < bits < 3 * num_codebooks * math.log2(16 * num_codebooks) and parameters > 100_000
+
+
+def test_it_learns_whose_turn_is_next():
+    """Two codebooks of which each is a fair coin: a bit for each, not two; a first code that tells the second: one."""
+    torch.manual_seed(1)
+    first, second = torch.randint(2, (2, 300, 4, 4))
+    table = torch.cat([torch.randn(4, 3), torch.eye(2).repeat_interleave(2, 0)], 1)
+    for other, expected in ((second, 2), (first, 1)):
+        codes = entropy.interleave(torch.stack([first, other], -1), 2)
+        assert codes[0, 0, :2].tolist() == [first[0, 0, 0], 2 + other[0, 0, 0]]
+        model = entropy.fit(codes[:200], table, steps=150)
+        with torch.no_grad():
+            assert 2 * float(model.bits(codes[200:]).mean()) == pytest.approx(expected, abs=0.25)
