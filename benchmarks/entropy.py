@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STEPS = 1500  # of the context model's training: some minutes of a CPU
+STEPS = 1000  # of the context model's training: some minutes of a CPU
 POSITIONS = 1024  # of a batch's, drawn at random, that a step predicts: K logits each are most of the work
 
 
