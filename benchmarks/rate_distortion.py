@@ -5,8 +5,8 @@
     python benchmarks/rate_distortion.py --data DIR --runs runs/a runs/b
     python benchmarks/rate_distortion.py --volume T1.nii.gz --runs runs/a   # images of a kind that no run has seen
 
-Writes <out>.md, <out>.json and <out>.png. What is counted, and how each method is set, stands in RULES below and in
-<out>.md. Encodes on as many threads as torch computes with ($OMP_NUM_THREADS).
+Writes <out>.md, <out>.json and, for several rates, <out>.png. What is counted, and how each method is set, stands in
+RULES below and in <out>.md. Encodes on as many threads as torch computes with ($OMP_NUM_THREADS).
 """
 
 from __future__ import annotations
@@ -419,8 +419,9 @@ def main(argv: list[str] | None = None) -> int:
     heading = f"{name}, {'central planes' if args.volume else args.split}, {slices} slices"
     text = f"{heading}; {excluded} constant ones excluded.\n\n{table(rows, slices)}\n{RULES}"
     Path(f"{out}.md").write_text(text, encoding="utf-8")
-    plot(Path(f"{out}.png"), rows, heading)
-    print(f"\n{table(rows, slices)}\nwritten: {out}.md, .json and .png")
+    if len(args.rates) > 1:  # one rate makes no curve
+        plot(Path(f"{out}.png"), rows, heading)
+    print(f"\n{table(rows, slices)}\nwritten: {out}.md and .json{', .png' if len(args.rates) > 1 else ''}")
     return 0
 
 
