@@ -359,14 +359,15 @@ def plot(path: Path, rows: list[dict], heading: str) -> None:
             point = (row["bits_per_pixel"], row["scores"]["ssim"]["mean"])
             curves.setdefault((row["method"], row["accounting"]), []).append(point)
     colours = {codec.name: f"C{number}" for number, codec in enumerate(CODECS.values())}
-    markers = itertools.cycle("*PXD^vs")  # a run each: beside the points, labels of like runs would overlap
+    shapes = dict(zip(sorted({method for method, _ in curves} - colours.keys()), itertools.cycle("osD^vP*X")))
     for (method, accounting), points in sorted(curves.items()):
+        label = f"{method}, {accounting}"
         if method in colours:
-            style = {"color": colours[method], "linestyle": "-" if accounting == "payload" else "--"}
-            axis.plot(*zip(*points, strict=True), marker=".", label=f"{method}, {accounting}", **style)
-        else:
-            label = f"{method}, {accounting}"
-            axis.plot(*zip(*points, strict=True), "k" + next(markers), markersize=8, linestyle="", label=label)
+            style = {"color": colours[method], "linestyle": "-" if accounting == "payload" else "--", "marker": "."}
+        else:  # a shape a run: beside the points, labels of like runs would overlap
+            fill = "full" if accounting == "fixed length" else "none"
+            style = {"color": "k", "linestyle": "", "marker": shapes[method], "fillstyle": fill}
+        axis.plot(*zip(*points, strict=True), label=label, **style)
     ticks = sorted({row["rate"] for row in rows if row["method"] in colours})
     axis.set(xscale="log", xlabel="bits per pixel", ylabel="ssim", title=heading)
     axis.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
