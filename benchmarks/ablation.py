@@ -107,11 +107,13 @@ class CosineCodes(VectorQuantizer):
     """Vectors of one length, sqrt(D), and embeddings that are means of such: cosine similarity (arXiv 2110.04627)."""
 
     def forward(self, z: Tensor) -> Quantized:
-        return super().forward(F.normalize(z.float(), dim=1) * math.sqrt(self.embedding_dim))
+        return super().forward(self.on_sphere(z))
 
     def initialize(self, vectors: Tensor, *others, **more) -> None:
-        vectors = F.normalize(vectors.float(), dim=1) * math.sqrt(self.embedding_dim)
-        super().initialize(vectors, *others, **more)
+        super().initialize(self.on_sphere(vectors), *others, **more)
+
+    def on_sphere(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors.float(), dim=1) * math.sqrt(self.embedding_dim)
 
 
 class SimVQ(VectorQuantizer):
