@@ -495,7 +495,7 @@ def noise_ceiling(scans, slices: int = 6, seed: int = 0) -> float:
     """
     import torch  # here: the workers that draw volumes need neither
 
-    from utils import slice_scores
+    from metrics import slice_scores
 
     pairs = [
         [make_volume(case, week, slices, seed=seed, noise=noise)[0] for noise in (True, False)] for case, week in scans

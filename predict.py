@@ -18,9 +18,11 @@ import torch
 from tqdm import tqdm
 
 import dataset
+import metrics
 import utils
+from metrics import SCORE_NAMES, SSIM_NAMES
 from modules import VQVAE, CheckpointError
-from utils import SCORE_NAMES, SSIM_NAMES, UserError
+from utils import UserError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +70,8 @@ def summarize(scores: dict[str, torch.Tensor], counts: torch.Tensor, data: datas
     """What metrics.json holds of the figures: each score's mean over slices and over each case's slices."""
     kept = ~data.constant.numpy()
     cases = [name.case for name, keep in zip(data.names, kept, strict=True) if keep]
-    summary = {name: utils.mean_by_case(scores[name].double().numpy()[kept], cases) for name in SCORE_NAMES}
-    summary["codes_used"], summary["perplexity"] = utils.code_use(counts)
+    summary = {name: metrics.mean_by_case(scores[name].double().numpy()[kept], cases) for name in SCORE_NAMES}
+    summary["codes_used"], summary["perplexity"] = metrics.code_use(counts)
     return summary | {"slices": int(kept.sum()), "excluded_slices": int((~kept).sum())}
 
 
@@ -144,7 +146,7 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
     utils.plot_score_histogram(
         folder / "ssim_histogram.png", {name: scores[name].numpy() for name in SSIM_NAMES}, title
     )
-    used, perplexity = utils.code_use(counts)
+    used, perplexity = metrics.code_use(counts)
     heading = f"{title}; {used} of {len(counts)} used, perplexity {perplexity:.0f}"
     utils.plot_code_use(folder / "code_use.png", counts, heading)
     first_codes = output.indices.reshape(*output.indices.shape[:3], -1)[..., 0]  # of several codebooks, the first
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     def bar(batches):
         return tqdm(batches, desc=args.split, unit=" batches")
 
-    scores, counts, _ = utils.evaluate(model, data, args.batch_size, device, SCORE_NAMES, progress=bar)
+    scores, counts, _ = metrics.evaluate(model, data, args.batch_size, device, SCORE_NAMES, progress=bar)
     summary = summarize(scores, counts, data)
     summary |= {"bits_per_pixel": model.bits_per_pixel, "num_embeddings": len(counts), "split": args.split}
     summary |= {"checkpoint": str(run / "best.pt"), "data": root}

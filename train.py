@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import dataset
+import metrics
 import phantom
 import utils
 from modules import CHECKPOINT_FORMAT, VQVAE, CheckpointError, load_checkpoint
@@ -312,14 +313,14 @@ def train_epoch(run: Run, train: dataset.Slices, bar: tqdm, interrupted: list[in
 def end_epoch(run: Run, train: dataset.Slices, validation: dataset.Slices) -> dict:
     """Validate, and close the epoch with its row of metrics.csv."""
     start = time.perf_counter()
-    scores, counts, val_loss = utils.evaluate(run.model, validation, run.args["batch_size"], run.device)
+    scores, counts, val_loss = metrics.evaluate(run.model, validation, run.args["batch_size"], run.device)
     recon, quantisation = (run.loss_sums / len(train)).tolist()
     if not math.isfinite(recon + quantisation + val_loss):
         raise UserError(
             f"the loss is no longer finite in epoch {run.epochs_done + 1} (training {recon + quantisation}, validation "
             f"{val_loss}); the checkpoints keep the epochs before it, if any; try a lower --learning-rate"
         )
-    codes_used, perplexity = utils.code_use(counts)
+    codes_used, perplexity = metrics.code_use(counts)
     run.epochs_done += 1
     row = {
         "epoch": run.epochs_done, "step": run.epochs_done * run.steps_done, "train_loss": recon + quantisation,
@@ -342,7 +343,7 @@ def plot_panels(run: Run, validation: dataset.Slices) -> None:
     originals = validation.batch(chosen)
     reconstructions = run.model(originals.to(run.device)).reconstruction.float().cpu()
     run.model.train()
-    scores = utils.slice_scores(originals, reconstructions, ("ssim",))["ssim"]
+    scores = metrics.slice_scores(originals, reconstructions, ("ssim",))["ssim"]
     titles = [f"{validation.names[i]}\nssim {score:.3f}" for i, score in zip(chosen.tolist(), scores, strict=True)]
     name = f"epoch_{run.epochs_done}"
     heading = f"{run.folder.name}, epoch {run.epochs_done}, validation, {run.model.bits_per_pixel:.4f} bits per pixel"

@@ -264,7 +264,7 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
     if not (run / "test" / "metrics.json").exists():
         execute(predict.main, ["--run", run, "--data", args.data], run, chosen.replaced)
     config = json.loads((run / "config.json").read_text())
-    metrics = json.loads((run / "test" / "metrics.json").read_text())
+    summary = json.loads((run / "test" / "metrics.json").read_text())
     with open(run / "metrics.csv") as file:
         history = list(csv.DictReader(file))
     with replaced(chosen.replaced):
@@ -274,11 +274,11 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
         "seed": seed, "epochs": len(history),
         "minutes": round(sum(float(row["seconds"]) for row in history) / 60, 2),
         "gmac": round(multiply_adds(model) / 1e9, 3), "parameters": sum(p.numel() for p in model.parameters()),
-        "bits_per_pixel": metrics["bits_per_pixel"], "codes_used": metrics["codes_used"],
-        "perplexity": round(metrics["perplexity"], 1),
+        "bits_per_pixel": summary["bits_per_pixel"], "codes_used": summary["codes_used"],
+        "perplexity": round(summary["perplexity"], 1),
         "validation_ssim": max(float(row["val_ssim"]) for row in history),
-        "test": {name: {k: metrics[name][k] for k in ("mean", "by_case")} for name in SCORES},
-        "test_slices": metrics["slices"], "device": config["device"], "precision": config["precision"],
+        "test": {name: {k: summary[name][k] for k in ("mean", "by_case")} for name in SCORES},
+        "test_slices": summary["slices"], "device": config["device"], "precision": config["precision"],
         "versions": config["versions"],  # the commit that it was trained at among them
     }  # fmt: skip
 

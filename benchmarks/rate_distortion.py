@@ -36,9 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds t
 import entropy
 
 import dataset
+import metrics
 import utils
+from metrics import SCORE_NAMES, SSIM_NAMES
 from modules import VQVAE, CheckpointError
-from utils import SCORE_NAMES, SSIM_NAMES, UserError
+from utils import UserError
 
 try:
     import imagecodecs
@@ -254,7 +256,7 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
 def ms_ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Multi-scale SSIM of each slice, on `ssim`'s images: (B, 1, H, W) twice -> (B,)."""
     pixels = originals.flatten(1)
-    pair = [utils.rescale(images, pixels.amin(1), pixels.amax(1)) for images in (reconstructions, originals)]
+    pair = [metrics.rescale(images, pixels.amin(1), pixels.amax(1)) for images in (reconstructions, originals)]
     return torchmetrics_ms_ssim(*pair, reduction="none", data_range=1.0, betas=MS_SSIM_WEIGHTS).flatten()
 
 
@@ -262,7 +264,7 @@ def score(originals: Tensor, reconstructions: Tensor, names: tuple[str, ...]) ->
     """Some of SCORES of each slice: (N, 1, H, W) twice -> {name: (N,)}."""
     columns = []
     for pair in zip(originals.split(16), reconstructions.split(16), strict=True):
-        columns.append(utils.slice_scores(*pair, tuple(name for name in names if name in SCORE_NAMES)))
+        columns.append(metrics.slice_scores(*pair, tuple(name for name in names if name in SCORE_NAMES)))
         if "ms_ssim" in names:
             columns[-1]["ms_ssim"] = ms_ssim(*pair)
     return {name: torch.cat([column[name] for column in columns]).double().numpy() for name in names}
@@ -271,7 +273,7 @@ def score(originals: Tensor, reconstructions: Tensor, names: tuple[str, ...]) ->
 def summarize(originals: Originals, reconstructions: Tensor) -> dict[str, dict]:
     """Each score's mean over slices and over each case's slices, as in predict.py's metrics.json."""
     scores = score(originals.images, reconstructions, SCORES)
-    return {name: utils.mean_by_case(values, originals.cases) for name, values in scores.items()}
+    return {name: metrics.mean_by_case(values, originals.cases) for name, values in scores.items()}
 
 
 def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) -> list[dict]:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import metrics
 import modules
-import utils
 from modules import VQVAE, CheckpointError, VectorQuantizer, load_checkpoint
 
 SMALL = {"hidden_channels": 16, "residual_channels": 8, "embedding_dim": 8, "num_embeddings": 32}
@@ -245,7 +245,7 @@ def test_ssim_loss_is_the_measured_ssim():
     originals = images(3, (64, 48))
     noisy = originals + 0.1 * torch.randn(originals.shape, generator=torch.Generator().manual_seed(1))
     noisy = noisy.clamp(originals.amin((1, 2, 3), keepdim=True), originals.amax((1, 2, 3), keepdim=True))
-    expected = 1 - utils.slice_scores(originals, noisy, ("ssim",))["ssim"].mean()
+    expected = 1 - metrics.slice_scores(originals, noisy, ("ssim",))["ssim"].mean()
     assert 0.05 < expected < 0.95
     torch.testing.assert_close(modules.ssim_loss(noisy, originals), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(modules.ssim_loss(noisy * 90 + 7, originals * 90 + 7), expected, atol=1e-4, rtol=0)

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import dataset
+import metrics
 import predict
 import train
 import utils
+from metrics import SCORE_NAMES
 from modules import VQVAE, CheckpointError
-from utils import SCORE_NAMES, UserError
+from utils import UserError
 
 FILES = ["best_median_worst.png", "code_map.png", "code_use.png", "metrics.json", "slices.csv", "ssim_histogram.png"]
 
@@ -36,7 +38,7 @@ def test_it_writes_table_files_and_figures(trained, capsys):
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert all(path.stat().st_size > 1000 for path in folder.glob("*.png"))
 
-    metrics = json.loads((folder / "metrics.json").read_text())
+    summary = json.loads((folder / "metrics.json").read_text())
     keys = {
         *SCORE_NAMES,
         "bits_per_pixel",
@@ -47,9 +49,9 @@ def test_it_writes_table_files_and_figures(trained, capsys):
         "checkpoint",
         "data",
     }
-    assert keys <= metrics.keys()
-    assert (metrics["slices"], metrics["excluded_slices"]) == (5, 1)
-    assert metrics["bits_per_pixel"] == 0.25 and metrics["split"] == "test"
+    assert keys <= summary.keys()
+    assert (summary["slices"], summary["excluded_slices"]) == (5, 1)
+    assert summary["bits_per_pixel"] == 0.25 and summary["split"] == "test"
     assert "0.2500 bits per pixel" in printed and "1 constant ones excluded" in printed
     assert "too few for a confidence interval" in printed
 
@@ -59,26 +61,26 @@ def test_it_writes_table_files_and_figures(trained, capsys):
     assert [row["ssim"] == "" for row in rows] == [False] * 4 + [True, False]
     for name in SCORE_NAMES:
         values = [float(row[name]) for row in rows if row[name]]
-        assert metrics[name]["mean"] == pytest.approx(sum(values) / 5, abs=1e-5)
-        assert metrics[name]["by_case"] == pytest.approx({"040": sum(values[:4]) / 4, "041": values[4]}, abs=1e-5)
+        assert summary[name]["mean"] == pytest.approx(sum(values) / 5, abs=1e-5)
+        assert summary[name]["by_case"] == pytest.approx({"040": sum(values[:4]) / 4, "041": values[4]}, abs=1e-5)
         assert name in printed
 
 
 def test_figures_are_those_of_the_model_on_the_slices(trained):
     """Recomputed by hand from checkpoint and data, one slice at a time."""
     predict.main(["--split", "validate"])
-    metrics = json.loads((trained / "validate" / "metrics.json").read_text())
+    summary = json.loads((trained / "validate" / "metrics.json").read_text())
     model = VQVAE.from_checkpoint(trained / "best.pt")
-    data = dataset.load_split(dataset.find_splits(metrics["data"]), "validate")
+    data = dataset.load_split(dataset.find_splits(summary["data"]), "validate")
     ssim, codes = [], []
     with torch.no_grad():
         for i in range(len(data)):
             image = data[i][None]
             indices = model.encode(image)
             codes.append(indices.flatten())
-            ssim.append(utils.slice_scores(image, model.decode_codes(indices))["ssim"].item())
-    assert metrics["ssim"]["mean"] == pytest.approx(sum(ssim) / len(ssim), abs=1e-4)
-    assert metrics["codes_used"] == len(torch.cat(codes).unique())
+            ssim.append(metrics.slice_scores(image, model.decode_codes(indices))["ssim"].item())
+    assert summary["ssim"]["mean"] == pytest.approx(sum(ssim) / len(ssim), abs=1e-4)
+    assert summary["codes_used"] == len(torch.cat(codes).unique())
 
 
 def test_many_cases_get_an_interval(capsys):

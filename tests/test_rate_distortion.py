@@ -11,6 +11,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+import metrics
 import utils
 from dataset import find_splits, load_split
 from modules import CHECKPOINT_FORMAT, VQVAE
@@ -178,7 +179,7 @@ def test_a_runs_scores_are_predicts_up_to_the_rounded_scale(tmp_path, run, write
     data = write_slices(tmp_path / "data", train=1, validate=1, test=2)
     slices = load_split(find_splits(data), "test")
     device = torch.device("cpu")
-    expected, _, _ = utils.evaluate(VQVAE.from_checkpoint(run / "best.pt"), slices, 2, device, utils.SCORE_NAMES)
+    expected, _, _ = metrics.evaluate(VQVAE.from_checkpoint(run / "best.pt"), slices, 2, device, metrics.SCORE_NAMES)
     loaded, _ = rate_distortion.load(rate_distortion.parse_arguments(["--data", str(data)]))
     (row,) = rate_distortion.measure_run(run, loaded, device, with_entropy=False)
     scores = row["scores"]

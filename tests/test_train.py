@@ -162,7 +162,7 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(tmp_path, run_here):
 
 def test_the_best_checkpoint_is_the_best_epochs(tmp_path, run_here, monkeypatch):
     """Scripted validation: the second of three epochs is best, and best.pt holds that epoch's weights."""
-    real, script = train.utils.evaluate, iter([0.5, 0.7, 0.6])
+    real, script = train.metrics.evaluate, iter([0.5, 0.7, 0.6])
 
     def scripted(*args):
         scores, counts, loss = real(*args)
@@ -308,7 +308,7 @@ def test_a_signal_saves_at_the_step(tmp_path, start, number):
 
 
 def test_a_signal_after_the_last_step_changes_nothing(tmp_path, run_here, monkeypatch):
-    real = train.utils.evaluate
+    real = train.metrics.evaluate
 
     def signal_then_evaluate(*args):
         os.kill(os.getpid(), signal.SIGTERM)
