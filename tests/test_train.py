@@ -168,7 +168,7 @@ def test_the_best_checkpoint_is_the_best_epochs(tmp_path, run_here, monkeypatch)
         scores, counts, loss = real(*args)
         return scores | {"ssim": torch.full_like(scores["ssim"], next(script))}, counts, loss
 
-    monkeypatch.setattr(train.utils, "evaluate", scripted)
+    monkeypatch.setattr(train.metrics, "evaluate", scripted)
     run_here("--epochs 3 --name a")
     best = load_checkpoint(tmp_path / "runs" / "a" / "best.pt")
     assert best["epochs_done"] == 2 and best["best_ssim"] == pytest.approx(0.7)
@@ -314,7 +314,7 @@ def test_a_signal_after_the_last_step_changes_nothing(tmp_path, run_here, monkey
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(train.utils, "evaluate", signal_then_evaluate)
+    monkeypatch.setattr(train.metrics, "evaluate", signal_then_evaluate)
     assert run_here("--epochs 1 --name a") == 0
     assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt")["epochs_done"] == 1
 
