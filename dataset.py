@@ -4,6 +4,8 @@
     source = find_splits(path)                              # which files are in train, validate and test
     train = load_split(source, "train")                     # decoded once, memory-mapped from then on
     images = train.batch(torch.randperm(len(train))[:16])   # (16, 1, 256, 128), z-scored
+    train.place(device)                                     # into a GPU's memory, if they fit
+    for images in train.batches(order.split(16), device):   # on the device
 
 It knows HipMRI's 2D form (`keras_slices_{train,validate,test}`), its 3D form (`semantic_MRs_anon`) and
 plain `train/ validate/ test/` folders of 2D NIfTI slices; masks are never read as images. What is wrong with
@@ -20,6 +22,7 @@ import errno
 import gzip
 import hashlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -28,10 +31,12 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
@@ -313,8 +318,8 @@ class _Preprocessing:
     planes: int  # central coronal planes of a volume; 1 in the 2D form
 
 
-def _image(path: Path) -> nib.Nifti1Image:
-    """Open a NIfTI file, compressed or not whatever its name says. Raises ValueError with the reason."""
+def _open(path: Path) -> tuple[type[nib.Nifti1Image], nib.Nifti1Header, bytes]:
+    """A NIfTI file's kind, header and bytes, compressed or not whatever its name says. ValueError: why it can't be."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -328,30 +333,33 @@ def _image(path: Path) -> nib.Nifti1Image:
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"is truncated or damaged gzip ({error})") from error
     is_2 = 540 in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big"))  # the header's size
+    kind = nib.Nifti2Image if is_2 else nib.Nifti1Image
     try:
-        image = (nib.Nifti2Image if is_2 else nib.Nifti1Image).from_bytes(data)
+        header = kind.header_class.from_fileobj(BytesIO(data))
     except Exception as error:  # nibabel raises many kinds
         raise ValueError(f"is not a NIfTI file ({error})") from error
-    if image.get_data_dtype().kind not in "iuf":
-        raise ValueError(f"holds {image.get_data_dtype()} values, expected one real number a pixel")
-    return image
+    if header.get_data_dtype().kind not in "iuf":
+        raise ValueError(f"holds {header.get_data_dtype()} values, expected one real number a pixel")
+    return kind, header, data
 
 
 def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
     """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't."""
-    image, dimensions = _image(path), int(recipe.form[0])
-    shape = image.shape
+    kind, header, data = _open(path)
+    dimensions, found = int(recipe.form[0]), header.get_data_shape()
+    shape = found
     while len(shape) > dimensions and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != dimensions or min(shape[0], shape[-1]) < 8:
         raise ValueError(
-            f"has shape {' x '.join(map(str, image.shape))}, expected a {recipe.form} "
+            f"has shape {' x '.join(map(str, found))}, expected a {recipe.form} "
             f"{'slice' if dimensions == 2 else 'volume'} of at least 8 pixels a side"
         )
     try:
         if dimensions == 3:  # axes become right, anterior, superior: axis 1 cuts coronally
-            image = nib.as_closest_canonical(image)
-        voxels = np.asanyarray(image.dataobj)
+            voxels = np.asanyarray(nib.as_closest_canonical(kind.from_bytes(data)).dataobj)
+        else:  # without an image around it: that takes as long as reading the pixels
+            voxels = header.data_from_fileobj(BytesIO(data))
     except (OSError, ValueError) as error:
         raise ValueError(f"is truncated or damaged ({str(error).splitlines()[0]})") from error
     voxels = voxels.reshape(shape[0], 1, shape[1]) if dimensions == 2 else voxels.reshape(voxels.shape[:3])
@@ -373,27 +381,28 @@ def _fit(image: np.ndarray, fit: str) -> np.ndarray:
     return resize(torch.from_numpy(image)[None], list(SIZE), antialias=True)[0].numpy()
 
 
-def _quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """int16 steps, scale and low: image = (steps + 32768) * scale + low, no pixel off by more than scale / 2.
+def _quantise(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, float]:
+    """int16 steps and scale: image = (steps + 32768) * scale + low, no pixel off by more than scale / 2.
 
-    Integers spanning at most 65,535 get scale 1 and are exact; others get scale (max - min) / 65,535.
+    low, high: its extremes. Integers spanning at most 65,535 get scale 1 and are exact; others (high - low) / 65,535.
     """
-    low, high = float(image.min()), float(image.max())
-    exact = high - low <= 65535 and bool((image == np.rint(image)).all())
-    scale = 1.0 if exact else (high - low) / 65535 or 1.0
-    return (np.rint((image - low) / scale) - 32768).astype(np.int16), scale, low
+    if high - low <= 65535 and (image == np.rint(image)).all():
+        return (image - low - 32768).astype(np.int16), 1.0
+    scale = (high - low) / 65535 or 1.0
+    return (np.rint((image - low) / scale) - 32768).astype(np.int16), scale
 
 
 def _encode(image: np.ndarray, fit: str) -> tuple[np.ndarray, tuple]:
     """Fit and quantise a slice: its int16 pixels, and (scale, low, mean, std, constant, height, width)."""
-    if not np.isfinite(image).all():
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise ValueError(f"has {np.count_nonzero(~np.isfinite(image)):,} NaN or infinite pixels")
     fitted = _fit(image, fit)
-    largest = float(np.abs(fitted).max())
+    low, high = float(fitted.min()), float(fitted.max())
+    largest = max(abs(low), abs(high))
     if largest > 1e30:
         raise ValueError(f"has intensities up to {largest:.0e}, too large for single precision")
-    constant = float(np.ptp(fitted)) <= 1e-30 + 1e-9 * largest  # resizing a constant leaves rounding noise
-    steps, scale, low = _quantise(fitted)
+    constant = high - low <= 1e-30 + 1e-9 * largest  # resizing a constant leaves rounding noise
+    steps, scale = _quantise(fitted, low, high)
     return steps, (scale, low, float(fitted.mean()), float(fitted.std()), constant, *image.shape)
 
 
@@ -579,6 +588,7 @@ class Slices(torch.utils.data.Dataset):
     def __init__(self, split: str, names: list[SliceName], pixels: np.ndarray, records: np.ndarray, notes: list[str]):
         self.split, self.names, self.notes = split, names, notes
         self._pixels, self._rows = pixels, records["row"]
+        self._placed: tuple[torch.Tensor, ...] | None = None  # pixels, gain and bias in a GPU's memory
         varied = ~records["constant"]
         floor = STD_FLOOR * float(np.median(records["std"][varied])) if varied.any() else 1.0
         std = np.maximum(records["std"], floor)
@@ -603,15 +613,74 @@ class Slices(torch.utils.data.Dataset):
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """The slices at `indices` (B,), in that order: (B, 1, 256, 128) float32, z-scored, on the CPU."""
-        indices = torch.as_tensor(indices, device="cpu")
-        steps = torch.from_numpy(self._pixels[self._rows[indices.numpy()]])
-        return steps[:, None].float().add_(32768).mul_(self._gain[indices]).add_(self._bias[indices])
+        return _zscored(*self._stored(torch.as_tensor(indices, device="cpu")))
+
+    def place(self, device: torch.device, share: float = 0.5) -> str:
+        """Copy the pixels into the device's memory, for `batches`, if they take at most `share` of what is free there.
+
+        Returns a line that says where they are.
+        """
+        needed, free = len(self) * math.prod(SIZE) * 2, _free_memory(device)
+        if needed > share * free:
+            return f"{self.split}: {needed / 1e9:.2f} GB, over {share:.0%} of {device}'s free memory: read as it goes"
+        pixels = torch.empty(len(self), *SIZE, dtype=torch.int16, device=device)
+        for part in torch.arange(len(self)).split(1024):  # bounds what lies in the computer's own memory meanwhile
+            pixels[part[0] : part[-1] + 1] = self._stored(part)[0].to(device)
+        self._placed = (pixels, self._gain.to(device), self._bias.to(device))
+        return f"{self.split}: {needed / 1e9:.2f} GB in the memory of {device}"
+
+    def batches(self, groups: Sequence[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+        """The slices of each group of indices (B,), in that order: (B, 1, 256, 128) float32, z-scored, on the device.
+
+        Gathered there, without waiting for it, if `place` put the pixels there; else a thread reads ahead of need,
+        for a GPU through pinned memory. On the CPU they are read when they are needed.
+        """
+        pin = device.type == "cuda"
+        if self._placed and groups:
+            indices = torch.cat(groups)  # one transfer for all
+            indices = (indices.pin_memory() if pin else indices).to(device, non_blocking=pin)
+            for group in indices.split([len(group) for group in groups]):
+                yield _zscored(*(part[group] for part in self._placed))
+        elif device.type == "cpu":
+            yield from map(self.batch, groups)
+        else:
+            for parts in _ahead(lambda group: [x.pin_memory() if pin else x for x in self._stored(group)], groups):
+                yield _zscored(*(part.to(device, non_blocking=pin) for part in parts))
+
+    def _stored(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pixels (B, 256, 128) int16 as they are in the cache, gain and bias (B, 1, 1, 1) float32."""
+        pixels = torch.from_numpy(self._pixels[self._rows[indices.numpy()]])
+        return pixels, self._gain[indices], self._bias[indices]
 
     def denormalise(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Z-scored images (B, 1, 256, 128) of the slices at `indices`, in the scanner's intensities."""
         indices = torch.as_tensor(indices, device="cpu")
         mean, std = (t[indices].to(images.device).view(-1, 1, 1, 1) for t in (self.mean, self.std))
         return images * std + mean
+
+
+def _zscored(pixels: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(B, H, W) int16, and (B, 1, 1, 1) float32 twice -> (B, 1, H, W) float32."""
+    return pixels[:, None].float().add_(32768).mul_(gain).add_(bias)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+
+
+def _ahead(read: Callable, groups: Iterable, depth: int = 3) -> Iterator:
+    """`read` of each group, in order, by a thread that is up to `depth` groups ahead."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque()
+        for group in groups:
+            waiting.append(thread.submit(read, group))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def load_split(
