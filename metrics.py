@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
 
+from utils import process_count, process_rank, sum_over_processes
+
 SSIM_NAMES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body")
 SCORE_NAMES = (*SSIM_NAMES, "psnr")
 
@@ -133,20 +135,23 @@ def code_use(counts: Tensor) -> tuple[int, float]:
 def evaluate(model: nn.Module, data, batch_size: int, device: torch.device, names=("ssim", "psnr"), progress=iter):
     """Reconstruct a whole split: ({score: (N,)}, counts of use of all codes, mean loss); constant slices score NaN.
 
-    data: has `len`, `batch(indices)` and `constant`, as dataset.Slices. Nothing depends on the batch size.
+    data: has `len`, `batches(groups, device)` and `constant`, as dataset.Slices. Several processes share the slices,
+    and all return the same. Nothing depends on the batch size, or on how many processes there are.
     """
     was_training = model.training
     model.eval()
-    columns: dict[str, list[Tensor]] = {name: [] for name in names}
-    counts = torch.zeros((), dtype=torch.long)
+    scores = {name: torch.zeros(len(data)) for name in names}
+    quantizer = model.vector_quantization
+    counts = torch.zeros(quantizer.num_codebooks * quantizer.num_embeddings, dtype=torch.long, device=device)
     loss = torch.zeros((), device=device)
-    for indices in progress(torch.arange(len(data)).split(batch_size)):
-        images = data.batch(indices).to(device)
+    share = torch.arange(len(data)).split(batch_size)[process_rank() :: process_count()]
+    for indices, images in zip(progress(share), data.batches(share, device), strict=True):
         output = model(images)
-        counts = counts + output.counts.cpu().long()
+        counts += output.counts.long()
         loss += sum(model.loss(images, output)) * len(images)
         for name, values in slice_scores(images, output.reconstruction, names).items():
-            columns[name].append(values.cpu())
+            scores[name][indices] = values.cpu()
     model.train(was_training)
-    scores = {name: torch.cat(values).masked_fill(data.constant, torch.nan) for name, values in columns.items()}
-    return scores, counts, float(loss) / len(data)
+    scores = {name: sum_over_processes(values) for name, values in scores.items()}  # each slice is in one's share
+    scores = {name: values.masked_fill(data.constant, torch.nan) for name, values in scores.items()}
+    return scores, sum_over_processes(counts), float(sum_over_processes(loss)) / len(data)

@@ -14,10 +14,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # 1 had no count of skipped steps: its models load, its runs can't go on
 
 
 class ResidualLayer(nn.Module):
@@ -122,6 +123,7 @@ class VectorQuantizer(nn.Module):
 
     codebook "gradient": the embeddings are parameters, moved by the codebook loss (equation 3, second term).
     codebook "ema": they follow the mean of the vectors assigned to them (appendix A.1, equations 6-8).
+        Over several processes (torch.distributed) the means are over the vectors of all.
     restart_below: with "ema", a code used less than this share of the mean use starts again from a vector of
         the batch, together with its moving averages (else the next update would take it straight back); 0: never.
 
@@ -209,14 +211,18 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, vectors: Tensor, indices: Tensor, counts: Tensor, quantized: Tensor) -> None:
         """One step of the moving averages: vectors and their embeddings (N, D), indices (N,), counts (K,)."""
-        self.ema_count.lerp_(counts, 1 - self.decay)
-        self.ema_sum.lerp_(self._sum(vectors, indices), 1 - self.decay)
+        statistics = torch.cat([counts[:, None], self._sum(vectors, indices)], 1)  # (K, 1 + D)
+        if _several_processes():
+            dist.all_reduce(statistics)
+        # A step whose vectors are not all finite leaves everything as it was, as training skips its gradient.
+        finite = statistics.isfinite().all()
+        statistics, weight = statistics.nan_to_num(0, 0, 0), (1 - self.decay) * finite
+        self.ema_count.lerp_(statistics[:, 0], weight)
+        self.ema_sum.lerp_(statistics[:, 1:], weight)
         if self.restart_below:
             mean_count = self.ema_count.mean()
-            dead = self.ema_count < self.restart_below * mean_count  # (K,)
-            # Candidates are drawn where the codebook fits worst, as k-means++ draws its centres.
-            error = (vectors - quantized).square().sum(1).nan_to_num(0, 0, 0).clamp_min(1e-12)  # (N,)
-            candidates = vectors[torch.multinomial(error, self.num_embeddings, replacement=True)]  # (K, D)
+            dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
+            candidates = self._candidates(vectors, quantized)
             count = 2 * self.restart_below * mean_count  # low enough to follow its vectors quickly
             self.ema_count.copy_(torch.where(dead, count, self.ema_count))
             self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
@@ -224,6 +230,17 @@ class VectorQuantizer(nn.Module):
         alive = self.ema_count > 1e-10
         means = self.ema_sum / self.ema_count.clamp_min(1e-10)[:, None]
         self.embedding.weight.copy_(torch.where(alive[:, None], means, self.embedding.weight))
+
+    def _candidates(self, vectors: Tensor, quantized: Tensor) -> Tensor:
+        """K vectors of a batch for dead codes to start from, (K, D): the first process's, for all processes."""
+        candidates = vectors.new_zeros(self.num_embeddings, self.embedding_dim)
+        if len(vectors):  # only the first process is sure to have a share of a small batch
+            # Drawn where the codebook fits worst, as k-means++ draws its centres.
+            error = (vectors - quantized).square().sum(1).nan_to_num(0, 0, 0).clamp_min(1e-12)  # (N,)
+            candidates = vectors[torch.multinomial(error, self.num_embeddings, replacement=True)]
+        if _several_processes():
+            dist.broadcast(candidates, src=0)
+        return candidates
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
@@ -254,6 +271,10 @@ class VectorQuantizer(nn.Module):
             self.ema_sum.copy_(weight)
         if self.num_codebooks > 1:
             self.rest.initialize(vectors - weight[self.nearest(vectors)], iterations, generator)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 class Output(NamedTuple):
@@ -379,7 +400,7 @@ def load_checkpoint(path, device: str | torch.device = "cpu") -> dict:
         raise CheckpointError(f"{path} can't be read as a checkpoint ({reason}); use another, or train again") from None
     if not isinstance(checkpoint, dict) or not {"format", "model_args", "model"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks format, model_args or model")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
+    if checkpoint["format"] not in (1, CHECKPOINT_FORMAT):
         found = checkpoint["format"]
-        raise CheckpointError(f"{path} has checkpoint format {found!r}; this version reads {CHECKPOINT_FORMAT}")
+        raise CheckpointError(f"{path} has checkpoint format {found!r}; this version reads 1 to {CHECKPOINT_FORMAT}")
     return checkpoint

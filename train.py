@@ -5,6 +5,7 @@
     python train.py --data ... --recipe document        # the source document's training, number for number
     python train.py --data ... --dry-run                # print what would be done, and how long it would take
     python train.py --resume                            # go on with the newest unfinished run
+    torchrun --nproc-per-node 4 train.py --data ...     # several processes: one a GPU, or shares of the CPU's cores
 
 A run writes to runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png, plots/.
 It can be killed at any moment: --resume goes on from the last epoch's end (after SIGTERM or Ctrl-C: from the
@@ -13,7 +14,6 @@ last step), to the same weights as if nothing had happened.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import inspect
 import math
@@ -23,6 +23,8 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dataset
@@ -30,105 +32,10 @@ import metrics
 import phantom
 import utils
 from modules import CHECKPOINT_FORMAT, VQVAE, CheckpointError, load_checkpoint
-from utils import UserError
+from recipes import DEFAULTS, RESUMABLE, check_arguments, flag_name, parse_arguments, with_defaults
+from utils import UserError, process_count, process_rank, sum_over_processes
 
 SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
-
-# The recipes. "document" is the source document's training; its one departure is a codebook that starts from
-# data. "tuned" learns faster and better from the same bits, batches and epochs, with 1.8 times the multiply-adds.
-ANY, SOME = (0, 1e9), (1, 1e9)  # bounds; a list is of choices
-RECIPES = {
-    # flag                  document    tuned     allowed                 help
-    "epochs":              (100,        100,      SOME,                   "passes over the training split"),
-    "batch_size":          (16,         16,       SOME,                   "slices a step"),
-    "learning_rate":       (1e-4,       2e-3,     ANY,                    "Adam's; with a schedule, its peak"),
-    "schedule":            ("constant", "cosine", ["constant", "cosine"], "of the learning rate; cosine ends at 0"),
-    "warmup":              (0.0,        0.05,     (0, 1),                 "share of steps in which it rises from 0"),
-    "clip_grad_norm":      (0.0,        1.0,      ANY,                    "longest gradient of a step; 0: any"),
-    "crop":                (0,          128,      (0, 128),               "side of random squares; 0: whole slices"),
-    "augment":             (False,      True,     None,                   "flip slices, turn squares, at random"),
-    "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
-    "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
-    "codebook_init":       ("kmeans",   "kmeans", ["kmeans", "uniform"],  "from data; uniform collapses"),
-    "ema_decay":           (0.99,       0.99,     (0, 1),                 "of an ema codebook's averages"),
-    "restart_below":       (0.0,        0.1,      ANY,                    "share of mean use; rarer ema codes restart"),
-    "commitment_cost":     (0.25,       0.25,     ANY,                    "beta: ties the encoder to the codebook"),
-    "stride":              (4,          4,        [4, 8, 16],             "pixels a side of one code position"),
-    "num_codebooks":       (1,          1,        (1, 64),                "codes a position; each takes what is left"),
-    "num_embeddings":      (512,        512,      SOME,                   "K, the number of codes"),
-    "embedding_dim":       (64,         64,       SOME,                   "D, the length of an embedding"),
-    "hidden_channels":     (64,         64,       (2, 1e9),               "twice the width of the residual stacks"),
-    "residual_channels":   (32,         32,       SOME,                   "width inside a residual layer"),
-    "num_residual_layers": (2,          3,        ANY,                    "layers in a residual stack"),
-    "num_code_layers":     (0,          4,        ANY,                    "the decoder's, at the codes' own grid"),
-    "refine_channels":     (0,          16,       ANY,                    "of one more, full-size convolution"),
-}  # fmt: skip
-DEFAULTS = {
-    "data": None, "fit": "resize", "planes": 60, "skip_bad_files": False, "cache_dir": None, "recipe": "tuned",
-    "name": None, "runs_dir": "runs", "resume": False, "dry_run": False, "plot_every": 10, "device": "auto",
-    "precision": "auto", "seed": 0,
-}  # fmt: skip
-# What --resume may change; anything else would make it another run.
-RESUMABLE = {"data", "cache_dir", "name", "runs_dir", "resume", "dry_run", "plot_every", "device", "epochs"}
-
-
-def parse_arguments(argv: list[str] | None = None) -> dict:
-    """The flags that were typed, no defaults among them: those differ between a new run and a resumed one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="DIR", help="folder of slices (2D) or volumes (3D); else $HIPMRI_DATA; else sample data")
-    flag("--fit", choices=("resize", "crop"), help="what is not 256 x 128: resize it, or centre-crop (resize)")
-    flag("--planes", type=int, help="3D data: how many central coronal planes of a volume are slices (60)")
-    flag("--skip-bad-files", action="store_true", help="go on without files that can't be used, and count them")
-    flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
-    flag = parser.add_argument_group("run").add_argument
-    flag("--recipe", choices=("tuned", "document"), help="sets every flag of the last group (tuned)")
-    flag("--name", help="the run's folder in --runs-dir (time and recipe)")
-    flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
-    flag("--resume", action="store_true", help="go on with --name, or with the newest unfinished run")
-    flag("--dry-run", action="store_true", help="print data, model, steps and expected time; train nothing")
-    flag("--plot-every", type=int, metavar="N", help="panels each N epochs, and at the first and the last (10)")
-    flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on GPUs that have it (auto)")
-    flag("--seed", type=int, help="start of everything random (0)")
-    group = parser.add_argument_group("recipe", "defaults: tuned | document")
-    for name, (document, tuned, allowed, text) in RECIPES.items():
-        options = {"type": type(tuned), "metavar": "X"}
-        if isinstance(tuned, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(allowed, list):
-            options = {"choices": allowed, "type": type(tuned)}
-        group.add_argument(flag_name(name), help=f"{text} ({tuned} | {document})", **options)
-    return vars(parser.parse_args(argv))
-
-
-def flag_name(argument: str) -> str:
-    return "--" + argument.replace("_", "-")
-
-
-def with_defaults(recipe: str, given: dict) -> dict:
-    """All arguments: what is given, over the recipe's values, over the other defaults."""
-    column = ("document", "tuned").index(recipe)
-    args = DEFAULTS | {name: row[column] for name, row in RECIPES.items()} | {"recipe": recipe} | given
-    if args["codebook"] == "gradient" and "restart_below" not in given:
-        args["restart_below"] = 0.0  # a gradient codebook keeps no counts of use
-    return args
-
-
-def check_arguments(args: dict) -> None:
-    """Refuse, before any work, the values that could only fail later."""
-    bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
-    for name, (low, high) in (bounds | {"plot_every": SOME, "planes": (1, 256), "seed": (0, 2**40)}).items():
-        if not low <= args[name] <= high:
-            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
-    if args["crop"] % args["stride"] or 0 < args["crop"] < 16:
-        stride = args["stride"]
-        raise UserError(f"--crop is {args['crop']}; expected 0, or 16 to 128 and divisible by --stride {stride}")
-    if args["restart_below"] and args["codebook"] == "gradient":
-        raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
-
 
 # ---------------------------------------------------------------- the run's folder
 
@@ -211,35 +118,69 @@ class Run:
         self.folder, self.args, self.fingerprint = folder, args, fingerprint  # of the training and validation slices
         self.device = utils.pick_device(args["device"])
         self.precision = utils.pick_precision(args["precision"], self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         torch.manual_seed(args["seed"])
         self.model = VQVAE(**{key: args[key] for key in inspect.signature(VQVAE).parameters}).to(self.device)
+        if self.device.type != "mps":  # what convolutions on CPUs and matrix units are fastest in
+            self.model.to(memory_format=torch.channels_last)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, lr=args["learning_rate"])
+        self.optimizer = torch.optim.Adam(parameters, lr=args["learning_rate"], fused=True)
+        self.parallel = self.model
+        if process_count() > 1:  # each process has a copy of the model; backward takes the mean of their gradients
+            # The codebook's averages are kept equal by the quantiser; copying them at each step would hide where not.
+            known = inspect.signature(DistributedDataParallel).parameters
+            copying = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
+            self.parallel = DistributedDataParallel(self.model, **{copying: False})
+        self.losses = augmented_losses
+        on_gpu = self.device.type == "cuda"
+        if args["compile"] or (args["compile"] is None and on_gpu):
+            # CUDA graphs hold no collectives that wait for other processes.
+            mode = "reduce-overhead" if on_gpu and process_count() == 1 else "default"
+            self.losses = torch.compile(augmented_losses, mode=mode, dynamic=False)
         self.epochs_done, self.history, self.best_ssim = 0, [], -math.inf
-        # Of the epoch under way: steps done, seconds spent, and the sums of both losses over its slices.
-        self.steps_done, self.seconds, self.loss_sums = 0, 0.0, torch.zeros(2, device=self.device)
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Nothing is done of it: no step, no second; and on the device, of this process's slices, zero are the sums of
+        both losses, the slices that these are of, the steps skipped, and the last one's number."""
+        self.steps_done, self.seconds, self.sums = 0, 0.0, torch.zeros(5, device=self.device)
+
+    def sums_of_all(self) -> torch.Tensor:
+        """`sums` over the slices of all processes, on the CPU."""
+        return torch.cat([sum_over_processes(self.sums[:3]), self.sums[3:].cpu()])  # all skip the same steps
+
+    def state(self) -> dict:
+        """No generator's, since each step seeds itself, and no schedule's, a function of the step."""
+        state = {key: getattr(self, key) for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds")}
+        return state | {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums_of_all()
+        }  # fmt: skip
+
+    def load(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds"):
+            setattr(self, key, state[key])
+        self.sums = state["sums"].to(self.device)
+        if process_rank():  # what was summed is the first process's, also where others had a part in it
+            self.sums[:3] = 0
 
     def save(self, name: str) -> None:
-        """All of it: no generator's state, since each step seeds itself, and no schedule's, a function of the step."""
-        checkpoint = {
-            "format": CHECKPOINT_FORMAT, "model_args": self.model.arguments, "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "epochs_done": self.epochs_done, "history": self.history,
-            "best_ssim": self.best_ssim, "steps_done": self.steps_done, "seconds": self.seconds,
-            "loss_sums": self.loss_sums, "fingerprint": self.fingerprint,
-        }  # fmt: skip
-        utils.save_checkpoint(self.folder / name, checkpoint)
+        """By the first process; all must call it."""
+        checkpoint = {"format": CHECKPOINT_FORMAT, "model_args": self.model.arguments, **self.state()}
+        if process_rank() == 0:
+            utils.save_checkpoint(self.folder / name, checkpoint | {"fingerprint": self.fingerprint})
 
     def restore(self, checkpoint: dict) -> None:
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            raise UserError(f"{self.folder} was begun by an older version, which this one can't go on from; start anew")
         if checkpoint["fingerprint"] != self.fingerprint:
             data = self.args["data"]
             raise UserError(f"{self.folder} was trained on other slices than {data} holds; name the same with --data")
         if checkpoint["model_args"] != self.model.arguments:
             raise UserError(f"{self.folder} is of another version, whose recipe made another model; start a new run")
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds"):
-            setattr(self, key, checkpoint[key])
-        self.loss_sums = checkpoint["loss_sums"].to(self.device)
+        self.load(checkpoint)
 
 
 def epoch_order(train: dataset.Slices, seed: int, epoch: int) -> torch.Tensor:
@@ -250,15 +191,16 @@ def epoch_order(train: dataset.Slices, seed: int, epoch: int) -> torch.Tensor:
 @torch.no_grad()
 def start_codebook(run: Run, train: dataset.Slices) -> None:
     """k-means on the encoder's outputs for the 64 slices that the first epoch begins with."""
-    if run.args["codebook_init"] == "kmeans":
+    quantizer = run.model.vector_quantization
+    if run.args["codebook_init"] == "kmeans" and process_rank() == 0:
         order = epoch_order(train, run.args["seed"], epoch=1)[:64]
         z = run.model.encoder(train.batch(order).to(run.device))  # (B, D, h, w)
         vectors = z.movedim(1, -1).reshape(-1, z.shape[1])
-        generator = torch.Generator().manual_seed(run.args["seed"])
         try:
-            run.model.vector_quantization.initialize(vectors, generator=generator)
+            quantizer.initialize(vectors, generator=torch.Generator().manual_seed(run.args["seed"]))
         except ValueError as error:
             raise UserError(f"{error}; lower --num-embeddings, or train on more slices") from None
+    utils.copy_from_first_process(quantizer.state_dict())
 
 
 def learning_rate(args: dict, step: int, steps: int) -> float:
@@ -271,67 +213,99 @@ def learning_rate(args: dict, step: int, steps: int) -> float:
     return args["learning_rate"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train_step(run: Run, images: torch.Tensor) -> torch.Tensor:
-    """One update on images (B, 1, H, W); returns the reconstruction and quantisation losses, (2,), on the device."""
-    args, model = run.args, run.model
-    if args["crop"]:
-        images = dataset.crop_at_random(images, args["crop"])
-    if args["augment"]:
+def augmented_losses(run: Run, images: Tensor) -> Tensor:
+    """Reconstruction and quantisation loss, (2,), of slices (B, 1, H, W) cropped and turned at random."""
+    if run.args["crop"]:
+        images = dataset.crop_at_random(images, run.args["crop"])
+    if run.args["augment"]:
         images = dataset.flip_at_random(images)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
-        losses = torch.stack(model.loss(images, model(images)))
+        return torch.stack(run.model.loss(images, run.parallel(images)))
+
+
+def train_step(run: Run, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """One update on images (B, 1, H, W), of several processes this one's share of a batch of `count`.
+
+    Returns both losses, (2,), and whether the gradient was finite, (), else nothing was updated. They stay on the
+    device: nothing here waits for it.
+    """
+    share = len(images) * process_count() / (count or len(images))  # the mean is over slices, not over processes
+    whole = len(images) * process_count() == run.args["batch_size"]
+    losses = (run.losses if whole else augmented_losses)(run, images)  # compiled for one shape
+    if not len(images):
+        losses = losses.nan_to_num()  # the mean over no slice
     run.optimizer.zero_grad(set_to_none=True)
-    losses.sum().backward()
-    if args["clip_grad_norm"]:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args["clip_grad_norm"])
+    (losses.sum() * share).backward()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args["clip_grad_norm"] or math.inf)
+    run.optimizer.found_inf = (~norm.isfinite()).float()  # the fused Adam leaves out such a step
     run.optimizer.step()
-    return losses.detach()
+    return losses.detach(), norm.isfinite()
 
 
-def train_epoch(run: Run, train: dataset.Slices, bar: tqdm, interrupted: list[int]) -> None:
-    """The steps that the epoch under way still lacks, or up to a signal."""
+def train_epoch(run: Run, train: dataset.Slices, bar: tqdm, interrupted: list[int]) -> int:
+    """The steps that the epoch under way still lacks, or up to a signal to any process; its number, or 0."""
     args, epoch = run.args, run.epochs_done + 1
     batches = epoch_order(train, args["seed"], epoch).split(args["batch_size"])
+    left = batches[run.steps_done :]
+    shares = [batch.tensor_split(process_count())[process_rank()] for batch in left]
     start = time.perf_counter() - run.seconds
-    for batch in batches[run.steps_done :]:
+    for batch, images in zip(left, train.batches(shares, run.device), strict=True):
         step = run.epochs_done * len(batches) + run.steps_done
-        torch.manual_seed(args["seed"] * 1_000_003 + step)  # flips and restarted codes
+        # Crops, flips and restarted codes: drawn anew each step, and otherwise in each process.
+        torch.manual_seed(args["seed"] * 1_000_003 + step + (process_rank() << 48))
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, step, args["epochs"] * len(batches))
-        losses = train_step(run, train.batch(batch).to(run.device))
-        run.loss_sums += losses * len(batch)
+        losses, finite = train_step(run, images, len(batch))
+        run.sums[:2] += torch.where(finite, losses * len(images), 0)
+        run.sums[2] += finite * len(images)
+        run.sums[3] += ~finite
+        run.sums[4] = torch.where(finite, run.sums[4], step + 1)
         run.steps_done += 1
         run.seconds = time.perf_counter() - start
         if bar.update(len(batch)):  # a few times a second the bar is drawn anew: only then wait for the device
-            slices = min(run.steps_done * args["batch_size"], len(train))
-            best = {"best_ssim": f"{run.best_ssim:.4f}"} if run.history else {}
-            bar.set_postfix(loss=f"{run.loss_sums.sum().item() / slices:.4f}", **best)
-        if interrupted:
-            return
+            bar.set_postfix(progress(run))
+        if sum_over_processes(torch.tensor(len(interrupted))):
+            return interrupted[0] if interrupted else signal.SIGTERM
+    return 0
+
+
+def progress(run: Run) -> dict[str, str]:
+    """What the bar shows."""
+    recon, quantisation, slices, skipped, last = run.sums.tolist()
+    shown = {"loss": f"{(recon + quantisation) / max(slices, 1):.4f}"}
+    if skipped:
+        shown["skipped"] = f"{skipped:.0f} (last: step {last:.0f})"
+    return shown | ({"best_ssim": f"{run.best_ssim:.4f}"} if run.history else {})
 
 
 def end_epoch(run: Run, train: dataset.Slices, validation: dataset.Slices) -> dict:
     """Validate, and close the epoch with its row of metrics.csv."""
     start = time.perf_counter()
+    utils.check_equal_processes(run.model.state_dict())
     scores, counts, val_loss = metrics.evaluate(run.model, validation, run.args["batch_size"], run.device)
-    recon, quantisation = (run.loss_sums / len(train)).tolist()
-    if not math.isfinite(recon + quantisation + val_loss):
+    recon, quantisation, slices, skipped, last = run.sums_of_all().tolist()
+    if not slices or not math.isfinite(val_loss):
         raise UserError(
-            f"the loss is no longer finite in epoch {run.epochs_done + 1} (training {recon + quantisation}, validation "
-            f"{val_loss}); the checkpoints keep the epochs before it, if any; try a lower --learning-rate"
+            f"the loss is no longer finite in epoch {run.epochs_done + 1} ({skipped:.0f} of {run.steps_done} steps "
+            f"skipped, validation {val_loss}); the checkpoints keep the epochs before it, if any; try a lower "
+            "--learning-rate"
+        )
+    run.epochs_done += 1
+    if skipped:
+        tqdm.write(
+            f"warning: {skipped:.0f} of {run.steps_done} steps of epoch {run.epochs_done} were skipped, the last of "
+            f"them step {last:.0f}: their gradients were not finite"
         )
     codes_used, perplexity = metrics.code_use(counts)
-    run.epochs_done += 1
     row = {
-        "epoch": run.epochs_done, "step": run.epochs_done * run.steps_done, "train_loss": recon + quantisation,
-        "train_recon": recon, "train_vq": quantisation, "val_loss": val_loss,
-        "val_ssim": scores["ssim"].nanmean().item(), "val_psnr": scores["psnr"].nanmean().item(),
+        "epoch": run.epochs_done, "step": run.epochs_done * run.steps_done,
+        "train_loss": (recon + quantisation) / slices, "train_recon": recon / slices, "train_vq": quantisation / slices,
+        "val_loss": val_loss, "val_ssim": scores["ssim"].nanmean().item(), "val_psnr": scores["psnr"].nanmean().item(),
         "perplexity": perplexity, "codes_used": codes_used, "lr": run.optimizer.param_groups[0]["lr"],
         "seconds": round(run.seconds + time.perf_counter() - start, 2),
     }  # fmt: skip
     run.history.append(row)
-    run.steps_done, run.seconds = 0, 0.0
-    run.loss_sums.zero_()
+    run.begin_epoch()
     return row
 
 
@@ -352,14 +326,28 @@ def plot_panels(run: Run, validation: dataset.Slices) -> None:
 
 
 def seconds_a_step(run: Run, train: dataset.Slices, steps: int = 3) -> float:
-    """Measured on a copy that is thrown away; the first step, which warms up, is not counted."""
-    trial = copy.deepcopy(run)
-    images = train.batch(torch.arange(run.args["batch_size"]) % len(train)).to(run.device)
-    for step in range(1 + steps):
-        if step == 1:
-            start = time.perf_counter()
-        train_step(trial, images).sum().item()  # waits for the device
-    return (time.perf_counter() - start) / steps
+    """Measured, after a first step that warms up (and compiles); what the steps changed is put back."""
+    before = copy.deepcopy(run.state())
+    whole = torch.arange(run.args["batch_size"]) % len(train)
+    images = next(train.batches([whole.tensor_split(process_count())[process_rank()]], run.device))
+    start = time.perf_counter()
+    try:
+        train_step(run, images)[1].item()  # waits for the device
+    except Exception as error:  # compilers fail in many ways
+        if run.losses is augmented_losses:
+            raise
+        print(f"warning: the step can't be compiled here, and goes on uncompiled: {utils.first_line(error)}")
+        run.losses = augmented_losses
+        run.load(before)
+        return seconds_a_step(run, train, steps)
+    if run.losses is not augmented_losses:
+        print(f"step compiled in {time.perf_counter() - start:.0f} s")
+    start = time.perf_counter()
+    for _ in range(steps):
+        train_step(run, images)[1].item()
+    seconds = (time.perf_counter() - start) / steps
+    run.load(before)
+    return seconds
 
 
 def announce(run: Run, train: dataset.Slices, validation: dataset.Slices) -> None:
@@ -397,14 +385,13 @@ def fit(run: Run, train: dataset.Slices, validation: dataset.Slices) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     done = run.epochs_done * len(train) + run.steps_done * run.args["batch_size"]
-    with tqdm(total=epochs * len(train), initial=done, unit=" slices", smoothing=0.05) as bar:
+    first = process_rank() == 0
+    with tqdm(total=epochs * len(train), initial=done, unit=" slices", smoothing=0.05, disable=not first) as bar:
         while run.epochs_done < epochs:
             bar.set_description(f"epoch {run.epochs_done + 1}/{epochs}")
-            train_epoch(run, train, bar, interrupted)
-            if interrupted:
-                if run.loss_sums.isfinite().all():  # else the last epoch's end is better
-                    run.save("last.pt")
-                return interrupted[0]
+            if number := train_epoch(run, train, bar, interrupted):
+                run.save("last.pt")
+                return number
             row = end_epoch(run, train, validation)
             bar.write(
                 "epoch {epoch}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, ssim {val_ssim:.4f}, "
@@ -413,21 +400,27 @@ def fit(run: Run, train: dataset.Slices, validation: dataset.Slices) -> int:
             if row["val_ssim"] > run.best_ssim:
                 run.best_ssim = row["val_ssim"]
                 run.save("best.pt")
-            if run.epochs_done in (1, epochs) or run.epochs_done % run.args["plot_every"] == 0:
+            if first and (run.epochs_done in (1, epochs) or run.epochs_done % run.args["plot_every"] == 0):
                 plot_panels(run, validation)
                 utils.plot_curves(folder / "loss_ssim_plot.png", run.history, folder.name)
-            utils.save_csv(folder / "metrics.csv", run.history)
+            if first:
+                utils.save_csv(folder / "metrics.csv", run.history)
             run.save("last.pt")  # after the rest: a run that is killed before this does the epoch again
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse_arguments(argv)
+    given = parse_arguments(argv, __doc__)
+    utils.join_processes()
     folder, args, checkpoint = open_run(given)
-    check_arguments(args)
+    check_arguments(args, process_count())
     utils.keep_freed_memory()
-    train, validation = load_data(args, given)
+    with utils.first_process_first():
+        train, validation = load_data(args, given)
     run = Run(folder, args, f"{train.fingerprint} {validation.fingerprint}")
+    if run.device.type != "cpu":
+        for slices in (train, validation):
+            print(slices.place(run.device))
     if checkpoint:
         run.restore(checkpoint)
     else:
@@ -437,15 +430,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dry run: nothing trained, nothing written to {folder}")
         return 0
 
-    folder.mkdir(parents=True, exist_ok=True)
-    slices = {"train": len(train), "validate": len(validation)}
-    config = {"name": folder.name, "arguments": args, "slices": slices, "bits_per_pixel": run.model.bits_per_pixel}
-    config |= {"device": utils.describe_device(run.device), "precision": run.precision, "versions": utils.versions()}
-    utils.save_json(folder / "config.json", config)
-    number = fit(run, train, validation)
+    if process_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        slices = {"train": len(train), "validate": len(validation)}
+        config = {"name": folder.name, "arguments": args, "slices": slices, "bits_per_pixel": run.model.bits_per_pixel}
+        config |= {"device": utils.describe_device(run.device), "precision": run.precision}
+        utils.save_json(folder / "config.json", config | {"versions": utils.versions()})
+    resume = utils.command("train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name)
+    try:
+        number = fit(run, train, validation)
+    except RuntimeError as error:
+        if not utils.lost_process(error):
+            raise
+        raise UserError(f"another process of this run ended or hangs ({utils.first_line(error)}); to go on from "
+                        f"the last epoch's end, with as many or other processes:\n    {resume}") from None  # fmt: skip
+    utils.leave_processes()
     if number:
-        print(f"stopped in epoch {run.epochs_done + 1}; to go on:")
-        print("    " + utils.command("train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name))
+        print(f"stopped in epoch {run.epochs_done + 1}; to go on:\n    {resume}")
         return 128 + number
     print(f"best validation ssim {run.best_ssim:.4f}; the plots are in {folder}; next, the test split:")
     print("    " + utils.command("predict.py", "--run", folder))

@@ -1,7 +1,8 @@
-"""What the scripts share: devices, commands, run folders and their files, and plots."""
+"""What the scripts share: processes, devices, commands, run folders and their files, and plots."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 matplotlib.use("Agg")  # files only: works without a screen
@@ -33,20 +35,106 @@ def run_script(main, *user_errors: type[Exception]) -> None:
     try:
         sys.exit(main())
     except (UserError, OSError, *user_errors) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if process_count() > 1:
+            os._exit(2)  # taking leave of the others could wait for them forever
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-# ---------------------------------------------------------------- device, seeds, commands
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def join_processes() -> None:
+    """Join the others, where torchrun started several; only the first one prints from then on.
+
+    GPU tensors travel by NCCL, all others by gloo, so that nothing about the run itself waits for a GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
+        raise UserError("torchrun was started on several machines; expected one: leave out --nnodes")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """0 in the first process, or the only one: the one that writes files."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process goes through the block alone; the others then find what it has made."""
+    if process_rank():
+        sum_over_processes(torch.zeros(1))  # waits for the others
+    yield
+    if not process_rank():
+        sum_over_processes(torch.zeros(1))
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """On the CPU, a tensor that each process has its part of."""
+    total = tensor.detach().cpu().clone()
+    if process_count() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def copy_from_first_process(tensors: dict[str, Tensor]) -> None:
+    """In place, where there are several."""
+    if process_count() > 1:
+        for tensor in tensors.values():
+            dist.broadcast(tensor, 0)
+
+
+def check_equal_processes(tensors: dict[str, Tensor]) -> None:
+    """Raises RuntimeError where processes that should hold equal tensors don't: training would go on with nonsense."""
+    if process_count() > 1:
+        values = [tensor.detach().double().flatten().cpu() for tensor in tensors.values()]
+        sums = torch.stack([value @ torch.linspace(1, 2, len(value)).double() for value in values])  # order counts
+        first = sums.clone()
+        dist.broadcast(first, 0)
+        different = sum_over_processes((sums != first).long())
+        if different.any():
+            names = [name for name, count in zip(tensors, different.tolist(), strict=True) if count]
+            raise RuntimeError(f"processes hold different {', '.join(names)}")
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether it says that another process could not be reached."""
+    return process_count() > 1 and (isinstance(error, dist.DistBackendError) or "gloo" in str(error).lower())
+
+
+def leave_processes() -> None:
+    """At the end of what they did together."""
+    if process_count() > 1:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- device, commands
 
 
 def pick_device(name: str) -> torch.device:
-    """The `--device`: cuda, mps or cpu; auto takes the first of them that is there."""
+    """The `--device`: cuda, mps or cpu; auto takes the first of them that is there. To each process its GPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, found in available.items() if found)
+    if name == "cuda" and process_count() > 1:
+        if torch.cuda.device_count() < process_count():
+            here = f"{process_count()} processes have {torch.cuda.device_count()} GPUs"
+            raise UserError(f"{here}; expected one each: lower --nproc-per-node, or train with --device cpu")
+        name = f"cuda:{process_rank()}"
     try:
         device = torch.device(name)
         found = available.get(device.type, False)
@@ -59,17 +147,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """For people and result files: which machine computed this."""
+    """For people and result files: which machine computed this, and by how many processes if by several."""
+    several = f"{process_count()} processes, " if process_count() > 1 else ""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+        return f"{several or f'{device} '}({torch.cuda.get_device_name(device)})"
+    return f"{several}{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The `--precision`: auto is bfloat16 on GPUs that compute in it, else float32."""
-    if name == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return name
+    """The `--precision`: auto is bfloat16 on GPUs and CPUs that compute in it, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
+        found = torch.cpu.get_capabilities()
+        fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def keep_freed_memory() -> None:

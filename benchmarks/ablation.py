@@ -42,6 +42,7 @@ from rate_distortion import MS_SSIM_WEIGHTS
 import dataset
 import modules
 import predict
+import recipes
 import train
 import utils
 from modules import Decoder, Encoder, Quantized, ResidualLayer, ResidualStack, VectorQuantizer, ssim_loss
@@ -291,9 +292,9 @@ def epochs_done(run: Path, data: Path, flags: list[str]) -> int:
     trained_on, data = Path(trained_with["data"]), data.resolve()
     if data not in (trained_on, *trained_on.parents) and data.parent != trained_on:  # train.py looks around a little
         raise UserError(f"{run} was trained on {trained_on}, not on {data}: name another --runs-dir")
-    given = train.parse_arguments(flags)
-    expected = train.with_defaults(given.get("recipe", "tuned"), given)
-    changed = [key for key in (*train.RECIPES, "seed", "precision") if trained_with.get(key) != expected[key]]
+    given = recipes.parse_arguments(flags)
+    expected = recipes.with_defaults(given.get("recipe", "tuned"), given)
+    changed = [key for key in (*recipes.RECIPES, "seed", "precision") if trained_with.get(key) != expected[key]]
     if changed:
         raise UserError(f"{run} was trained with other {', '.join(changed)}: name another --runs-dir")
     return len((run / "metrics.csv").read_text().splitlines()) - 1
@@ -323,13 +324,13 @@ def multiply_adds(model: nn.Module) -> int:
 def relative_step_time(args: argparse.Namespace, rounds: int = 3) -> dict[str, float]:
     """Each variant's training step over the document's: medians of steps timed in turn, alone on the machine."""
     utils.keep_freed_memory()  # as in training
-    given = {name: train.parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}}
+    given = {name: recipes.parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}}
     seconds: dict[str, list[float]] = {variant: [] for variant in given}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        slices, _ = train.load_data(train.with_defaults("tuned", {"data": str(args.data)}), {"epochs": 1})
+        slices, _ = train.load_data(recipes.with_defaults("tuned", {"data": str(args.data)}), {"epochs": 1})
     for _ in range(rounds):
         for variant, flags in given.items():
-            settings = train.with_defaults(flags.get("recipe", "tuned"), flags | {"precision": args.precision})
+            settings = recipes.with_defaults(flags.get("recipe", "tuned"), flags | {"precision": args.precision})
             with replaced(VARIANTS[variant].replaced):
                 seconds[variant].append(train.seconds_a_step(train.Run(Path(), settings, ""), slices, steps=1))
     return {v: statistics.median(s) / statistics.median(seconds["document"]) for v, s in seconds.items()}

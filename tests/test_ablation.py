@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
 
 import modules
+import recipes
 import train
 from utils import UserError
 
@@ -43,7 +44,7 @@ def test_a_variant_is_trained_evaluated_and_tabled(tmp_path, write_slices):
 
 
 def test_a_run_of_other_settings_is_not_taken_for_the_variant(tmp_path):
-    config = {"arguments": train.with_defaults("tuned", {"data": str(tmp_path)})}
+    config = {"arguments": recipes.with_defaults("tuned", {"data": str(tmp_path)})}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "metrics.csv").write_text("epoch\n1\n2\n")
     assert ablation.epochs_done(tmp_path, tmp_path, []) == 2
@@ -65,10 +66,10 @@ def test_the_spread_is_half_the_range_over_seeds():
 def test_every_variant_trains_at_equal_bits_or_says_so(tmp_path, name):
     """One step changes weights, codes decode to what forward gives, and the model is built of the variant's classes."""
     variant = ablation.VARIANTS[name]
-    given = train.parse_arguments([*variant.flags.split(), "--precision", "float32", "--device", "cpu"])
+    given = recipes.parse_arguments([*variant.flags.split(), "--precision", "float32", "--device", "cpu"])
     images = torch.randn(1, 1, 128, 128, generator=torch.Generator().manual_seed(0))
     with ablation.replaced(variant.replaced):
-        run = train.Run(tmp_path, train.with_defaults(given.get("recipe", "tuned"), given), "")
+        run = train.Run(tmp_path, recipes.with_defaults(given.get("recipe", "tuned"), given), "")
         before = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
         assert train.train_step(run, images).isfinite().all()
     after = [p for p in run.model.parameters() if p.requires_grad]

@@ -855,3 +855,51 @@ def test_squares_are_turned_all_eight_ways():
         tuple(x.flip(axes).flatten().tolist()) for x in (square, square.mT) for axes in ((), (-1,), (-2,), (-1, -2))
     }
     assert {tuple(x.flatten().tolist()) for x in turned} == ways and len(ways) == 8
+
+
+# -------------------------------------------------------------------------------- batches on a device
+
+
+def test_batches_are_the_same_on_every_path(write_slices, tmp_path, monkeypatch):
+    """As they are read, out of a device's memory, and read ahead by a thread; a last group may be small, or empty."""
+    split = dataset.load_split(dataset.find_splits(write_slices(tmp_path / "data", train=9, validate=1)), "train")
+    groups = [
+        *torch.randperm(9, generator=torch.Generator().manual_seed(0)).split(4),
+        torch.tensor([], dtype=torch.long),
+    ]
+    expected = [split.batch(group) for group in groups]
+    cpu = torch.device("cpu")
+
+    def check(device=cpu):
+        found = [images.clone() for images in split.batches(groups, device)]
+        assert [len(images) for images in found] == [4, 4, 1, 0]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+    check()
+    real = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, device, **_: real(x, cpu if device == torch.device("mps") else device)
+    )
+    check(torch.device("mps"))  # neither CPU nor placed: the thread reads
+    monkeypatch.undo()
+    monkeypatch.setattr(dataset, "_free_memory", lambda device: 9 * 256 * 128 * 2 * 4)
+    assert "over 20% of cpu's free memory" in split.place(cpu, share=0.2)
+    assert split._placed is None
+    assert "in the memory of cpu" in split.place(cpu, share=0.25)
+    monkeypatch.setattr(split, "_stored", None)  # nothing is read any more
+    check()
+    assert list(split.batches([], cpu)) == []
+
+
+def test_reading_ahead_keeps_order_and_bounds():
+    """At most `depth` groups wait; an error reaches the reader, and a reader that stops stops the thread."""
+    read = []
+    for number in dataset._ahead(lambda group: read.append(group) or 2 * group, range(20), depth=2):
+        assert number == 2 * (number // 2) and len(read) <= number // 2 + 4
+    assert read == list(range(20))
+    with pytest.raises(ZeroDivisionError):
+        list(dataset._ahead(lambda group: 1 // group, [1, 0]))
+    reader = dataset._ahead(lambda group: read.append(group), range(100), depth=2)
+    next(reader)
+    reader.close()
+    assert len(read) < 30

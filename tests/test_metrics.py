@@ -152,8 +152,8 @@ class Split:
     def __len__(self):
         return len(self.images)
 
-    def batch(self, indices):
-        return self.images[indices]
+    def batches(self, groups, device):
+        return (self.images[group].to(device) for group in groups)
 
 
 def test_evaluate_covers_the_whole_split_whatever_the_batch_size():

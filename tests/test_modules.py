@@ -191,6 +191,26 @@ def test_nearest_is_exact(vectors, codes, dim, seed):
     torch.testing.assert_close(chosen, distances.amin(1), rtol=0, atol=1e-4)
 
 
+def test_distances_are_never_all_in_memory_at_once(monkeypatch):
+    """Of a million vectors to 512 codes they would take 2 GB."""
+    sizes, real = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **more: sizes.append(len(args[1])) or real(*args, **more))
+    assert len(VectorQuantizer(8, 2).nearest(torch.randn(100_000, 2))) == sum(sizes) == 100_000
+    assert max(sizes) <= 8192
+
+
+def test_vectors_that_are_not_finite_change_no_codebook():
+    quantizer = VectorQuantizer(8, 2, "ema", restart_below=0.9)
+    quantizer(torch.randn(2, 2, 4, 4))
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    for spoilt in (torch.nan, torch.inf):
+        z = torch.randn(2, 2, 4, 4)
+        z[1, 0, 2, 3] = spoilt
+        quantizer(z)
+        for name, value in quantizer.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=1e-6, atol=0)
+
+
 def check_layout(make):
     """Each position's vector is an embedding: it must come back as that embedding, with its index."""
     quantizer = make(16, 8)

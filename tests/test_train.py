@@ -1,9 +1,11 @@
 """Training: recipes, files, interruptions (by real processes), and mistakes at the command line."""
 
+import copy
 import csv
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 import dataset
 import train
 from modules import VQVAE, CheckpointError, load_checkpoint
+from recipes import parse_arguments, with_defaults
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +86,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, run_here, capsys):
     history = rows(folder)
     assert [int(row["epoch"]) for row in history] == [1, 2, 3]
     assert [int(row["step"]) for row in history] == [3, 6, 9]  # 10 slices by 4: the partial batch is kept
-    args = train.with_defaults("tuned", {})
+    args = with_defaults("tuned", {})
     rates = [train.learning_rate(args, step, 9) for step in (2, 5, 8)]
     assert [float(row["lr"]) for row in history] == pytest.approx(rates)
     panels = sorted(path.relative_to(folder).as_posix() for path in folder.glob("plots/*/*.png"))
@@ -111,7 +114,7 @@ def test_each_recipe_learns(tmp_path, run_here, recipe):
 
 
 def test_document_recipe_is_number_for_number():
-    args = train.with_defaults("document", {})
+    args = with_defaults("document", {})
     expected = {
         "batch_size": 16, "epochs": 100, "learning_rate": 1e-4, "num_embeddings": 512, "embedding_dim": 64,
         "hidden_channels": 64, "commitment_cost": 0.25, "codebook": "gradient", "schedule": "constant", "warmup": 0.0,
@@ -121,14 +124,12 @@ def test_document_recipe_is_number_for_number():
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     same_rate = ("batch_size", "epochs", "num_embeddings", "embedding_dim", "hidden_channels")
-    assert {name: train.with_defaults("tuned", {})[name] for name in same_rate} == {
-        name: args[name] for name in same_rate
-    }
+    assert {name: with_defaults("tuned", {})[name] for name in same_rate} == {name: args[name] for name in same_rate}
 
 
 def test_flags_override_the_recipe(tmp_path):
     flags = "--recipe document --learning-rate 0.01 --augment --codebook ema --name x"
-    folder, args, checkpoint = train.open_run(train.parse_arguments([*flags.split(), "--runs-dir", str(tmp_path)]))
+    folder, args, checkpoint = train.open_run(parse_arguments([*flags.split(), "--runs-dir", str(tmp_path)]))
     assert (args["learning_rate"], args["augment"], args["codebook"], args["batch_size"]) == (0.01, True, "ema", 16)
     assert folder == tmp_path / "x" and checkpoint is None
 
@@ -190,8 +191,8 @@ def test_bfloat16_is_what_the_convolutions_compute_in(tmp_path, run_here, monkey
 
 def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
     for crop, shape in (("32", (2, 1, 32, 32)), ("0", (2, 1, 64, 48))):
-        given = train.parse_arguments([*small, "--crop", crop])
-        run = train.Run(tmp_path, train.with_defaults("tuned", given), "")
+        given = parse_arguments([*small, "--crop", crop])
+        run = train.Run(tmp_path, with_defaults("tuned", given), "")
         seen = []
         run.model.encoder.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape))
         train.train_step(run, torch.randn(2, 1, 64, 48))
@@ -200,7 +201,7 @@ def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
 
 @pytest.mark.parametrize("longest", [0.0, 1e-3])
 def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
-    args = train.with_defaults("tuned", train.parse_arguments([*small, "--clip-grad-norm", str(longest)]))
+    args = with_defaults("tuned", parse_arguments([*small, "--clip-grad-norm", str(longest)]))
     run = train.Run(tmp_path, args, "")
     train.train_step(run, torch.randn(2, 1, 128, 128))
     norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
@@ -211,8 +212,8 @@ def test_augmentation_is_used_where_the_recipe_says(tmp_path, small, monkeypatch
     calls = []
     monkeypatch.setattr(dataset, "flip_at_random", lambda images: calls.append(1) or images)
     for flags, count in (([], 1), (["--no-augment"], 0), (["--recipe", "document"], 0)):
-        given = train.parse_arguments([*small, *flags])
-        run = train.Run(tmp_path, train.with_defaults(given.get("recipe", "tuned"), given), "")
+        given = parse_arguments([*small, *flags])
+        run = train.Run(tmp_path, with_defaults(given.get("recipe", "tuned"), given), "")
         calls.clear()
         train.train_step(run, torch.randn(2, 1, 128, 128))
         assert len(calls) == count
@@ -262,6 +263,88 @@ def test_data_from_the_environment(tmp_path, data, monkeypatch, capsys, small):
     monkeypatch.chdir(tmp_path)
     assert train.main([*small, "--dry-run"]) == 0
     assert "$HIPMRI_DATA" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the step, by other paths
+
+
+def one_step(tmp_path, flags: list[str]):
+    """Losses, gradients and weights after one step of an equal start, on equal whole slices."""
+    given = parse_arguments(["--device", "cpu", "--recipe", "document", "--codebook-init", "uniform", *flags])
+    run = train.Run(tmp_path, with_defaults("document", given), "")
+    with torch.no_grad():  # codes as far apart as the encoder's outputs, so that few are nearly as near as another
+        run.model.vector_quantization.embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+    images = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    if run.args["compile"]:  # other batches than whole ones go uncompiled
+        assert run.losses is not train.augmented_losses and len(images) == run.args["batch_size"]
+    losses, finite = train.train_step(run, images)
+    assert finite
+    return losses, [p.grad.float().flatten() for p in run.model.parameters()], run.model.state_dict()
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler, so nothing to compile with"
+)
+def test_a_compiled_step_is_the_same_step(tmp_path, small):
+    small = [*small, "--crop", "0", "--precision", "float32"]
+    losses, gradients, weights = one_step(tmp_path, [*small, "--no-compile"])
+    others = one_step(tmp_path, [*small, "--compile"])
+    torch.testing.assert_close(others[0], losses, rtol=1e-4, atol=1e-6)
+    for one, other in zip(gradients, others[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    for name in weights:  # Adam's first step is the rate long, whichever way a gradient that is hardly there points
+        torch.testing.assert_close(weights[name], others[2][name], rtol=0, atol=2.1e-4)
+
+
+def test_a_step_in_bfloat16_is_nearly_the_same_step(tmp_path):
+    """Losses within 2 %, the gradient within 0.05 of its direction."""
+    losses, gradients, _ = one_step(tmp_path, ["--precision", "float32"])
+    others = one_step(tmp_path, ["--precision", "bfloat16"])
+    torch.testing.assert_close(others[0], losses, rtol=0.02, atol=0)
+    assert torch.nn.functional.cosine_similarity(torch.cat(gradients), torch.cat(others[1]), dim=0) > 0.95
+
+
+def test_a_compiler_that_fails_is_one_warning(tmp_path, run_here, monkeypatch, capsys):
+    run_here("--epochs 1 --name eager")
+
+    def broken(function, **options):
+        def call(*args):
+            raise RuntimeError("no compiler here\nand more lines")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    capsys.readouterr()
+    assert run_here("--epochs 1 --name a --compile") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the step can't be compiled here, and goes on uncompiled: no compiler here\n") == 1
+    one, other = (weights(tmp_path / "runs" / name / "last.pt") for name in ("eager", "a"))
+    assert_equal_weights(one, other)
+
+
+def test_timing_the_step_changes_nothing(tmp_path, run_here, monkeypatch):
+    """Also on the way: a resumed run's moments and sums are as they were saved."""
+    run_here("--epochs 2 --name a")
+    monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1.0)
+    run_here("--epochs 2 --name b")
+    assert_equal_weights(*(weights(tmp_path / "runs" / name / "last.pt") for name in "ab"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_step_waits_for_the_gpu(tmp_path, data, small):
+    given = parse_arguments([*small, "--device", "cuda", "--no-compile"])
+    run = train.Run(tmp_path, with_defaults("tuned", given), "")
+    slices = dataset.load_split(dataset.find_splits(data), "train")
+    slices.place(run.device)
+    train.start_codebook(run, slices)
+    with train.tqdm(total=20, disable=True) as bar:
+        train.train_epoch(run, slices, bar, [])  # what is set up once may wait
+        run.begin_epoch()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train.train_epoch(run, slices, bar, [])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ---------------------------------------------------------------- interruptions, by real processes
@@ -324,9 +407,9 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monk
     run_here("--epochs 3 --name whole")
     real, calls = train.train_step, []
 
-    def step_then_signal(run, images):
-        calls.append(run.epochs_done)
-        losses = real(run, images)
+    def step_then_signal(*args):
+        calls.append(args)
+        losses = real(*args)
         if len(calls) == 4 + 5:  # after the four timed steps
             os.kill(os.getpid(), signal.SIGTERM)
         return losses
@@ -335,7 +418,7 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monk
     assert run_here("--epochs 3 --name stopped") == 128 + signal.SIGTERM
     checkpoint = load_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")
     assert (checkpoint["epochs_done"], checkpoint["steps_done"]) == (1, 2)
-    assert checkpoint["loss_sums"].abs().sum() > 0
+    assert checkpoint["sums"][2] == 8
     monkeypatch.setattr(train, "train_step", real)
     assert run_here("--resume --name stopped") == 0
     one, other = (tmp_path / "runs" / name for name in ("whole", "stopped"))
@@ -396,10 +479,9 @@ def test_a_signal_does_not_save_what_is_not_finite(tmp_path, run_here, monkeypat
     run_here("--epochs 1 --name a")
     real = train.train_step
 
-    def spoil(run, images):
-        if run.epochs_done:  # not the timed steps' copy of a fresh run
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, images * torch.nan)
+    def spoil(run, images, count):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, images * torch.nan, count)
 
     monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1.0)
     monkeypatch.setattr(train, "train_step", spoil)
@@ -408,7 +490,7 @@ def test_a_signal_does_not_save_what_is_not_finite(tmp_path, run_here, monkeypat
 
 
 def test_a_gradient_codebook_needs_no_second_flag():
-    assert train.with_defaults("tuned", {"codebook": "gradient"})["restart_below"] == 0
+    assert with_defaults("tuned", {"codebook": "gradient"})["restart_below"] == 0
 
 
 def test_validation_slices_that_are_all_constant(run_here, data, write_nifti):
@@ -439,6 +521,29 @@ def test_validation_slices_that_are_all_constant(run_here, data, write_nifti):
 def test_values_that_could_only_fail_later(run_here, flags, message):
     with pytest.raises(UserError, match=message):
         run_here(f"--epochs 1 --name a {flags}")
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_told(tmp_path, run_here, monkeypatch, capsys):
+    """Of 6 steps the fifth is spoilt: weights, moments and codebook stay as the fourth left them, the rest goes on."""
+    real, runs, states = train.train_step, [], []
+
+    def spoil_one(run, images, count):
+        runs.append(run)
+        before = copy.deepcopy(run.state())
+        result = real(run, images * torch.nan if len(runs) == 5 else images, count)
+        states.append((before, copy.deepcopy(run.state())))
+        return result
+
+    monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1.0)
+    monkeypatch.setattr(train, "train_step", spoil_one)
+    assert run_here("--epochs 2 --name a") == 0
+    assert "warning: 1 of 3 steps of epoch 2 were skipped, the last of them step 5" in capsys.readouterr().out
+    for number, (before, after) in enumerate(states, start=1):
+        same = [torch.equal(before["model"][name], after["model"][name]) for name in before["model"]]
+        assert all(same) if number == 5 else not any(same)
+    assert_equal_weights(*({f"{i} {k}": v for i, moments in state["optimizer"]["state"].items()
+                            for k, v in moments.items()} for state in states[4]))  # fmt: skip
+    assert all(float(row["train_loss"]) > 0 for row in rows(tmp_path / "runs" / "a"))
 
 
 @pytest.mark.parametrize("recipe", ["document", "tuned"])

@@ -83,3 +83,16 @@ def test_slices_are_shown_superior_up_in_one_window(monkeypatch, tmp_path):
     assert one["vmax"] == pytest.approx(0.995, abs=0.01)
     assert error.min() >= 0 and three["vmin"] == -three["vmax"]
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("feature", "expected"), [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")]
+)
+def test_precision_of_a_cpu(monkeypatch, feature, expected):
+    """bfloat16 where the CPU computes in it; elsewhere it would be emulated, and slow."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
+    assert utils.pick_precision("auto", cpu) == ("bfloat16" if "bf16" in feature else "float32")
+    assert utils.pick_precision("float32", cpu) == "float32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert utils.pick_precision("auto", cpu) == "float32"

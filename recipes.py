@@ -1,0 +1,112 @@
+"""The recipes, and the flags of train.py: what a run can be told.
+
+A flag's value is what was typed, else the recipe's, else (what no recipe knows: data, names, devices) DEFAULTS'.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from utils import UserError
+
+# The recipes. "document" is the source document's training; its one departure is a codebook that starts from
+# data. "tuned" learns faster and better from the same bits, batches and epochs, with 1.8 times the multiply-adds.
+ANY, SOME = (0, 1e9), (1, 1e9)  # bounds; a list is of choices
+RECIPES = {
+    # flag                  document    tuned     allowed                 help
+    "epochs":              (100,        100,      SOME,                   "passes over the training split"),
+    "batch_size":          (16,         16,       SOME,                   "slices a step"),
+    "learning_rate":       (1e-4,       2e-3,     ANY,                    "Adam's; with a schedule, its peak"),
+    "schedule":            ("constant", "cosine", ["constant", "cosine"], "of the learning rate; cosine ends at 0"),
+    "warmup":              (0.0,        0.05,     (0, 1),                 "share of steps in which it rises from 0"),
+    "clip_grad_norm":      (0.0,        1.0,      ANY,                    "longest gradient of a step; 0: any"),
+    "crop":                (0,          128,      (0, 128),               "side of random squares; 0: whole slices"),
+    "augment":             (False,      True,     None,                   "flip slices, turn squares, at random"),
+    "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
+    "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
+    "codebook_init":       ("kmeans",   "kmeans", ["kmeans", "uniform"],  "from data; uniform collapses"),
+    "ema_decay":           (0.99,       0.99,     (0, 1),                 "of an ema codebook's averages"),
+    "restart_below":       (0.0,        0.1,      ANY,                    "share of mean use; rarer ema codes restart"),
+    "commitment_cost":     (0.25,       0.25,     ANY,                    "beta: ties the encoder to the codebook"),
+    "stride":              (4,          4,        [4, 8, 16],             "pixels a side of one code position"),
+    "num_codebooks":       (1,          1,        (1, 64),                "codes a position; each takes what is left"),
+    "num_embeddings":      (512,        512,      SOME,                   "K, the number of codes"),
+    "embedding_dim":       (64,         64,       SOME,                   "D, the length of an embedding"),
+    "hidden_channels":     (64,         64,       (2, 1e9),               "twice the width of the residual stacks"),
+    "residual_channels":   (32,         32,       SOME,                   "width inside a residual layer"),
+    "num_residual_layers": (2,          3,        ANY,                    "layers in a residual stack"),
+    "num_code_layers":     (0,          4,        ANY,                    "the decoder's, at the codes' own grid"),
+    "refine_channels":     (0,          16,       ANY,                    "of one more, full-size convolution"),
+}  # fmt: skip
+DEFAULTS = {
+    "data": None, "fit": "resize", "planes": 60, "skip_bad_files": False, "cache_dir": None, "recipe": "tuned",
+    "name": None, "runs_dir": "runs", "resume": False, "dry_run": False, "plot_every": 10, "device": "auto",
+    "precision": "auto", "compile": None, "seed": 0,
+}  # fmt: skip
+# What --resume may change; anything else would make it another run.
+RESUMABLE = {
+    "data", "cache_dir", "name", "runs_dir", "resume", "dry_run", "plot_every", "device", "compile", "epochs",
+}  # fmt: skip
+
+
+def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> dict:
+    """The flags that were typed, no defaults among them: those differ between a new run and a resumed one."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data", metavar="DIR", help="folder of slices (2D) or volumes (3D); else $HIPMRI_DATA; else sample data")
+    flag("--fit", choices=("resize", "crop"), help="what is not 256 x 128: resize it, or centre-crop (resize)")
+    flag("--planes", type=int, help="3D data: how many central coronal planes of a volume are slices (60)")
+    flag("--skip-bad-files", action="store_true", help="go on without files that can't be used, and count them")
+    flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--recipe", choices=("tuned", "document"), help="sets every flag of the last group (tuned)")
+    flag("--name", help="the run's folder in --runs-dir (time and recipe)")
+    flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
+    flag("--resume", action="store_true", help="go on with --name, or with the newest unfinished run")
+    flag("--dry-run", action="store_true", help="print data, model, steps and expected time; train nothing")
+    flag("--plot-every", type=int, metavar="N", help="panels each N epochs, and at the first and the last (10)")
+    flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it (auto)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: minutes once (on GPUs)")
+    flag("--seed", type=int, help="start of everything random (0)")
+    group = parser.add_argument_group("recipe", "defaults: tuned | document")
+    for name, (document, tuned, allowed, text) in RECIPES.items():
+        options = {"type": type(tuned), "metavar": "X"}
+        if isinstance(tuned, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(allowed, list):
+            options = {"choices": allowed, "type": type(tuned)}
+        group.add_argument(flag_name(name), help=f"{text} ({tuned} | {document})", **options)
+    return vars(parser.parse_args(argv))
+
+
+def flag_name(argument: str) -> str:
+    return "--" + argument.replace("_", "-")
+
+
+def with_defaults(recipe: str, given: dict) -> dict:
+    """All arguments: what is given, over the recipe's values, over the other defaults."""
+    column = ("document", "tuned").index(recipe)
+    args = DEFAULTS | {name: row[column] for name, row in RECIPES.items()} | {"recipe": recipe} | given
+    if args["codebook"] == "gradient" and "restart_below" not in given:
+        args["restart_below"] = 0.0  # a gradient codebook keeps no counts of use
+    return args
+
+
+def check_arguments(args: dict, processes: int) -> None:
+    """Refuse, before any work, the values that could only fail later."""
+    bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
+    for name, (low, high) in (bounds | {"plot_every": SOME, "planes": (1, 256), "seed": (0, 2**40)}).items():
+        if not low <= args[name] <= high:
+            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
+    if args["crop"] % args["stride"] or 0 < args["crop"] < 16:
+        stride = args["stride"]
+        raise UserError(f"--crop is {args['crop']}; expected 0, or 16 to 128 and divisible by --stride {stride}")
+    if args["batch_size"] % processes:
+        raise UserError(f"--batch-size is {args['batch_size']}; expected a multiple of the {processes} processes")
+    if args["restart_below"] and args["codebook"] == "gradient":
+        raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
