@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint figures clean
+.PHONY: train test lint figures speed clean
 
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
@@ -22,6 +22,9 @@ figures: .venv/runtime      ## the sample's figures in resources/
 	for n in 1 3 6 10; do cp runs/figures/plots/epoch_$$n/epoch_$${n}_images.png resources/sample_epoch_$$n.png; done
 	cp runs/figures/loss_ssim_plot.png resources/sample_curves.png
 	cp runs/figures/test/code_map.png resources/sample_code_map.png
+
+speed: .venv/dev           ## speed beside the usual script and other libraries, about ten minutes on a CPU
+	$(BIN)/python benchmarks/speed.py
 
 clean:                     ## remove the environment, the sample data and caches; runs/ is kept
 	rm -rf .venv sample_data .sample_data-* .pytest_cache .ruff_cache .hypothesis
