@@ -234,12 +234,12 @@ class VectorQuantizer(nn.Module):
     def _candidates(self, vectors: Tensor, quantized: Tensor) -> Tensor:
         """K vectors of a batch for dead codes to start from, (K, D): the first process's, for all processes."""
         candidates = vectors.new_zeros(self.num_embeddings, self.embedding_dim)
-        if len(vectors):  # only the first process is sure to have a share of a small batch
+        if not _several_processes() or dist.get_rank() == 0:  # others may have no share of a small batch
             # Drawn where the codebook fits worst, as k-means++ draws its centres.
             error = (vectors - quantized).square().sum(1).nan_to_num(0, 0, 0).clamp_min(1e-12)  # (N,)
             candidates = vectors[torch.multinomial(error, self.num_embeddings, replacement=True)]
         if _several_processes():
-            dist.broadcast(candidates, src=0)
+            dist.all_reduce(candidates)  # the others' are zeros; a broadcast would not compile
         return candidates
 
     @torch.no_grad()

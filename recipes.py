@@ -1,4 +1,4 @@
-"""The recipes, and the flags of train.py: what a run can be told.
+"""The recipes, the flags of train.py, and the run that they ask for: a new one, or one to go on with.
 
 A flag's value is what was typed, else the recipe's, else (what no recipe knows: data, names, devices) DEFAULTS'.
 """
@@ -6,7 +6,11 @@ A flag's value is what was typed, else the recipe's, else (what no recipe knows:
 from __future__ import annotations
 
 import argparse
+from datetime import datetime
+from pathlib import Path
 
+import utils
+from modules import load_checkpoint
 from utils import UserError
 
 # The recipes. "document" is the source document's training; its one departure is a codebook that starts from
@@ -110,3 +114,49 @@ def check_arguments(args: dict, processes: int) -> None:
         raise UserError(f"--batch-size is {args['batch_size']}; expected a multiple of the {processes} processes")
     if args["restart_below"] and args["codebook"] == "gradient":
         raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
+
+
+# ---------------------------------------------------------------- the run that is asked for
+
+
+def open_run(given: dict) -> tuple[Path, dict, dict | None]:
+    """Folder, arguments and checkpoint (None: from the start) of the run that the typed flags ask for."""
+    runs_dir = Path(given.get("runs_dir", DEFAULTS["runs_dir"]))
+    if not given.get("resume"):
+        args = with_defaults(given.get("recipe", DEFAULTS["recipe"]), given)
+        folder = runs_dir / (args["name"] or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args['recipe']}")
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} exists; add --resume to go on with it, or choose another --name")
+        return folder, args, None
+
+    folder = runs_dir / given["name"] if "name" in given else newest_unfinished(runs_dir)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no run to go on with; start one without --resume, or check --name")
+    saved = utils.load_json(folder / "config.json").get("arguments", {})
+    changed = sorted(key for key in given.keys() - RESUMABLE if given[key] != saved.get(key))
+    if changed:
+        told = ", ".join(f"{flag_name(key)} {given[key]} (it has {saved.get(key)})" for key in changed)
+        raise UserError(f"{folder} can't go on with {told}; leave that out, or start a new run with another --name")
+    args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and checkpoint["epochs_done"] >= args["epochs"]:
+        done = checkpoint["epochs_done"]
+        raise UserError(f"{folder} has finished {done} epochs; give --epochs more than that, or a new --name")
+    return folder, args, checkpoint
+
+
+def last_checkpoint(folder: Path) -> dict | None:
+    """None where the run was ended before its first epoch was."""
+    path = folder / "last.pt"
+    return load_checkpoint(path) if path.exists() else None
+
+
+def newest_unfinished(runs_dir: Path) -> Path:
+    """The folder with the newest config.json whose last.pt lacks epochs."""
+    configs = sorted(runs_dir.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for config in configs:
+        checkpoint = last_checkpoint(config.parent)
+        epochs = utils.load_json(config).get("arguments", {}).get("epochs", 0)
+        if not checkpoint or checkpoint["epochs_done"] < epochs:
+            return config.parent
+    raise UserError(f"no unfinished run in {runs_dir} ({len(configs)} runs there); start one without --resume")

@@ -5,7 +5,7 @@
     python train.py --data ... --recipe document        # the source document's training, number for number
     python train.py --data ... --dry-run                # print what would be done, and how long it would take
     python train.py --resume                            # go on with the newest unfinished run
-    torchrun --nproc-per-node 4 train.py --data ...     # several processes: one a GPU, or shares of the CPU's cores
+    torchrun --nproc-per-node 4 train.py --data ...     # several processes: one a GPU, or on a CPU
 
 A run writes to runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png, plots/.
 It can be killed at any moment: --resume goes on from the last epoch's end (after SIGTERM or Ctrl-C: from the
@@ -19,7 +19,6 @@ import inspect
 import math
 import signal
 import time
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -31,57 +30,12 @@ import dataset
 import metrics
 import phantom
 import utils
-from modules import CHECKPOINT_FORMAT, VQVAE, CheckpointError, load_checkpoint
-from recipes import DEFAULTS, RESUMABLE, check_arguments, flag_name, parse_arguments, with_defaults
+from modules import CHECKPOINT_FORMAT, VQVAE, CheckpointError
+from recipes import check_arguments, open_run, parse_arguments
 from utils import UserError, process_count, process_rank, sum_over_processes
 
 SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
-
-# ---------------------------------------------------------------- the run's folder
-
-
-def open_run(given: dict) -> tuple[Path, dict, dict | None]:
-    """Folder, arguments and checkpoint (None: from the start) of the run that the typed flags ask for."""
-    runs_dir = Path(given.get("runs_dir", DEFAULTS["runs_dir"]))
-    if not given.get("resume"):
-        args = with_defaults(given.get("recipe", DEFAULTS["recipe"]), given)
-        folder = runs_dir / (args["name"] or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args['recipe']}")
-        if (folder / "config.json").exists():
-            raise UserError(f"{folder} exists; add --resume to go on with it, or choose another --name")
-        return folder, args, None
-
-    folder = runs_dir / given["name"] if "name" in given else newest_unfinished(runs_dir)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no run to go on with; start one without --resume, or check --name")
-    saved = utils.load_json(folder / "config.json").get("arguments", {})
-    changed = sorted(key for key in given.keys() - RESUMABLE if given[key] != saved.get(key))
-    if changed:
-        told = ", ".join(f"{flag_name(key)} {given[key]} (it has {saved.get(key)})" for key in changed)
-        raise UserError(f"{folder} can't go on with {told}; leave that out, or start a new run with another --name")
-    args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint and checkpoint["epochs_done"] >= args["epochs"]:
-        done = checkpoint["epochs_done"]
-        raise UserError(f"{folder} has finished {done} epochs; give --epochs more than that, or a new --name")
-    return folder, args, checkpoint
-
-
-def last_checkpoint(folder: Path) -> dict | None:
-    """None where the run was ended before its first epoch was."""
-    path = folder / "last.pt"
-    return load_checkpoint(path) if path.exists() else None
-
-
-def newest_unfinished(runs_dir: Path) -> Path:
-    """The folder with the newest config.json whose last.pt lacks epochs."""
-    configs = sorted(runs_dir.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for config in configs:
-        checkpoint = last_checkpoint(config.parent)
-        epochs = utils.load_json(config).get("arguments", {}).get("epochs", 0)
-        if not checkpoint or checkpoint["epochs_done"] < epochs:
-            return config.parent
-    raise UserError(f"no unfinished run in {runs_dir} ({len(configs)} runs there); start one without --resume")
-
+UNCOMPILED = "the step can't be compiled here, and goes on uncompiled"
 
 # ---------------------------------------------------------------- data
 
@@ -133,18 +87,30 @@ class Run:
             copying = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
             self.parallel = DistributedDataParallel(self.model, **{copying: False})
         self.losses = augmented_losses
-        on_gpu = self.device.type == "cuda"
-        if args["compile"] or (args["compile"] is None and on_gpu):
-            # CUDA graphs hold no collectives that wait for other processes.
-            mode = "reduce-overhead" if on_gpu and process_count() == 1 else "default"
-            self.losses = torch.compile(augmented_losses, mode=mode, dynamic=False)
+        if args["compile"] or (args["compile"] is None and self.device.type == "cuda"):
+            self.compile()
         self.epochs_done, self.history, self.best_ssim = 0, [], -math.inf
         self.begin_epoch()
 
+    def compile(self) -> None:
+        """The losses of a whole batch, for one process on a GPU as CUDA graphs; `seconds_a_step` tries it."""
+        alone = self.device.type == "cuda" and process_count() == 1
+        try:
+            self.losses = torch.compile(augmented_losses, mode="reduce-overhead" if alone else "default", dynamic=False)
+        except RuntimeError as error:  # a Python that it does not know
+            print(f"warning: {UNCOMPILED}: {utils.first_line(error)}")
+
     def begin_epoch(self) -> None:
-        """Nothing is done of it: no step, no second; and on the device, of this process's slices, zero are the sums of
-        both losses, the slices that these are of, the steps skipped, and the last one's number."""
-        self.steps_done, self.seconds, self.sums = 0, 0.0, torch.zeros(5, device=self.device)
+        self.steps_done, self.seconds = 0, 0.0
+        # Over this process's slices, on the device: both losses, these slices, steps skipped; and the last such step.
+        self.sums = torch.zeros(5, device=self.device)
+
+    def add(self, losses: Tensor, finite: Tensor, count: int, step: int) -> None:
+        """To `sums`, what `train_step` returned for `count` slices."""
+        self.sums[:2] += torch.where(finite, losses * count, 0)
+        self.sums[2] += finite * count
+        self.sums[3] += ~finite
+        self.sums[4] = torch.where(finite, self.sums[4], step)
 
     def sums_of_all(self) -> torch.Tensor:
         """`sums` over the slices of all processes, on the CPU."""
@@ -226,12 +192,13 @@ def augmented_losses(run: Run, images: Tensor) -> Tensor:
 def train_step(run: Run, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """One update on images (B, 1, H, W), of several processes this one's share of a batch of `count`.
 
-    Returns both losses, (2,), and whether the gradient was finite, (), else nothing was updated. They stay on the
-    device: nothing here waits for it.
+    Returns both losses, (2,), and whether the gradient was finite, (): if not, no weight was updated (nor a moving
+    average, where the encoder's output was not finite). They stay on the device: nothing here waits for it.
     """
-    share = len(images) * process_count() / (count or len(images))  # the mean is over slices, not over processes
-    whole = len(images) * process_count() == run.args["batch_size"]
-    losses = (run.losses if whole else augmented_losses)(run, images)  # compiled for one shape
+    count = count or len(images) * process_count()
+    share = len(images) * process_count() / count  # the mean is over slices, not over processes
+    whole = count == run.args["batch_size"]  # compiled for one shape
+    losses = (run.losses if whole else augmented_losses)(run, images)
     if not len(images):
         losses = losses.nan_to_num()  # the mean over no slice
     run.optimizer.zero_grad(set_to_none=True)
@@ -256,10 +223,7 @@ def train_epoch(run: Run, train: dataset.Slices, bar: tqdm, interrupted: list[in
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, step, args["epochs"] * len(batches))
         losses, finite = train_step(run, images, len(batch))
-        run.sums[:2] += torch.where(finite, losses * len(images), 0)
-        run.sums[2] += finite * len(images)
-        run.sums[3] += ~finite
-        run.sums[4] = torch.where(finite, run.sums[4], step + 1)
+        run.add(losses, finite, len(images), step + 1)
         run.steps_done += 1
         run.seconds = time.perf_counter() - start
         if bar.update(len(batch)):  # a few times a second the bar is drawn anew: only then wait for the device
@@ -326,17 +290,18 @@ def plot_panels(run: Run, validation: dataset.Slices) -> None:
 
 
 def seconds_a_step(run: Run, train: dataset.Slices, steps: int = 3) -> float:
-    """Measured, after a first step that warms up (and compiles); what the steps changed is put back."""
+    """Measured, after one that warms up, or three that compile and record CUDA graphs; all changes are put back."""
     before = copy.deepcopy(run.state())
     whole = torch.arange(run.args["batch_size"]) % len(train)
     images = next(train.batches([whole.tensor_split(process_count())[process_rank()]], run.device))
     start = time.perf_counter()
     try:
-        train_step(run, images)[1].item()  # waits for the device
+        for _ in range(3 if run.losses is not augmented_losses else 1):
+            train_step(run, images)[1].item()  # waits for the device
     except Exception as error:  # compilers fail in many ways
         if run.losses is augmented_losses:
             raise
-        print(f"warning: the step can't be compiled here, and goes on uncompiled: {utils.first_line(error)}")
+        print(f"warning: {UNCOMPILED}: {utils.first_line(error)}")
         run.losses = augmented_losses
         run.load(before)
         return seconds_a_step(run, train, steps)
@@ -413,6 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse_arguments(argv, __doc__)
     utils.join_processes()
     folder, args, checkpoint = open_run(given)
+    folder = utils.from_first_process(folder)  # its name may hold the second
     check_arguments(args, process_count())
     utils.keep_freed_memory()
     with utils.first_process_first():
@@ -428,6 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     announce(run, train, validation)
     if args["dry_run"]:
         print(f"dry run: nothing trained, nothing written to {folder}")
+        utils.leave_processes()
         return 0
 
     if process_rank() == 0:
@@ -442,8 +409,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not utils.lost_process(error):
             raise
-        raise UserError(f"another process of this run ended or hangs ({utils.first_line(error)}); to go on from "
-                        f"the last epoch's end, with as many or other processes:\n    {resume}") from None  # fmt: skip
+        reason = utils.first_line(error)
+        raise UserError(f"another process of this run ended or hangs ({reason}); to go on from the last epoch's end, "
+                        f"with any number of processes:\n    {resume}") from None  # fmt: skip
     utils.leave_processes()
     if number:
         print(f"stopped in epoch {run.epochs_done + 1}; to go on:\n    {resume}")

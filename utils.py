@@ -30,13 +30,21 @@ class UserError(Exception):
 def run_script(main, *user_errors: type[Exception]) -> None:
     """Run `main()` and exit. What the person or the machine can mend is one message on stderr and exit code 2.
 
-    That is a `UserError`, one of `user_errors`, or an OSError: a full disk, a folder that can't be written.
+    That is a `UserError`, one of `user_errors`, an OSError (a full disk, a folder that can't be written), or that
+    another process of the run has ended, which has its own message.
     """
     try:
         sys.exit(main())
-    except (UserError, OSError, *user_errors) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError, RuntimeError, *user_errors) as error:
+        lost = lost_process(error)
+        if isinstance(error, RuntimeError) and not lost:
+            raise
+        who = f"process {process_rank()}: " if process_rank() else ""
+        what = f"another process of this run ended or hangs ({first_line(error)})" if lost else error
+        print(f"{who}error: {what}", file=sys.stderr)
         if process_count() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(2)  # taking leave of the others could wait for them forever
         sys.exit(2)
     except KeyboardInterrupt:
@@ -98,6 +106,14 @@ def copy_from_first_process(tensors: dict[str, Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
+def from_first_process(value):
+    """The first process's value, of any plain type, for all."""
+    values = [value]
+    if process_count() > 1:
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+    return values[0]
+
+
 def check_equal_processes(tensors: dict[str, Tensor]) -> None:
     """Raises RuntimeError where processes that should hold equal tensors don't: training would go on with nonsense."""
     if process_count() > 1:
@@ -111,9 +127,11 @@ def check_equal_processes(tensors: dict[str, Tensor]) -> None:
             raise RuntimeError(f"processes hold different {', '.join(names)}")
 
 
-def lost_process(error: RuntimeError) -> bool:
+def lost_process(error: Exception) -> bool:
     """Whether it says that another process could not be reached."""
-    return process_count() > 1 and (isinstance(error, dist.DistBackendError) or "gloo" in str(error).lower())
+    if process_count() == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistBackendError) or "gloo" in str(error).lower()
 
 
 def leave_processes() -> None:
@@ -130,11 +148,15 @@ def pick_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, found in available.items() if found)
+    if name.startswith("cuda:") and process_count() > 1:
+        raise UserError(f"--device is {name} for {process_count()} processes; expected cuda, a GPU for each, or cpu")
     if name == "cuda" and process_count() > 1:
         if torch.cuda.device_count() < process_count():
             here = f"{process_count()} processes have {torch.cuda.device_count()} GPUs"
             raise UserError(f"{here}; expected one each: lower --nproc-per-node, or train with --device cpu")
         name = f"cuda:{process_rank()}"
+    elif name == "cuda" and available["cuda"]:
+        name = f"cuda:{torch.cuda.current_device()}"
     try:
         device = torch.device(name)
         found = available.get(device.type, False)
@@ -162,7 +184,7 @@ def pick_precision(name: str, device: torch.device) -> str:
         found = torch.cpu.get_capabilities()
         fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if fast else "float32"
 
 
@@ -176,7 +198,8 @@ def keep_freed_memory() -> None:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
         except (OSError, AttributeError):  # musl and others
             return
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks under 1 GiB come from the heap
+        # M_MMAP_THRESHOLD: blocks under 1 GiB come from the heap; older glibc takes 32 MiB at most.
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap's top is not given back
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.metadata
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
 
@@ -121,17 +123,16 @@ class Monai(nn.Module):
         return reconstruction, loss, self.net.quantizer.perplexity
 
 
-def usual_steps(build: Callable[[], nn.Module], slices: dataset.Slices, device: torch.device) -> Iterator[None]:
+def usual_epochs(build: Callable[[], nn.Module], slices: dataset.Slices, device: torch.device) -> Iterator[None]:
     """The usual loop: decoded slices in memory, a DataLoader, eager float32, and `.item()` at each step."""
     images = slices.batch(torch.arange(len(slices)))
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(images), BATCH, shuffle=True, drop_last=True, pin_memory=device.type == "cuda"
-    )
+    data = torch.utils.data.TensorDataset(images)
+    loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, pin_memory=device.type == "cuda")
     model = build().to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    total = perplexities = 0.0
     while True:
-        for (x,) in loader:
+        total = perplexities = 0.0
+        for (x,) in tqdm(loader, disable=True):
             x = x.to(device)
             optimizer.zero_grad()
             reconstruction, quantisation, perplexity = model(x)
@@ -140,14 +141,14 @@ def usual_steps(build: Callable[[], nn.Module], slices: dataset.Slices, device: 
             optimizer.step()
             total += loss.item()
             perplexities += perplexity.item()
-            yield
+        yield
 
 
-def own_steps(
+def own_epochs(
     slices: dataset.Slices, device: torch.device, recipe: str = "document", batch: int = BATCH,
     place: bool = True, memory: bool = True, channels_last: bool = True, **flags,
 ) -> Iterator[None]:  # fmt: skip
-    """This project's steps, as train.py takes them; what makes them fast can be left out."""
+    """train.py's own epochs, without validation; what makes them fast can be left out."""
     if memory:
         utils.keep_freed_memory()
     args = recipes.with_defaults(recipe, {"device": str(device), "batch_size": batch, **flags})
@@ -157,15 +158,11 @@ def own_steps(
     if place and device.type != "cpu":
         slices.place(device)
     train.start_codebook(run, slices)
-    step = 0
     while True:
-        groups = [group for group in train.epoch_order(slices, 0, step).split(batch) if len(group) == batch]
-        groups = groups or [torch.arange(batch) % len(slices)]
-        for images in slices.batches(groups, device):
-            torch.manual_seed(step)
-            run.sums[:2] += train.train_step(run, images)[0]
-            step += 1
-            yield
+        train.train_epoch(run, slices, tqdm(disable=True), [])
+        run.begin_epoch()
+        run.epochs_done += 1
+        yield
 
 
 USUAL = {
@@ -208,26 +205,23 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def measure_training(device: torch.device, data: Path, method: str, steps: int, batch: int = BATCH) -> dict:
-    """Slices a second of a method's steps, the first ones left out: they compile and fill caches."""
+def measure_training(device: torch.device, data: Path, method: str, epochs: int, batch: int = BATCH) -> dict:
+    """Slices a second of a method's epochs, after a first one that compiles and fills caches."""
     slices = load(data)
     if method in USUAL:
-        loop = usual_steps(USUAL[method], slices, device)
+        training = usual_epochs(USUAL[method], slices, device)
     else:
-        loop = own_steps(slices, device, **{"batch": batch} | OWN[method])
+        training = own_epochs(slices, device, **{"batch": batch} | OWN[method])
     start = time.perf_counter()
-    next(loop)
+    next(training)
     wait(device)
     first = time.perf_counter() - start
-    for _ in range(3):
-        next(loop)
-    wait(device)
     start = time.perf_counter()
-    for _ in range(steps):
-        next(loop)
+    for _ in range(epochs):
+        next(training)
     wait(device)
-    seconds = (time.perf_counter() - start) / steps
-    return {"slices_per_second": batch / seconds, "first_step": first, "memory": peak_memory(device)}
+    seconds = time.perf_counter() - start
+    return {"slices_per_second": epochs * len(slices) / seconds, "first_epoch": first, "memory": peak_memory(device)}
 
 
 def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> dict:
@@ -285,6 +279,9 @@ def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
     size = 8192 if on_gpu else 2048
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     rate = 2 * size**3 / seconds_of(lambda: a @ b, device)
+    if not on_gpu:  # a matrix product there may come from another library than convolutions do, and be slower
+        x, w = torch.randn(8, 256, 64, 64, dtype=kind), torch.randn(256, 256, 3, 3, dtype=kind)
+        rate = max(rate, 2 * 9 * 256**2 * 8 * 64**2 / seconds_of(lambda: F.conv2d(x, w, padding=1), device))
     block, copy = (torch.randn((1 << 30 if on_gpu else 1 << 27) // 4, device=device) for _ in range(2))
     bandwidth = 2 * block.nbytes / seconds_of(lambda: copy.copy_(block), device)
 
@@ -302,7 +299,7 @@ def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that the operations under it read and write; views are free."""
+    """Counts the bytes that the operations under it read and write; views and allocations are free."""
 
     def __init__(self):
         super().__init__()
@@ -310,8 +307,10 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments):
-            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
+        view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        if not view and "empty" not in func.__name__:
+            read = args[1:] if func.__name__.startswith(("copy_", "fill_")) else args
+            self.bytes += sum(x.nbytes for x in tree_leaves((read, kwargs, out)) if isinstance(x, Tensor))
         return out
 
 
@@ -360,9 +359,12 @@ def measure(args: argparse.Namespace, what: str, data: Path, **options) -> dict:
 
 
 def medians(results: list[dict]) -> dict:
-    """Of each figure over those that did not fail."""
+    """Of each figure over those that did not fail; of the first epoch the longest, as later rounds find it compiled."""
     good = [result for result in results if "failed" not in result]
-    return {key: statistics.median(result[key] for result in good) for key in good[0]} if good else results[0]
+    if not good:
+        return results[0]
+    middle = {key: statistics.median(result[key] for result in good) for key in good[0]}
+    return middle | {"first_epoch": max(result["first_epoch"] for result in good)}
 
 
 # ---------------------------------------------------------------- the run of them all
@@ -381,25 +383,27 @@ def repeated(data: Path, folder: Path, count: int) -> Path:
 def run_all(args: argparse.Namespace, on_gpu: bool, folder: Path, write: Callable[[dict], None]) -> None:
     """All measurements, `write` after each part."""
     phantom.write_phantom(folder / "phantom")
-    data = folder / "phantom"
-    load(data)  # into the cache
-    steps, rounds = (200, 5) if args.long else (5, 2)
-    single: dict[str, list[dict]] = {
-        name: [] for name in (*USUAL, *OWN) if name not in (OF_CPUS if on_gpu else OF_GPUS)
-    }
+    epochs, rounds = (25, 3) if args.long else (1, 2)  # of 8 steps
+    sizes = (16, 64, 256, 1024) if args.long else (16, 64)
+    sets = {size: repeated(folder / "phantom", folder, 8 * size) for size in sizes}
+    for data in sets.values():
+        load(data)  # into the cache
+    data = sets[BATCH]
+    left_out = OF_CPUS if on_gpu else OF_GPUS
+    single: dict[str, list[dict]] = {name: [] for name in (*USUAL, *OWN) if name not in left_out}
     for _ in range(rounds):  # in turn, so that a slow moment of the machine is everyone's
         for name, results in single.items():
-            results.append(measure(args, "training", data, method=name, steps=steps))
+            results.append(measure(args, "training", data, method=name, epochs=epochs))
     result = {"training": {name: medians(results) for name, results in single.items()}}
     result["bound"] = {kind: measure(args, "bound", data, precision=kind) for kind in ("float32", "bfloat16")}
     write(result)
 
     others = result["others"] = {}
     for what, names in (("in training", ["ssim", "psnr"]), ("by predict.py", list(metrics.SCORE_NAMES))):
-        others[f"evaluation {what} ({', '.join(names)})"] = measure(args, "evaluation", data, names=names)
-    for batch in (16, 64, 256, 1024) if args.long else (16, 64):
-        options = {"method": "this project", "steps": max(2, steps * 16 // batch), "batch": batch}
-        others[f"training, batch {batch}"] = measure(args, "training", data, **options)
+        others[f"evaluation {what} ({', '.join(names)})"] = measure(args, "evaluation", folder / "phantom", names=names)
+    for size, several in sets.items():
+        options = {"method": "this project", "epochs": max(1, epochs * BATCH // size), "batch": size}
+        others[f"training, batch {size}"] = measure(args, "training", several, **options)
     write(result)
     for count in (1000, 4000, 12660):
         many = repeated(data, folder, count)
@@ -409,7 +413,9 @@ def run_all(args: argparse.Namespace, on_gpu: bool, folder: Path, write: Callabl
     write(result)
     for count in (1, 2):
         if not on_gpu or count <= torch.cuda.device_count():
-            others[f"train.py by {count} process(es)"] = measure(args, "processes", data, count=count, epochs=2)
+            others[f"train.py by {count} process(es)"] = measure(
+                args, "processes", folder / "phantom", count=count, epochs=2
+            )
     write(result)
 
 
@@ -424,7 +430,7 @@ def table(result: dict, device: torch.device) -> str:
 
     training, bound = result["training"], result["bound"]
     usual = training["the usual script"].get("slices_per_second", math.nan)
-    heads = "training, batch 16", "slices a second", "over the usual script", "share of the bound", "GB", "first step"
+    heads = "training, batch 16", "slices a second", "over the usual script", "share of the bound", "GB", "first epoch"
     lines = [line(*heads), "|" + "---|" * 6]
     for name, row in training.items():
         if "failed" in row:
@@ -433,7 +439,7 @@ def table(result: dict, device: torch.device) -> str:
         speed = row["slices_per_second"]
         best = bound[precision_of(name, device)].get("slices_per_second", math.nan)
         share = "" if "tuned" in name else f"{speed / best:.0%}"
-        cells = f"{speed:.1f}", f"{speed / usual:.2f}", share, f"{row['memory']:.2f}", f"{row['first_step']:.1f} s"
+        cells = f"{speed:.1f}", f"{speed / usual:.2f}", share, f"{row['memory']:.2f}", f"{row['first_epoch']:.1f} s"
         lines.append(line(name, *cells))
     for kind, row in bound.items():
         if "failed" not in row:
@@ -470,7 +476,10 @@ def main() -> int:
     args.device = str(device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     out = args.out or ROOT / "benchmarks" / "results" / f"speed_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
-    head = {"device": utils.describe_device(device), "long": args.long, "versions": utils.versions()}
+    libraries = ("monai", "vector-quantize-pytorch")
+    versions = utils.versions() | {name: importlib.metadata.version(name) for name in libraries}
+    head = {"command": utils.command("benchmarks/speed.py", *sys.argv[1:]), "device": utils.describe_device(device)}
+    head |= {"versions": versions}
     start = time.perf_counter()
 
     def write(result: dict) -> None:
@@ -480,11 +489,11 @@ def main() -> int:
         Path(f"{out}.md").write_text(table(whole, device), encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HIPMRI_CACHE"] = f"{folder}/cache"
+        os.environ |= {"HIPMRI_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}  # empty
         run_all(args, device.type == "cuda", Path(folder), write)
     print(Path(f"{out}.md").read_text(encoding="utf-8"))
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError)
+    utils.run_script(main, dataset.DataError, importlib.metadata.PackageNotFoundError)
