@@ -19,6 +19,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -478,7 +479,10 @@ def main() -> int:
     out = args.out or ROOT / "benchmarks" / "results" / f"speed_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
     libraries = ("monai", "vector-quantize-pytorch")
     versions = utils.versions() | {name: importlib.metadata.version(name) for name in libraries}
-    head = {"command": utils.command("benchmarks/speed.py", *sys.argv[1:]), "device": utils.describe_device(device)}
+    head = {
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "device": utils.describe_device(device),
+    }
     head |= {"versions": versions}
     start = time.perf_counter()
 

@@ -122,7 +122,7 @@ def test_a_mistake_ends_all_processes(tmp_path, launch):
     assert process.wait() != 0
     output = (tmp_path / "log").read_text()
     assert "error: can't open the data that --data names" in output
-    assert "train.py\", line" not in output  # torchrun's own traceback is its way to say which process failed
+    assert 'train.py", line' not in output  # torchrun's own traceback is its way to say which process failed
 
 
 def test_the_batch_is_shared_evenly():

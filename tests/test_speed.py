@@ -1,5 +1,6 @@
 """The speed benchmark: its other methods train the same model, what it counts is right, and its table says it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -71,6 +72,25 @@ def test_a_measurement_is_a_process_and_its_failure_a_line(write_slices, tmp_pat
     rows = [{"slices_per_second": fast, "first_epoch": first} for fast, first in ((3, 9), (1, 1), (2, 2))]
     assert speed.medians([*rows, failed]) == {"slices_per_second": 2, "first_epoch": 9}
     assert speed.medians([failed]) == failed
+
+
+def test_result_files(tmp_path, monkeypatch, capsys):
+    """Written after each part, with what made them."""
+    row = {"slices_per_second": 20.0, "first_epoch": 1.0, "memory": 1.5}
+
+    def parts(args, on_gpu, folder, write):
+        write({"training": {"the usual script": row}, "bound": {}})
+        assert (tmp_path / "out.md").exists() and not on_gpu
+
+    monkeypatch.setattr(speed, "run_all", parts)
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "cpu", "--out", str(tmp_path / "out")])
+    monkeypatch.setenv("HIPMRI_CACHE", "restored")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "restored")
+    assert speed.main() == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["command"].startswith("python benchmarks/speed.py --device cpu") and "cpu (" in result["device"]
+    assert {"commit", "torch", "monai", "vector-quantize-pytorch"} <= result["versions"].keys()
+    assert "| the usual script | 20.0 | 1.00 |" in capsys.readouterr().out
 
 
 def test_table():
