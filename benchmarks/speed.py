@@ -384,7 +384,7 @@ def repeated(data: Path, folder: Path, count: int) -> Path:
 def run_all(args: argparse.Namespace, on_gpu: bool, folder: Path, write: Callable[[dict], None]) -> None:
     """All measurements, `write` after each part."""
     phantom.write_phantom(folder / "phantom")
-    epochs, rounds = (25, 3) if args.long else (1, 2)  # of 8 steps
+    epochs, rounds = 25 if args.long else 1, 3  # epochs of 8 steps
     sizes = (16, 64, 256, 1024) if args.long else (16, 64)
     sets = {size: repeated(folder / "phantom", folder, 8 * size) for size in sizes}
     for data in sets.values():
@@ -438,8 +438,8 @@ def table(result: dict, device: torch.device) -> str:
             lines.append(line(f"{name}: failed, {row['failed']}", *[""] * 5))
             continue
         speed = row["slices_per_second"]
-        best = bound[precision_of(name, device)].get("slices_per_second", math.nan)
-        share = "" if "tuned" in name else f"{speed / best:.0%}"
+        best = bound[precision_of(name, device)].get("slices_per_second")
+        share = f"{speed / best:.0%}" if best and "tuned" not in name else ""
         cells = f"{speed:.1f}", f"{speed / usual:.2f}", share, f"{row['memory']:.2f}", f"{row['first_epoch']:.1f} s"
         lines.append(line(name, *cells))
     for kind, row in bound.items():
@@ -479,11 +479,8 @@ def main() -> int:
     out = args.out or ROOT / "benchmarks" / "results" / f"speed_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
     libraries = ("monai", "vector-quantize-pytorch")
     versions = utils.versions() | {name: importlib.metadata.version(name) for name in libraries}
-    head = {
-        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-        "device": utils.describe_device(device),
-    }
-    head |= {"versions": versions}
+    command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
+    head = {"command": command, "device": utils.describe_device(device), "versions": versions}
     start = time.perf_counter()
 
     def write(result: dict) -> None:

@@ -79,7 +79,7 @@ def test_result_files(tmp_path, monkeypatch, capsys):
     row = {"slices_per_second": 20.0, "first_epoch": 1.0, "memory": 1.5}
 
     def parts(args, on_gpu, folder, write):
-        write({"training": {"the usual script": row}, "bound": {}})
+        write({"training": {"the usual script": row}, "bound": {"float32": {"failed": "x"}}})
         assert (tmp_path / "out.md").exists() and not on_gpu
 
     monkeypatch.setattr(speed, "run_all", parts)
