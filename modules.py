@@ -208,6 +208,8 @@ class VectorQuantizer(nn.Module):
         """Sum of the vectors (N, D) assigned to each code, (K, D)."""
         return vectors.new_zeros(self.num_embeddings, self.embedding_dim).index_add_(0, indices, vectors)
 
+    # Never compiled: compilers from torch 2.5 to 2.9 read the embeddings again after this has changed them.
+    @torch.compiler.disable
     @torch.no_grad()
     def _update(self, vectors: Tensor, indices: Tensor, counts: Tensor, quantized: Tensor) -> None:
         """One step of the moving averages: vectors and their embeddings (N, D), indices (N,), counts (K,)."""
@@ -239,7 +241,7 @@ class VectorQuantizer(nn.Module):
             error = (vectors - quantized).square().sum(1).nan_to_num(0, 0, 0).clamp_min(1e-12)  # (N,)
             candidates = vectors[torch.multinomial(error, self.num_embeddings, replacement=True)]
         if _several_processes():
-            dist.all_reduce(candidates)  # the others' are zeros; a broadcast would not compile
+            dist.all_reduce(candidates)  # the others' are zeros
         return candidates
 
     @torch.no_grad()

@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     flag("--plot-every", type=int, metavar="N", help="panels each N epochs, and at the first and the last (10)")
     flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
     flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it (auto)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: minutes once (on GPUs)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: a minute once (on a GPU)")
     flag("--seed", type=int, help="start of everything random (0)")
     group = parser.add_argument_group("recipe", "defaults: tuned | document")
     for name, (document, tuned, allowed, text) in RECIPES.items():
@@ -112,6 +112,8 @@ def check_arguments(args: dict, processes: int) -> None:
         raise UserError(f"--crop is {args['crop']}; expected 0, or 16 to 128 and divisible by --stride {stride}")
     if args["batch_size"] % processes:
         raise UserError(f"--batch-size is {args['batch_size']}; expected a multiple of the {processes} processes")
+    if args["compile"] and processes > 1:
+        raise UserError(f"--compile is for one process, and here are {processes}: leave it out")
     if args["restart_below"] and args["codebook"] == "gradient":
         raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
 

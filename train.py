@@ -87,16 +87,16 @@ class Run:
             copying = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
             self.parallel = DistributedDataParallel(self.model, **{copying: False})
         self.losses = augmented_losses
-        if args["compile"] or (args["compile"] is None and self.device.type == "cuda"):
+        if args["compile"] or (args["compile"] is None and self.device.type == "cuda" and process_count() == 1):
             self.compile()
         self.epochs_done, self.history, self.best_ssim = 0, [], -math.inf
         self.begin_epoch()
 
     def compile(self) -> None:
-        """The losses of a whole batch, for one process on a GPU as CUDA graphs; `seconds_a_step` tries it."""
-        alone = self.device.type == "cuda" and process_count() == 1
+        """The losses of a whole batch, on a GPU as CUDA graphs; `seconds_a_step` tries it."""
         try:
-            self.losses = torch.compile(augmented_losses, mode="reduce-overhead" if alone else "default", dynamic=False)
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.losses = torch.compile(augmented_losses, mode=mode, dynamic=False)
         except RuntimeError as error:  # a Python that it does not know
             print(f"warning: {UNCOMPILED}: {utils.first_line(error)}")
 

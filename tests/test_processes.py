@@ -3,7 +3,6 @@
 import copy
 import csv
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -109,13 +108,6 @@ def test_a_signal_to_the_launcher_saves_at_the_step(tmp_path, launch):
     finish(launch(2, f"--resume --name a --epochs {checkpoint['epochs_done'] + 2}"), tmp_path)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler to compile with")
-def test_a_compiled_step_holds_what_processes_tell_each_other(tmp_path, launch):
-    """The tuned recipe, restarts and all: equal codebooks are checked at the epoch's end."""
-    output = finish(launch(2, "--epochs 1 --name a --compile --restart-below 0.9"), tmp_path)
-    assert "step compiled in" in output and "uncompiled" not in output
-
-
 def test_a_mistake_ends_all_processes(tmp_path, launch):
     """Only the first one looks at the data: the others are told by its end, and say no more than that."""
     process = launch(2, f"--name a --data {tmp_path / 'nowhere'}")
@@ -125,11 +117,13 @@ def test_a_mistake_ends_all_processes(tmp_path, launch):
     assert 'train.py", line' not in output  # torchrun's own traceback is its way to say which process failed
 
 
-def test_the_batch_is_shared_evenly():
+def test_what_several_processes_refuse():
     args = recipes.with_defaults("tuned", {"batch_size": 16})
     recipes.check_arguments(args, 4)
     with pytest.raises(utils.UserError, match="--batch-size is 16; expected a multiple of the 3 processes"):
         recipes.check_arguments(args, 3)
+    with pytest.raises(utils.UserError, match="--compile is for one process, and here are 2"):
+        recipes.check_arguments(args | {"compile": True}, 2)
 
 
 def one_of_two(rank: int, folder: str) -> None:

@@ -287,7 +287,7 @@ def one_step(tmp_path, flags: list[str]):
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler, so nothing to compile with"
 )
-@pytest.mark.parametrize("codebook", ["gradient", "ema"])
+@pytest.mark.parametrize("codebook", ["gradient", "ema"])  # with layers on the codes' grid, which read them twice
 def test_a_compiled_step_is_the_same_step(tmp_path, small, codebook):
     """Losses within 1e-4, gradients within 1e-3, and the same change of weights and of the codebook's averages."""
     flags = [*small, "--crop", "0", "--precision", "float32", "--codebook", codebook]
