@@ -68,6 +68,8 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
 class Run:
     """What a run consists of: folder, arguments, model, optimizer, and how far it has come."""
 
+    PROGRESS = ("epochs_done", "history", "best_ssim", "steps_done", "seconds")  # as checkpoints keep it, beside `sums`
+
     def __init__(self, folder: Path, args: dict, fingerprint: str):
         self.folder, self.args, self.fingerprint = folder, args, fingerprint  # of the training and validation slices
         self.device = utils.pick_device(args["device"])
@@ -112,13 +114,13 @@ class Run:
         self.sums[3] += ~finite
         self.sums[4] = torch.where(finite, self.sums[4], step)
 
-    def sums_of_all(self) -> torch.Tensor:
+    def sums_of_all(self) -> Tensor:
         """`sums` over the slices of all processes, on the CPU."""
         return torch.cat([sum_over_processes(self.sums[:3]), self.sums[3:].cpu()])  # all skip the same steps
 
     def state(self) -> dict:
         """No generator's, since each step seeds itself, and no schedule's, a function of the step."""
-        state = {key: getattr(self, key) for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds")}
+        state = {key: getattr(self, key) for key in self.PROGRESS}
         return state | {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums_of_all()
         }  # fmt: skip
@@ -126,7 +128,7 @@ class Run:
     def load(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for key in ("epochs_done", "history", "best_ssim", "steps_done", "seconds"):
+        for key in self.PROGRESS:
             setattr(self, key, state[key])
         self.sums = state["sums"].to(self.device)
         if process_rank():  # what was summed is the first process's, also where others had a part in it
@@ -149,7 +151,7 @@ class Run:
         self.load(checkpoint)
 
 
-def epoch_order(train: dataset.Slices, seed: int, epoch: int) -> torch.Tensor:
+def epoch_order(train: dataset.Slices, seed: int, epoch: int) -> Tensor:
     """A shuffle that depends on seed and epoch alone, so that a resumed run draws the same."""
     return torch.randperm(len(train), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 

@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py              # short: about ten minutes on two CPU cores
-    python benchmarks/speed.py --long       # more steps and rounds, batches up to 1,024: for a GPU
+    python benchmarks/speed.py --long       # more steps, batches up to 1,024: for a GPU
 
 Every method trains a model of the document's size on the same z-scored slices, 16 a step. Each is measured in a
 process of its own, in several rounds, one after the other; a figure is the median of the rounds. Writes <out>.json and
@@ -188,8 +188,9 @@ OF_CPUS = {"- freed memory handed back", "- compiled"}
 # ---------------------------------------------------------------- measurements, each in a process of its own
 
 
-def load(data: Path, split: str = "train") -> dataset.Slices:
-    return dataset.load_split(dataset.find_splits(data), split, progress=False)
+def load(data: Path) -> dataset.Slices:
+    """The training split."""
+    return dataset.load_split(dataset.find_splits(data), "train", progress=False)
 
 
 def wait(device: torch.device) -> None:
@@ -463,7 +464,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--device", default="auto", help="auto, cuda or cpu (auto)")
-    flag("--long", action="store_true", help="more steps and rounds, batches up to 1,024")
+    flag("--long", action="store_true", help="more steps, and batches up to 1,024")
     flag("--out", type=Path, help="result files, without ending (benchmarks/results/speed_<device>)")
     flag("--measure", help=argparse.SUPPRESS)  # what `measure` starts this file with
     args = parser.parse_args()
