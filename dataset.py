@@ -368,12 +368,17 @@ def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarra
         yield plane, voxels[:, plane]
 
 
+def _cut(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest centre of SIZE's proportions in (rows, columns)."""
+    (rows, columns), ratio = shape, SIZE[0] / SIZE[1]
+    height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
+    return (rows - height) // 2, (columns - width) // 2, height, width
+
+
 def _fit(image: np.ndarray, fit: str) -> np.ndarray:
     """Bring a slice to SIZE, float64: "resize" squeezes, "crop" first cuts out the centre in proportion."""
     if fit == "crop":
-        (rows, columns), ratio = image.shape, SIZE[0] / SIZE[1]
-        height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
-        top, left = (rows - height) // 2, (columns - width) // 2
+        top, left, height, width = _cut(image.shape)
         image = image[top : top + height, left : left + width]
     image = image.astype(np.float64)
     if image.shape == SIZE:
@@ -430,6 +435,46 @@ def _convert(pixels_path: Path, jobs: list[tuple[int, Path]], recipe: _Preproces
             pixels[row] = steps
             good.append((row, file, plane, *numbers))
     return good, bad
+
+
+def slice_affine(path: str | Path, form: str = "2D", fit: str = "resize") -> np.ndarray:
+    """The affine, (4, 4), of a slice of this file (of a volume: a coronal one) brought to SIZE, its centre at 0 mm.
+
+    Raises DataError where the file can't be read.
+    """
+    try:
+        _, header, _ = _open(Path(path))
+    except ValueError as error:
+        raise DataError(f"{path} {error}; expected a NIfTI file.") from error
+    shape, affine = header.get_data_shape(), header.get_best_affine()
+    if form == "3D":
+        turn = nib.orientations.io_orientation(affine)
+        affine = affine @ nib.orientations.inv_ornt_aff(turn, shape[:3])  # right, anterior, superior
+        shape = [shape[int(np.flatnonzero(turn[:, 0] == axis)[0])] for axis in (0, 2)]
+        affine = affine[:, [0, 2, 1, 3]]
+    rows, columns = _cut(shape[:2])[2:] if fit == "crop" else shape[:2]
+    affine = affine @ np.diag([rows / SIZE[0], columns / SIZE[1], 1, 1])
+    affine[:3, 3] = -affine[:3, :2] @ (np.array(SIZE) - 1) / 2
+    return affine
+
+
+def read_slice(path: str | Path, fit: str = "resize") -> torch.Tensor:
+    """One 2D NIfTI file as `Slices` would give it: (1, 256, 128) float32, z-scored. Raises DataError."""
+    slices, reason = _decode(Path(path), _Preprocessing("2D", fit, 1))
+    if reason:
+        raise DataError(f"{path} {reason}; give a 2D NIfTI slice.")
+    _, steps, (scale, low, mean, std, constant, *_) = slices[0]
+    if constant:
+        raise DataError(f"{path} is of one value; give a slice that shows something.")
+    return torch.from_numpy(((steps + 32768.0) * scale + low - mean) / std).float()[None]
+
+
+def write_slice(path: Path, image: torch.Tensor, affine: np.ndarray) -> None:
+    """A slice (1, 256, 128) in the scanner's intensities as a NIfTI file of int16, (256, 128, 1), lengths in mm."""
+    pixels = image[0].round().clamp(-32768, 32767).to(torch.int16).cpu().numpy()[..., None]
+    nifti = nib.Nifti1Image(pixels, affine)
+    nifti.header.set_xyzt_units("mm")
+    nib.save(nifti, path)
 
 
 # ------------------------------------------------------------------------------------------- cache
@@ -583,10 +628,14 @@ class Slices(torch.utils.data.Dataset):
 
     names: N SliceName. mean, std: (N,) float32 in the scanner's intensities, std not below 5 % of the split's
     median. constant: (N,) bool, slices of one single value; they come out as zeros. notes: lines to print.
+    example: arguments of `slice_affine` for the first one's file.
     """
 
-    def __init__(self, split: str, names: list[SliceName], pixels: np.ndarray, records: np.ndarray, notes: list[str]):
-        self.split, self.names, self.notes = split, names, notes
+    def __init__(
+        self, split: str, names: list[SliceName], pixels: np.ndarray, records: np.ndarray, notes: list[str],
+        example: tuple[Path, str, str],
+    ):  # fmt: skip
+        self.split, self.names, self.notes, self._example = split, names, notes, example
         self._pixels, self._rows = pixels, records["row"]
         self._placed: tuple[torch.Tensor, ...] | None = None  # pixels, gain and bias in a GPU's memory
         varied = ~records["constant"]
@@ -603,6 +652,26 @@ class Slices(torch.utils.data.Dataset):
     def fingerprint(self) -> str:
         """Changes with the slices' number, order and contents, not with the folder that they lie in."""
         return hashlib.sha256(torch.stack([self.mean, self.std]).numpy().tobytes()).hexdigest()[:16]
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4), the first slice's, see `slice_affine`."""
+        return slice_affine(*self._example)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Where each slice lies between the first and the last of its volume, (N,) 0 to 1; NaN: names don't tell."""
+        numbers = [name.slice for name in self.names]
+        volumes: dict[tuple, list[int]] = {}
+        for name, number in zip(self.names, numbers, strict=True):
+            volumes.setdefault((name.case, name.week), []).append(number)
+        ends = {volume: (min(inside), max(inside)) for volume, inside in volumes.items()}
+        return torch.tensor(
+            [
+                (number - low) / (high - low) if high > low else math.nan
+                for number, (low, high) in zip(numbers, (ends[n.case, n.week] for n in self.names), strict=True)
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -724,7 +793,8 @@ def load_split(
     if source.form == "3D":
         taken = zip(names, records["plane"].tolist(), strict=True)
         names = [replace(name, slice=plane, stem=f"{name.stem}_slice_{plane}") for name, plane in taken]
-    return Slices(split, names, pixels, records, _notes(source, split, fit, names, records, bad))
+    example = (source.splits[split][records["file"][0]], source.form, fit)
+    return Slices(split, names, pixels, records, _notes(source, split, fit, names, records, bad), example)
 
 
 def _with_reasons(source: Source, split: str, bad: np.ndarray) -> str:

@@ -119,6 +119,21 @@ def slice_scores(originals: Tensor, reconstructions: Tensor, names: tuple[str, .
     return scores
 
 
+def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> Tensor:
+    """Power of each reconstruction over its original's in an octave of radial frequency, (B,): 1 is as sharp.
+
+    (B, 1, H, W) twice, z-scored. octave 0: from half the Nyquist frequency up to it; 1: the octave below; and so on.
+    A Hann window keeps the slices' edges out of it.
+    """
+    height, width = originals.shape[-2:]
+    window = torch.hann_window(height, False)[:, None] * torch.hann_window(width, False)
+    radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))  # cycles a pixel
+    inside = ((radius >= 0.25 / 2**octave) & (radius < 0.5 / 2**octave)).to(originals.device)
+    both = torch.stack([reconstructions, originals]).float() * window.to(originals.device)
+    powers = (torch.fft.rfft2(both).abs().square() * inside).sum((2, 3, 4))  # (2, B)
+    return powers[0] / powers[1].clamp_min(1e-12)
+
+
 def mean_by_case(values: np.ndarray, cases: list[str]) -> dict:
     """A score of N slices, (N,), and the case of each: the mean over slices, and over each case's slices."""
     by_case = {case: float(values[np.array(cases) == case].mean()) for case in dict.fromkeys(cases)}

@@ -10,6 +10,7 @@ Shapes: B slices, K codes (`num_embeddings`) of D numbers each (`embedding_dim`)
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHECKPOINT_FORMAT = 2  # 1 had no count of skipped steps: its models load, its runs can't go on
+CHECKPOINT_FORMAT = 3  # of runs: 1 and 2 can't go on, as they lack what a run counts by now; their models load
 
 
 class ResidualLayer(nn.Module):
@@ -352,10 +353,13 @@ class VQVAE(nn.Module):
 
         The commitment cost beta multiplies the term whose gradient reaches the encoder.
         """
-        reconstruction = F.mse_loss(output.reconstruction.float(), images)
-        if self.ssim_weight:
-            reconstruction = reconstruction + self.ssim_weight * ssim_loss(output.reconstruction, images)
-        return reconstruction, output.codebook_loss + self.commitment_cost * output.commitment_loss
+        quantisation = output.codebook_loss + self.commitment_cost * output.commitment_loss
+        return self.reconstruction_loss(output.reconstruction, images), quantisation
+
+    def reconstruction_loss(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """Squared error, and `ssim_weight` times `ssim_loss`: (B, 1, H, W) twice -> ()."""
+        loss = F.mse_loss(reconstructions.float(), images)
+        return loss + self.ssim_weight * ssim_loss(reconstructions, images) if self.ssim_weight else loss
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) -> (B, h, w) int64 codes in 0..K-1; of several codebooks (B, h, w, num_codebooks)."""
@@ -378,13 +382,389 @@ class VQVAE(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, device: str | torch.device = "cpu") -> VQVAE:
         """The model of a run's `best.pt` or `last.pt`, in eval mode. Raises `CheckpointError`."""
-        checkpoint = load_checkpoint(path, device)
-        try:
-            model = cls(**checkpoint["model_args"])
-            model.load_state_dict(checkpoint["model"])
-        except (TypeError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit this version's VQVAE: {error}") from None
-        return model.to(device).eval()
+        return _from_checkpoint(cls, path, device)
+
+
+class PatchDiscriminator(nn.Module):
+    """Tells patches of slices from patches of reconstructions (arXiv 1611.07004): (B, 1, H, W) -> (B, 1, H/8, W/8).
+
+    Each number is high where its 42 x 42 pixels look real. Beside a slice it is shown what a 3 x 3 mean takes from it,
+    enlarged: reconstructions lack the finest detail first, and there it is too faint to be noticed among the rest.
+    """
+
+    def __init__(self, channels: int = 16):
+        super().__init__()
+        # The first convolution has no stride: those with one alone would push reconstructions towards a grid.
+        layers: list[nn.Module] = [nn.Conv2d(2, channels, kernel_size=3, padding=1), nn.LeakyReLU(0.2)]
+        for inputs, outputs in itertools.pairwise((channels, 2 * channels, 4 * channels, 8 * channels)):
+            layers.append(nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1))
+            if inputs > channels:
+                layers.append(nn.GroupNorm(8, outputs))  # of each slice by itself, whatever the batch
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * channels, 1, kernel_size=3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+        return self.layers(torch.cat([images, 4 * (images - mean)], 1)).float()
+
+    def hinge_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
+        """What the discriminator is trained by (arXiv 1705.02894): (B, 1, H, W) twice -> (); 2: it sees nothing."""
+        return F.relu(1 - self(images)).mean() + F.relu(1 + self(reconstructions)).mean()
+
+
+class CausalBlock(nn.Module):
+    """Self-attention over all positions up to each, then a perceptron: (B, T, C) in and out (arXiv 2002.04745)."""
+
+    def __init__(self, channels: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, nn.Dropout(dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.queries_keys_values, self.project = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.perceptron = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0) -> Tensor:
+        """With a cache, keys and values (B, heads, T, C/heads), x is position `start` alone, (B, 1, C)."""
+        qkv = self.queries_keys_values(self.norm1(x)).unflatten(
+            -1, (3, self.num_heads, -1)
+        )  # (B, T, 3, heads, C/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            for kept, new in zip(cache, (k, v), strict=True):
+                kept[:, :, start : start + 1] = new
+            k, v = (kept[:, :, : start + 1] for kept in cache)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)  # (B, heads, T, C/heads)
+        x = x + self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.perceptron(self.norm2(x)))
+
+
+class CodeGrid(nn.Module):
+    """A grid of codes as `CodePrior` sees it: what leads into the transformer, and from there to the next codes.
+
+    The transformer's positions are patches of codes in reading order, as in MegaByte (arXiv 2305.07185): with 2 x 2 a
+    quarter as many as codes, and a sixteenth of the work of attention. Within a patch, codes follow in reading order;
+    each is told by the transformer's output at its patch, and by a window of the codes around it that come before.
+    It knows codes by their embeddings, so like codes are alike from the start, on both sides.
+
+    num_embeddings, embedding_dim, height, width: of the codebook and the grid. patch: codes a side. margin: how many
+    codes a window reaches beyond its patch. before: the shape of the codebook of the grid before, which is seen whole
+    and each of whose codes stands for a patch of this grid; None where there is none.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, height: int, width: int, patch: int,
+        before: tuple[int, int] | None,        channels: int, dropout: float, margin: int = 2, code_channels: int = 32,
+    ):  # fmt: skip
+        super().__init__()
+        if height % patch or width % patch:
+            raise ValueError(f"the code grid is {height} x {width}; expected sides divisible by {patch}")
+        self.height, self.width, self.patch, self.margin, self.channels = height, width, patch, margin, channels
+        self.num_positions = (height // patch) * (width // patch)  # T
+        self.register_buffer("embedding", torch.zeros(num_embeddings, embedding_dim))
+        self.register_buffer("brightness", torch.zeros(num_embeddings))  # of what a code stands for
+        self.register_buffer("patterns", torch.zeros(num_embeddings, 4))  # of an outline: 2 x 2 brightnesses
+        if before:
+            self.context = nn.Conv2d(before[1], channels, kernel_size=5, padding=2)
+        self.narrow = nn.Linear(embedding_dim, code_channels, bias=False)
+        # A window for the transformer's input, and one for each code of the patch.
+        windows, side = 1 + patch**2, patch + 2 * margin
+        self.window = nn.Conv2d(code_channels, windows * channels, side, stride=patch, padding=margin)
+        self.register_buffer("known", self._known(windows, side), persistent=False)
+        self.rows = nn.Parameter(torch.randn(height // patch, 1, channels) * 0.02)
+        self.columns = nn.Parameter(torch.randn(width // patch, channels) * 0.02)
+        self.spread = nn.Linear(channels, patch**2 * channels)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.GELU(),
+                nn.Linear(2 * channels, channels), nn.Dropout(dropout),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.last = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, embedding_dim))
+        self.bias = nn.Parameter(torch.zeros(before[0] if before else 1, patch**2, num_embeddings))
+
+    def _known(self, windows: int, side: int) -> Tensor:
+        """Which codes of its window each may see, (windows, 1, 1, side, side): those that come before."""
+        known = torch.zeros(windows, side, side)
+        patch = slice(self.margin, self.margin + self.patch)
+        known[:, : self.margin] = 1  # the rows above the patch
+        known[:, patch, : self.margin] = 1  # left of it
+        for k in range(1, windows):
+            own = torch.arange(self.patch**2) < k - 1
+            known[k, patch, patch] = own.view(self.patch, self.patch).float()
+        return known[:, None, None]
+
+    @torch.no_grad()
+    def take(self, embedding: Tensor, brightness: Tensor) -> None:
+        """A codebook, (K, D), and how bright each of its codes is, (K,)."""
+        self.embedding.copy_((embedding - embedding.mean(0)) / embedding.std())
+        self.brightness.copy_(brightness)
+
+    @torch.no_grad()
+    def count(self, codes: Tensor, before: Tensor | None) -> None:
+        """Predict at first how often each code is among these, (N, height, width).
+
+        With the codes of the grid before, (N, height/patch, width/patch): how often it is where each of those stands.
+        """
+        before = torch.zeros_like(codes[:, :: self.patch, :: self.patch]) if before is None else before
+        overall = torch.bincount(codes.flatten(), minlength=len(self.embedding)) + 0.1
+        overall = overall / overall.sum()
+        for k in range(self.patch**2):
+            some = codes[:, k // self.patch :: self.patch, k % self.patch :: self.patch]
+            pairs = (before * len(self.embedding) + some).flatten()
+            counts = torch.bincount(pairs, minlength=self.bias[:, k].numel()).view_as(self.bias[:, k])
+            # Where little was counted, the overall frequencies.
+            self.bias[:, k] = ((counts + 20 * overall) / (counts.sum(1, keepdim=True) + 20)).log()
+        nn.init.zeros_(self.last[1].weight)
+        nn.init.zeros_(self.last[1].bias)
+
+    @property
+    def places(self) -> Tensor:
+        """Rows and columns of the positions, (T, C)."""
+        return (self.rows + self.columns).flatten(0, 1)
+
+    def weight(self) -> Tensor:
+        """The windows' weights, zero at codes that are not known yet: ((1 + patch^2) C, E, side, side)."""
+        return (self.window.weight.unflatten(0, (-1, self.channels)) * self.known).flatten(0, 1)
+
+    def windows(self, codes: Tensor) -> Tensor:
+        """(B, height, width) int64 -> (B, T, 1 + patch^2, C): for the transformer, and for each code of the patch."""
+        vectors = self.narrow(self.embedding[codes]).movedim(-1, 1)  # (B, E, height, width)
+        windows = F.conv2d(vectors, self.weight(), self.window.bias, stride=self.patch, padding=self.margin)
+        return windows.flatten(2).mT.unflatten(-1, (-1, self.channels))
+
+    def logits(self, told: Tensor, windows: Tensor, before: Tensor | None) -> Tensor:
+        """The transformer's output (B, T, C), and each code's window (B, T, patch^2, C) -> (B, height, width, K).
+
+        before: (B, height/patch, width/patch), the codes of the grid before.
+        """
+        told = self.spread(told).unflatten(-1, (-1, self.channels))  # (B, T, patch^2, C)
+        bias = self.bias[0] if before is None else self.bias[before.flatten(1)]  # (B, T, patch^2, K)
+        logits = self.likeness(told + windows, bias)
+        grid = (self.height // self.patch, self.width // self.patch, self.patch, self.patch)
+        return logits.view(len(told), *grid, -1).transpose(2, 3).reshape(len(told), self.height, self.width, -1)
+
+    def likeness(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(..., C), what is told of a code -> logits (..., K) float32, by likeness to each embedding."""
+        for layer in self.layers:
+            x = x + layer(x)
+        return (self.last(x) @ self.embedding.T).float() + bias
+
+
+class CodePrior(nn.Module):
+    """How likely a slice's codes are, each given those before it: a causal transformer over grids, coarse to fine.
+
+    Before the codes come outlines: a grid of a quarter as many, in which each code stands for 2 x 2 of the next grid,
+    by how bright those are, and one of a quarter of that. They follow from the codes, and are counted with them:
+    -ln p(outlines) - ln p(codes | outlines), never less than -ln p(codes). What lies where is so decided in few steps
+    (128 and 512), and each grid is drawn with the whole of the one before in sight, as in arXiv 1906.00446.
+
+    num_embeddings, embedding_dim, height, width: of the codebook and the code grid. num_grids: 3 with two outlines, 1
+    with none; height and width divisible by 4, or by 2 with fewer. num_outlines: how many codes an outline has.
+    channels, num_layers, num_heads, dropout: of the transformer.
+    """
+
+    PATCH = 2
+    VIEWS = 4  # as it is, mirrored left-right, up-down, both
+    FREQUENCIES = 4  # sines of where a slice lies
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, height: int, width: int, channels: int = 128,
+        num_layers: int = 4, num_heads: int = 4, dropout: float = 0.0, num_grids: int = 2, num_outlines: int = 64,
+    ):  # fmt: skip
+        self.arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"channels is {channels}; expected a multiple of num_heads {num_heads}")
+        self.block = self.PATCH**num_grids  # codes a side of what stands below the first patch of the first grid
+        if height % self.block or width % self.block:
+            raise ValueError(f"the code grid is {height} x {width}; expected sides divisible by {self.block}")
+        self.height, self.width, self.channels, self.num_heads = height, width, channels, num_heads
+        self.grids = nn.ModuleList()  # coarse to fine
+        for n in reversed(range(num_grids)):
+            book = (num_outlines, embedding_dim + 4) if n else (num_embeddings, embedding_dim)
+            before = tuple(self.grids[-1].embedding.shape) if self.grids else None
+            self.grids.append(CodeGrid(*book, height // 2**n, width // 2**n, self.PATCH, before, channels, dropout))
+        self.views = nn.Parameter(torch.randn(self.VIEWS, channels) * 0.02)
+        self.places = nn.Sequential(
+            nn.Linear(2 + 2 * self.FREQUENCIES, channels), nn.GELU(), nn.Linear(channels, channels)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(CausalBlock(channels, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(channels)
+
+    @torch.no_grad()
+    def initialize(
+        self, embedding: Tensor, brightness: Tensor, codes: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Take over a codebook, (K, D), and find outlines of training codes (N, h, w), by k-means.
+
+        brightness: (K,), the mean of what each code stands for.
+        """
+        self.grids[-1].take(embedding, brightness)
+        for coarse, fine in reversed(list(itertools.pairwise(self.grids))):
+            patterns = self._patches(fine, codes)  # (N, h/2, w/2, 4)
+            table = VectorQuantizer(*coarse.patterns.shape)
+            table.initialize(patterns.flatten(0, 2), generator=generator)
+            coarse.patterns.copy_(table.embedding.weight)
+            outline = self._nearest(coarse, patterns)
+            # As its embedding, the mean of those that it stands for, and how bright each of the four is.
+            sums = torch.zeros(len(coarse.embedding), embedding.shape[1])
+            counts = torch.full_like(coarse.brightness, 1e-6)
+            for some, which in zip(codes.split(64), outline.split(64), strict=True):
+                vectors = fine.embedding[some][..., : embedding.shape[1]].movedim(-1, 1)
+                means = F.avg_pool2d(vectors, 2).movedim(1, -1).flatten(0, 2)
+                sums.index_add_(0, which.flatten(), means)
+                counts.index_add_(0, which.flatten(), torch.ones(which.numel()))
+            parts = [part - part.mean(0) for part in (sums / counts[:, None], coarse.patterns)]
+            coarse.take(torch.cat([part / part.std() for part in parts], 1), coarse.patterns.mean(1))
+            fine.count(codes, outline)
+            codes = outline
+        self.grids[0].count(codes, None)
+
+    def is_of(self, embedding: Tensor) -> bool:
+        """Whether it was trained on the codes of this codebook, (K, D)."""
+        own = self.grids[-1].embedding
+        return own.shape == embedding.shape and torch.allclose(
+            own, (embedding - embedding.mean(0)) / embedding.std(), atol=1e-4
+        )
+
+    @staticmethod
+    def _patches(grid: CodeGrid, codes: Tensor) -> Tensor:
+        """How bright the codes of each patch are: (B, h, w) -> (B, h/2, w/2, 4)."""
+        return F.pixel_unshuffle(grid.brightness[codes][:, None], 2).movedim(1, -1)
+
+    @staticmethod
+    def _nearest(grid: CodeGrid, patterns: Tensor) -> Tensor:
+        """(B, h, w, 4) -> the outline codes of the likest patterns, (B, h, w)."""
+        found = [torch.cdist(some.flatten(0, 2), grid.patterns).argmin(1) for some in patterns.split(64)]
+        return torch.cat(found).view(patterns.shape[:-1])
+
+    def pyramid(self, codes: Tensor) -> list[Tensor]:
+        """The codes (B, h, w) and their outlines, coarse to fine: (B, h/4, w/4), (B, h/2, w/2), (B, h, w)."""
+        found = [codes]
+        for coarse, fine in reversed(list(itertools.pairwise(self.grids))):
+            found.insert(0, self._nearest(coarse, self._patches(fine, found[0])))
+        return found
+
+    def forward(self, pyramid: list[Tensor], position: Tensor, view: Tensor) -> list[Tensor]:
+        """What `pyramid` gives -> for each grid logits (B, h, w, K) float32 of each code, given those before it.
+
+        position: (B,), where each slice lies in its volume, 0 to 1; NaN: unknown. view: (B,) int64, which of VIEWS.
+        """
+        condition = self.condition(position, view)[:, None]
+        windows = [grid.windows(codes) for grid, codes in zip(self.grids, pyramid, strict=True)]
+        x = [seen[:, :, 0] + grid.places for grid, seen in zip(self.grids, windows, strict=True)]
+        for n in range(1, len(x)):
+            x[n] = x[n] + self.in_sight(n, pyramid[n - 1])
+        x = self.dropout(torch.cat(x, 1) + condition)  # (B, T, C), T: the positions of all grids
+        for block in self.blocks:
+            x = block(x)
+        told = self.norm(x).split([grid.num_positions for grid in self.grids], 1)
+        before = [None, *pyramid[:-1]]
+        return [grid.logits(x, w[:, :, 1:], b) for grid, x, w, b in zip(self.grids, told, windows, before, strict=True)]
+
+    def in_sight(self, number: int, before: Tensor) -> Tensor:
+        """What each patch of a grid sees of the whole grid before it, (B, h, w) -> (B, T, C)."""
+        vectors = self.grids[number - 1].embedding[before].movedim(-1, 1)
+        return self.grids[number].context(vectors).flatten(2).mT
+
+    def condition(self, position: Tensor, view: Tensor) -> Tensor:
+        """(B,) and (B,) -> (B, C)."""
+        unknown = position.isnan()
+        position = position.nan_to_num(0.0)[:, None]
+        angles = position * math.pi * torch.arange(1, 1 + self.FREQUENCIES, device=position.device)
+        known = torch.cat([torch.ones_like(position), position, angles.sin(), angles.cos()], 1)
+        return self.places(known.masked_fill(unknown[:, None], 0.0)) + self.views[view]
+
+    @torch.no_grad()
+    def walk(self, position: Tensor, view: Tensor, choose, progress=iter) -> Tensor:
+        """Go through outlines and codes in order, each by `choose`; returns the codes, (B, h, w) int64.
+
+        choose: called with the number of the grid, logits (B, K) and the code's row and column; returns the codes (B,).
+        Drawing, completing and entropy coding are all this. Call it in eval mode.
+        """
+        condition = self.condition(position, view)[:, None]  # (B, 1, C)
+        total = sum(grid.num_positions for grid in self.grids)
+        size = (len(position), self.num_heads, total, self.channels // self.num_heads)
+        caches = [tuple(torch.zeros(size, device=position.device) for _ in range(2)) for _ in self.blocks]
+        steps, pyramid = iter(progress(range(total))), []
+        for n, grid in enumerate(self.grids):
+            told = condition.expand(-1, grid.num_positions, -1)
+            told = told + self.in_sight(n, pyramid[-1]) if n else told
+            pyramid.append(self._walk_grid(n, told, pyramid[-1] if n else None, caches, steps, choose))
+        next(steps, None)  # a progress bar closes at its end
+        return pyramid[-1]
+
+    def _walk_grid(self, number: int, told: Tensor, before: Tensor | None, caches: list, steps, choose) -> Tensor:
+        """The codes of one grid, (B, height, width), after those of the grid before.
+
+        told: (B, T, C), what each position is told beside its window.
+        """
+        grid = self.grids[number]
+        count, patch, side = len(told), grid.patch, grid.window.kernel_size[0]
+        codes = torch.zeros(count, grid.height, grid.width, dtype=torch.long, device=told.device)
+        table, weight = grid.narrow(grid.embedding), grid.weight().flatten(1)  # (K, E); ((1 + patch^2) C, E side side)
+        own, *each = zip(weight.split(self.channels), grid.window.bias.split(self.channels), strict=True)
+        padded = (grid.height + 2 * grid.margin, grid.width + 2 * grid.margin)
+        vectors = torch.zeros(count, table.shape[1], *padded, device=told.device)
+        for t, place in enumerate(grid.places):
+            top, left = (patch * i for i in divmod(t, grid.width // patch))
+            window = vectors[:, :, top : top + side, left : left + side]  # a view: it follows what is chosen
+            x = (F.linear(window.flatten(1), *own) + place + told[:, t])[:, None]  # (B, 1, C)
+            step = next(steps)
+            for block, cache in zip(self.blocks, caches, strict=True):
+                x = block(x, cache, step)
+            spread = grid.spread(self.norm(x)).view(count, -1, self.channels)  # (B, patch^2, C)
+            bias = grid.bias[before.flatten(1)[:, t] if number else [0]]  # (B or 1, patch^2, K)
+            for k, linear in enumerate(each):
+                row, column = top + k // patch, left + k % patch
+                logits = grid.likeness(spread[:, k] + F.linear(window.flatten(1), *linear), bias[:, k])
+                chosen = choose(number, logits, row, column)
+                codes[:, row, column] = chosen
+                vectors[:, :, row + grid.margin, column + grid.margin] = table[chosen]
+        return codes
+
+    def sample(
+        self, position: Tensor, view: Tensor, generator: torch.Generator, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, given: Tensor | None = None, given_rows: int = 0, progress=iter,
+    ) -> Tensor:  # fmt: skip
+        """Draw codes (B, h, w): with equal generator (on the CPU) and arguments, the same.
+
+        temperature: the logits are divided by it; 0 takes the likeliest code. top_k: only of the so many likeliest;
+        0: of all. top_p: only of the likeliest whose probabilities first add up to it (arXiv 1904.09751).
+        given: (B, h, w); of them the first `given_rows` rows, divisible by `block`, are kept.
+        """
+        kept = self.pyramid(given) if given_rows else []
+
+        def choose(number: int, logits: Tensor, row: int, column: int) -> Tensor:
+            if row * (self.height // self.grids[number].height) < given_rows:
+                return kept[number][:, row, column]
+            if temperature == 0:
+                return logits.argmax(1)
+            logits, order = torch.sort(logits.double().cpu() / temperature, dim=1, descending=True, stable=True)
+            probabilities = logits.softmax(1)
+            if top_k:
+                probabilities[:, top_k:] = 0
+            probabilities[probabilities.cumsum(1) - probabilities >= top_p] = 0  # never the first
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            return order.gather(1, drawn)[:, 0].to(position.device)
+
+        return self.walk(position, view, choose, progress)
+
+    @classmethod
+    def from_checkpoint(cls, path, device: str | torch.device = "cpu") -> CodePrior:
+        """The prior of a run's `prior/best.pt`, in eval mode. Raises `CheckpointError`."""
+        return _from_checkpoint(cls, path, device)
+
+
+def _from_checkpoint(cls, path, device):
+    checkpoint = load_checkpoint(path, device)
+    try:
+        model = cls(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit this version's {cls.__name__}: {error}") from None
+    return model.to(device).eval()
 
 
 class CheckpointError(ValueError):
@@ -402,7 +782,7 @@ def load_checkpoint(path, device: str | torch.device = "cpu") -> dict:
         raise CheckpointError(f"{path} can't be read as a checkpoint ({reason}); use another, or train again") from None
     if not isinstance(checkpoint, dict) or not {"format", "model_args", "model"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks format, model_args or model")
-    if checkpoint["format"] not in (1, CHECKPOINT_FORMAT):
+    if checkpoint["format"] not in range(1, CHECKPOINT_FORMAT + 1):
         found = checkpoint["format"]
         raise CheckpointError(f"{path} has checkpoint format {found!r}; this version reads 1 to {CHECKPOINT_FORMAT}")
     return checkpoint

@@ -22,6 +22,7 @@ import metrics
 import utils
 from metrics import SCORE_NAMES, SSIM_NAMES
 from modules import VQVAE, CheckpointError
+from recipes import load_run_data, newest_run
 from utils import UserError
 
 
@@ -37,33 +38,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     return parser.parse_args(argv)
-
-
-def newest_run(runs_dir: Path) -> Path:
-    """The run whose best.pt is newest, finished or not."""
-    checkpoints = list(runs_dir.glob("*/best.pt"))
-    if not checkpoints:
-        raise UserError(f"no run with a best.pt in {runs_dir}; train one with train.py, or name one with --run")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
-
-
-def load_data(args: argparse.Namespace, run: Path) -> tuple[dataset.Slices, str]:
-    """The split to evaluate, prepared as the run's training data was, and the folder that it is in."""
-    trained_with = utils.load_json(run / "config.json").get("arguments", {})
-    root, line = dataset.find_data(args.data or trained_with.get("data"))
-    if root is None:
-        raise UserError(f"{run / 'config.json'} names no data; say where the slices are with --data")
-    print(line if args.data else f"data: {root} (the run's own)")
-    source = dataset.find_splits(root)
-    options = {key: trained_with[key] for key in ("fit", "planes") if key in trained_with}
-    skip = args.skip_bad_files or trained_with.get("skip_bad_files", False)
-    cache_dir = args.cache_dir or trained_with.get("cache_dir")
-    data = dataset.load_split(source, args.split, cache_dir=cache_dir, skip_bad_files=skip, **options)
-    for note in [*source.notes, *data.notes]:
-        print(f"note: {note}")
-    if data.constant.all():
-        raise UserError(f"all {len(data)} slices of {args.split} are constant; there is nothing to measure")
-    return data, str(source.root)
 
 
 def summarize(scores: dict[str, torch.Tensor], counts: torch.Tensor, data: dataset.Slices) -> dict:
@@ -166,7 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     device = utils.pick_device(args.device)
     model = VQVAE.from_checkpoint(run / "best.pt", device)
     print(f"model: {run / 'best.pt'}")
-    data, root = load_data(args, run)
+    options = {"cache_dir": args.cache_dir, "skip_bad_files": args.skip_bad_files}
+    data, root = load_run_data(run, args.split, args.data, **options)
+    if data.constant.all():
+        raise UserError(f"all {len(data)} slices of {args.split} are constant; there is nothing to measure")
 
     def bar(batches):
         return tqdm(batches, desc=args.split, unit=" batches")

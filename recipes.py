@@ -9,6 +9,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
+import dataset
 import utils
 from modules import load_checkpoint
 from utils import UserError
@@ -27,6 +28,9 @@ RECIPES = {
     "crop":                (0,          128,      (0, 128),               "side of random squares; 0: whole slices"),
     "augment":             (False,      True,     None,                   "flip slices, turn squares, at random"),
     "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
+    "gan":                 (False,      False,    None,                   "an adversarial loss: sharper, less ssim"),
+    "gan_weight":          (0.3,        0.3,      ANY,                    "its gradient over the reconstruction's"),
+    "gan_start":           (0.5,        0.5,      (0, 1),                 "share of steps before it, without"),
     "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
     "codebook_init":       ("kmeans",   "kmeans", ["kmeans", "uniform"],  "from data; uniform collapses"),
     "ema_decay":           (0.99,       0.99,     (0, 1),                 "of an ema codebook's averages"),
@@ -98,24 +102,33 @@ def with_defaults(recipe: str, given: dict) -> dict:
     args = DEFAULTS | {name: row[column] for name, row in RECIPES.items()} | {"recipe": recipe} | given
     if args["codebook"] == "gradient" and "restart_below" not in given:
         args["restart_below"] = 0.0  # a gradient codebook keeps no counts of use
+    if args["gan"] and args["compile"] is None:
+        args["compile"] = False  # its losses change in the middle of a run
     return args
 
 
 def check_arguments(args: dict, processes: int) -> None:
     """Refuse, before any work, the values that could only fail later."""
     bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
-    for name, (low, high) in (bounds | {"plot_every": SOME, "planes": (1, 256), "seed": (0, 2**40)}).items():
-        if not low <= args[name] <= high:
-            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
+    check_run_arguments(args, bounds | {"planes": (1, 256)}, processes)
     if args["crop"] % args["stride"] or 0 < args["crop"] < 16:
         stride = args["stride"]
         raise UserError(f"--crop is {args['crop']}; expected 0, or 16 to 128 and divisible by --stride {stride}")
+    if args["compile"] and args["gan"]:
+        raise UserError("--compile is for training without --gan: leave one out")
+    if args["restart_below"] and args["codebook"] == "gradient":
+        raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
+
+
+def check_run_arguments(args: dict, bounds: dict[str, tuple], processes: int) -> None:
+    """The part of it that is every script's which trains; bounds: {argument: (lowest, highest)}."""
+    for name, (low, high) in (bounds | {"plot_every": SOME, "seed": (0, 2**40)}).items():
+        if not low <= args[name] <= high:
+            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
     if args["batch_size"] % processes:
         raise UserError(f"--batch-size is {args['batch_size']}; expected a multiple of the {processes} processes")
     if args["compile"] and processes > 1:
         raise UserError(f"--compile is for one process, and here are {processes}: leave it out")
-    if args["restart_below"] and args["codebook"] == "gradient":
-        raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
 
 
 # ---------------------------------------------------------------- the run that is asked for
@@ -132,19 +145,30 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
         return folder, args, None
 
     folder = runs_dir / given["name"] if "name" in given else newest_unfinished(runs_dir)
+    saved = saved_arguments(folder, given, RESUMABLE)
+    args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
+    return folder, args, unfinished_checkpoint(folder, args)
+
+
+def saved_arguments(folder: Path, given: dict, resumable: set[str]) -> dict:
+    """A run's arguments, as its config.json has them. Raises UserError where `given` would make it another run."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no run to go on with; start one without --resume, or check --name")
     saved = utils.load_json(folder / "config.json").get("arguments", {})
-    changed = sorted(key for key in given.keys() - RESUMABLE if given[key] != saved.get(key))
+    changed = sorted(key for key in given.keys() - resumable if given[key] != saved.get(key))
     if changed:
         told = ", ".join(f"{flag_name(key)} {given[key]} (it has {saved.get(key)})" for key in changed)
         raise UserError(f"{folder} can't go on with {told}; leave that out, or start a new run with another --name")
-    args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
+    return saved
+
+
+def unfinished_checkpoint(folder: Path, args: dict) -> dict | None:
+    """The last one; None where the run was ended before its first epoch was. Raises UserError for a finished run."""
     checkpoint = last_checkpoint(folder)
     if checkpoint and checkpoint["epochs_done"] >= args["epochs"]:
         done = checkpoint["epochs_done"]
         raise UserError(f"{folder} has finished {done} epochs; give --epochs more than that, or a new --name")
-    return folder, args, checkpoint
+    return checkpoint
 
 
 def last_checkpoint(folder: Path) -> dict | None:
@@ -162,3 +186,32 @@ def newest_unfinished(runs_dir: Path) -> Path:
         if not checkpoint or checkpoint["epochs_done"] < epochs:
             return config.parent
     raise UserError(f"no unfinished run in {runs_dir} ({len(configs)} runs there); start one without --resume")
+
+
+# ---------------------------------------------------------------- a trained run, and its data
+
+
+def newest_run(runs_dir: Path) -> Path:
+    """The run whose best.pt is newest, finished or not."""
+    checkpoints = list(runs_dir.glob("*/best.pt"))
+    if not checkpoints:
+        raise UserError(f"no run with a best.pt in {runs_dir}; train one with train.py, or name one with --run")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+
+
+def load_run_data(
+    run: Path, split: str, data: str | None = None, cache_dir: str | None = None, skip_bad_files: bool = False
+) -> tuple[dataset.Slices, str]:
+    """A split, prepared as the run's training data was, and the folder that it is in: `data`, or the run's own."""
+    trained_with = utils.load_json(run / "config.json").get("arguments", {})
+    root, line = dataset.find_data(data or trained_with.get("data"))
+    if root is None:
+        raise UserError(f"{run / 'config.json'} names no data; say where the slices are with --data")
+    print(line if data else f"data: {root} (the run's own)")
+    source = dataset.find_splits(root)
+    options = {key: trained_with[key] for key in ("fit", "planes") if key in trained_with}
+    options["skip_bad_files"] = skip_bad_files or trained_with.get("skip_bad_files", False)
+    slices = dataset.load_split(source, split, cache_dir=cache_dir or trained_with.get("cache_dir"), **options)
+    for note in [*source.notes, *slices.notes]:
+        print(f"note: {note}")
+    return slices, str(source.root)

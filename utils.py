@@ -321,16 +321,36 @@ def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor,
     save_figure(figure, path)
 
 
-def plot_curves(path: Path, history: list[dict], heading: str) -> None:
-    """Training and validation loss, and validation SSIM, by epoch; history: rows of metrics.csv."""
+def plot_slices(path: Path, images: Tensor, titles: list[str], heading: str, columns: int = 8, crop=None) -> None:
+    """A grid of slices, (B, 1, H, W) z-scores, each in its own window; beside it its part `crop`, rows and columns."""
+    pictures = [(image, _window(image), title) for image, title in zip(images, titles, strict=True)]
+    if crop:
+        enlarged = [(image[:, crop[0], crop[1]], grey, "enlarged") for image, grey, _ in pictures]
+        pictures = [picture for pair in zip(pictures, enlarged, strict=True) for picture in pair]
+        columns *= 2
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    size = (2.4 * columns, 1.5 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (image, grey, title) in zip(axes.flat, pictures, strict=False):
+        axis.imshow(_upright(image), **grey)
+        axis.set_title(title, fontsize=7)
+    figure.suptitle(heading, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> None:
+    """Training and validation loss, and one more column, by epoch; history: rows of metrics.csv."""
     epochs = [row["epoch"] for row in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
     left.plot(epochs, [row["val_loss"] for row in history], marker=".", label="validation")
     left.set(xlabel="epoch", ylabel="loss", yscale="log")
     left.legend()
-    right.plot(epochs, [row["val_ssim"] for row in history], marker=".", color="C2")
-    right.set(xlabel="epoch", ylabel="validation ssim")
+    right.plot(epochs, [row[column] for row in history], marker=".", color="C2")
+    right.set(xlabel="epoch", ylabel=column.replace("val_", "validation "))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(heading, fontsize=10)

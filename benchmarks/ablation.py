@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds t
 from rate_distortion import MS_SSIM_WEIGHTS
 
 import dataset
+import loop
 import modules
 import predict
 import recipes
@@ -332,7 +333,7 @@ def relative_step_time(args: argparse.Namespace, rounds: int = 3) -> dict[str, f
         for variant, flags in given.items():
             settings = recipes.with_defaults(flags.get("recipe", "tuned"), flags | {"precision": args.precision})
             with replaced(VARIANTS[variant].replaced):
-                seconds[variant].append(train.seconds_a_step(train.Run(Path(), settings, ""), slices, steps=1))
+                seconds[variant].append(loop.seconds_a_step(train.Run(Path(), settings, ""), slices, steps=1))
     return {v: statistics.median(s) / statistics.median(seconds["document"]) for v, s in seconds.items()}
 
 

@@ -39,7 +39,7 @@ import dataset
 import metrics
 import utils
 from metrics import SCORE_NAMES, SSIM_NAMES
-from modules import VQVAE, CheckpointError
+from modules import VQVAE, CheckpointError, CodePrior
 from utils import UserError
 
 try:
@@ -71,10 +71,10 @@ RULES = """\
   JPEG 2000 (OpenJPEG): irreversible 9/7, one tile, one layer, 8 and 16 bits. JPEG XL (libjxl): effort 10, 8 bits, and
   16 in linear light, as imagecodecs labels them. WebP (libwebp): method 6, 8 bits, grey RGB. AVIF (libavif, libaom):
   monochrome, speed 2 (0 takes three times as long and is no better), 8, 10 and 12 bits.
-- A run's codes are counted at their fixed length; `entropy, estimated` is what a coder would need that knows the
-  probabilities of benchmarks/entropy.py's model, fitted to the training split's codes. No coder is run, and the mean is
-  over slices, where codecs fit each slice's budget. A run's weights are not counted, as a codec's program is not; the
-  table names their number.
+- A run's codes are counted at their fixed length; `entropy-coded` counts the bits of each slice's own stream, written
+  by an arithmetic coder under the run's prior (benchmarks/entropy.py) and decoded again to the same codes. Their mean
+  over slices is the rate, where codecs fit each slice's budget. A run's weights, with its prior's where it is used,
+  are not counted, as a codec's program is not; the table names their number.
 - What each is made for: a run, slices like its training data and the training loss in its config.json. JPEG, JPEG 2000
   and WebP, squared error, with JPEG's visual weighting of frequencies and WebP's default psychovisual preset. AVIF,
   libavif's default tuning: SSIM, from 1.4 on "iq", for SSIMULACRA 2. JPEG XL, Butteraugli.
@@ -306,8 +306,8 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
     return rows
 
 
-def measure_run(run: Path, originals: Originals, device: torch.device, with_entropy: bool) -> list[dict]:
-    """The row of a run's best.pt; with its codes' estimated entropy, a second one."""
+def measure_run(run: Path, originals: Originals, device: torch.device, entropy_coded: bool) -> list[dict]:
+    """The row of a run's best.pt; where it has a prior and its codes are to be entropy-coded, a second one."""
     model = VQVAE.from_checkpoint(run / "best.pt", device)
     trained_with = utils.load_json(run / "config.json").get("arguments", {})
     mean, std = originals.mean.half().float(), originals.std.half().float()
@@ -321,15 +321,27 @@ def measure_run(run: Path, originals: Originals, device: torch.device, with_entr
     }  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     rates = {"fixed length": (model.bits_per_pixel, parameters)}
-    if with_entropy:
-        options = {key: trained_with[key] for key in ("fit", "planes", "skip_bad_files", "cache_dir")}
-        train = dataset.load_split(dataset.find_splits(Path(trained_with["data"])), "train", **options)
-        bits, more = entropy.estimate(model, train, torch.cat([output.indices for output in outputs]))
-        rates["entropy, estimated"] = (bits / model.stride**2, parameters + more)
+    if entropy_coded and (run / "prior" / "best.pt").exists():
+        prior = CodePrior.from_checkpoint(run / "prior" / "best.pt", device)
+        parameters += sum(p.numel() for p in prior.parameters())
+        bits = coded_bits(prior, torch.cat([output.indices for output in outputs]), run)
+        rates["entropy-coded"] = (bits / PIXELS, parameters)
+    elif entropy_coded:
+        print(f"note: {run} has no prior/best.pt, and is counted at fixed length alone; train_prior.py trains one")
     return [
         row | {"accounting": accounting, "rate": rate, "bits_per_pixel": rate + SCALE_BITS / PIXELS, "weights": weights}
         for accounting, (rate, weights) in rates.items()
     ]
+
+
+def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:
+    """Bits of a slice's stream, mean over codes (N, h, w), which come back from the streams or there is no figure."""
+    if tuple(codes.shape[1:]) != (prior.height, prior.width):
+        raise UserError(f"{run / 'prior'} is of {prior.height} x {prior.width} codes, the run of other grids")
+    streams = entropy.encode(prior, codes)
+    if not torch.equal(entropy.decode(prior, streams), codes):
+        raise UserError(f"the codes of {run} do not come back from their streams: this machine does not compute alike")
+    return 32 * sum(map(len, streams)) / len(streams)
 
 
 # ---------------------------------------------------------------- results
@@ -388,7 +400,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("--split", choices=("train", "validate", "test"), default="test", help="of --data (test)")
     flag("--planes", type=int, default=60, help="of each volume (60)")
     flag("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs, each with a best.pt (none)")
-    flag("--entropy", action="store_true", help="estimate the entropy of the runs' codes too: minutes a run")
+    flag("--entropy-coded", action="store_true", help="code the codes of runs with a prior, too: a minute a run")
     flag("--rates", type=float, nargs="+", default=RATES, help=f"of the codecs, bits per pixel {RATES}")
     flag("--codecs", nargs="+", choices=CODECS, default=list(CODECS), metavar="NAME", help=f"of {', '.join(CODECS)}")
     flag("--device", default="auto", help="of the runs: auto, cuda, cuda:1, mps or cpu (auto)")
@@ -400,14 +412,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if imagecodecs is None:
         raise UserError("imagecodecs, which has the codecs, is missing: pip install -r benchmarks/requirements.txt")
-    if args.entropy and args.split == "train":
-        raise UserError("--entropy needs --split validate or test: its model is fitted to the training split's codes")
+    if args.entropy_coded:
+        entropy.check_installed()
     versions = utils.versions() | {"imagecodecs": imagecodecs.__version__}
     versions |= {name: CODECS[name].call("version") for name in args.codecs}
     device = utils.pick_device(args.device)
     utils.keep_freed_memory()
     originals, excluded = load(args)
-    rows = [row for run in args.runs for row in measure_run(run, originals, device, args.entropy)]
+    rows = [row for run in args.runs for row in measure_run(run, originals, device, args.entropy_coded)]
     for name in args.codecs:
         rows += measure_codec(CODECS[name], originals, sorted(args.rates))
     rows.sort(key=lambda row: row["rate"])  # at a rate: runs, then codecs

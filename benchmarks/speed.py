@@ -40,6 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
 
 import dataset
+import loop
 import metrics
 import phantom
 import recipes
@@ -160,7 +161,7 @@ def own_epochs(
         slices.place(device)
     train.start_codebook(run, slices)
     while True:
-        train.train_epoch(run, slices, tqdm(disable=True), [])
+        loop.train_epoch(run, slices, tqdm(disable=True), [])
         run.begin_epoch()
         run.epochs_done += 1
         yield
@@ -238,7 +239,7 @@ def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> di
 def measure_first_batch(device: torch.device, data: Path) -> dict:
     """Seconds from the imports' end to a first batch on the device, out of a warm cache."""
     slices = load(data)
-    order = train.epoch_order(slices, 0, 1)
+    order = loop.epoch_order(slices, 0, 1)
     if device.type != "cpu":
         slices.place(device)
     next(slices.batches([order[:BATCH]], device)).sum().item()
@@ -289,11 +290,11 @@ def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
     args = recipes.with_defaults("document", {"device": str(device), "precision": precision, "compile": False})
     run = train.Run(Path(), args, "")
     images = load(data).batch(torch.arange(BATCH)).to(device)
-    train.train_step(run, images)
+    loop.train_step(run, images)
     with FlopCounterMode(display=False) as counter:
-        train.train_step(run, images)
+        loop.train_step(run, images)
     with Traffic() as traffic:
-        train.train_step(run, images)
+        loop.train_step(run, images)
     bound = max(counter.get_total_flops() / rate, traffic.bytes / bandwidth)
     return {"matrix_rate": rate, "bandwidth": bandwidth, "flops": counter.get_total_flops(), "bytes": traffic.bytes,
             "slices_per_second": BATCH / bound}  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
 
+import loop
 import modules
 import recipes
 import train
@@ -71,7 +72,7 @@ def test_every_variant_trains_at_equal_bits_or_says_so(tmp_path, name):
     with ablation.replaced(variant.replaced):
         run = train.Run(tmp_path, recipes.with_defaults(given.get("recipe", "tuned"), given), "")
         before = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
-        losses, finite = train.train_step(run, images)
+        losses, finite = loop.train_step(run, images)
     assert finite and losses.isfinite().all()
     after = [p for p in run.model.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -170,3 +170,15 @@ def test_evaluate_covers_the_whole_split_whatever_the_batch_size():
     for name in SCORE_NAMES:
         torch.testing.assert_close(scores[name], one_by_one[0][name], rtol=0, atol=1e-4, equal_nan=True)
     assert loss == pytest.approx(one_by_one[2], rel=1e-5)
+
+
+def test_power_ratio_is_of_its_octave_alone():
+    """Waves of one frequency each: halving one of them quarters the power of its octave, and of no other."""
+    x, y = torch.meshgrid(torch.arange(256.0), torch.arange(128.0), indexing="ij")
+    fine, coarse = (torch.sin(2 * torch.pi * f * (x + y) / 2**0.5)[None, None] for f in (0.35, 0.18))
+    for octave, weights in ((0, (0.5, 1.0)), (1, (1.0, 0.5))):
+        changed = weights[0] * fine + weights[1] * coarse
+        ratios = [float(metrics.power_ratio(fine + coarse, changed, n)) for n in (octave, 1 - octave)]
+        assert ratios == pytest.approx([0.25, 1.0], rel=0.01)
+    blurred = torch.nn.functional.avg_pool2d(fine, 3, 1, 1)
+    assert metrics.power_ratio(fine, blurred) < 0.2 and metrics.power_ratio(fine, fine) == pytest.approx(1)

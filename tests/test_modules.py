@@ -553,3 +553,24 @@ def test_truncated_checkpoint(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="can't be read"):
         load_checkpoint(path)
+
+
+def test_the_discriminator_judges_patches_and_sees_the_finest_detail():
+    torch.manual_seed(0)
+    discriminator = modules.PatchDiscriminator()
+    images = torch.randn(2, 1, 128, 128)
+    judged = discriminator(images)
+    assert judged.shape == (2, 1, 16, 16) and judged.dtype == torch.float32
+    blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    seen = []
+    discriminator.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    discriminator(images)
+    torch.testing.assert_close(seen[0], torch.cat([images, 4 * (images - blurred)], 1))
+
+
+def test_the_hinge_loss_is_two_where_nothing_is_seen_and_zero_where_all_is():
+    discriminator = modules.PatchDiscriminator()
+    discriminator.forward = lambda images: images
+    for value, expected in ((0.0, 2.0), (1.0, 0.0), (5.0, 0.0), (-1.0, 4.0)):
+        images = torch.full((2, 1, 8, 8), value)
+        assert discriminator.hinge_loss(images, -images) == expected

@@ -45,10 +45,11 @@ def finish(process, tmp_path) -> str:
     return output
 
 
-def test_two_processes_train_as_one_does(tmp_path, launch):
+@pytest.mark.parametrize("more", ["", " --gan --gan-start 0.3"])
+def test_two_processes_train_as_one_does(tmp_path, launch, more):
     """Where nothing is drawn at random: equal weights and measures, up to rounding. 9 slices by 4: of the last batch,
     the second process has no slice; of the 3 validation slices, none is counted twice."""
-    flags = "--recipe document --codebook ema --epochs 3 --crop 0 --precision float32 --learning-rate 1e-3"
+    flags = "--recipe document --codebook ema --epochs 3 --crop 0 --precision float32 --learning-rate 1e-3" + more
     for count in (1, 2):
         output = finish(launch(count, f"{flags} --name {count}"), tmp_path)
     assert output.count("9 training and 3 validation slices") == 1  # the first process alone prints
@@ -57,9 +58,11 @@ def test_two_processes_train_as_one_does(tmp_path, launch):
     for row, other in zip(rows(one), rows(two), strict=True):
         for name in row.keys() - {"seconds"}:
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
-    weights, others = (load_checkpoint(run / "last.pt")["model"] for run in (one, two))
-    for name in weights:
-        torch.testing.assert_close(weights[name], others[name], rtol=1e-3, atol=1e-4)
+    checkpoints = [load_checkpoint(run / "last.pt") for run in (one, two)]
+    for part in ["model"] + ["discriminator"] * bool(more):
+        weights, others = (checkpoint[part] for checkpoint in checkpoints)
+        for name in weights:
+            torch.testing.assert_close(weights[name], others[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_process_that_dies_ends_the_run_which_another_number_goes_on_with(tmp_path, launch):

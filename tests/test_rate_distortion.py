@@ -14,10 +14,9 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 import metrics
 import utils
 from dataset import find_splits, load_split
-from modules import CHECKPOINT_FORMAT, VQVAE
+from modules import CHECKPOINT_FORMAT, VQVAE, CodePrior
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import entropy
 import rate_distortion
 from rate_distortion import ACCOUNTINGS, CODECS, RATES, Originals, measure_codec, ms_ssim, search
 
@@ -145,13 +144,18 @@ def run(tmp_path) -> Path:
     return folder
 
 
-def test_the_command_measures_runs_and_codecs(tmp_path, run, write_slices, write_nifti, capsys, monkeypatch):
-    monkeypatch.setattr(entropy, "estimate", lambda model, train, codes: (3.2, len(codes) * len(train)))
+def test_the_command_measures_runs_and_codecs(tmp_path, run, write_slices, write_nifti, capsys):
+    prior = CodePrior(16, 4, 64, 32, channels=8, num_layers=1, num_heads=2, num_outlines=8)
+    table = VQVAE.from_checkpoint(run / "best.pt").vector_quantization.embedding.weight
+    prior.initialize(table.detach(), torch.randn(16), torch.randint(16, (8, 64, 32)))
+    checkpoint = {"format": CHECKPOINT_FORMAT, "model_args": prior.arguments, "model": prior.state_dict()}
+    (run / "prior").mkdir()
+    utils.save_checkpoint(run / "prior" / "best.pt", checkpoint)
     data = write_slices(tmp_path / "data", train=1, validate=1, test=2)
     write_nifti(data / "keras_slices_test" / "case_041_week_0_slice_0.nii.gz", np.zeros((256, 128), np.int16))
     out = tmp_path / "results" / "rd"
     command = ["--data", data, "--runs", run, "--codecs", "jpeg", "--rates", 0.25, 6, "--device", "cpu", "--out", out]
-    command += ["--entropy"]
+    command += ["--entropy-coded"]
     assert rate_distortion.main(list(map(str, command))) == 0
     assert "untrained (tuned)" in capsys.readouterr().out
     result = json.loads(out.with_suffix(".json").read_text())
@@ -159,14 +163,15 @@ def test_the_command_measures_runs_and_codecs(tmp_path, run, write_slices, write
     assert {"imagecodecs", "jpeg", "torch", "commit"} <= result["versions"].keys()
     assert str(tmp_path) not in json.dumps(result)
     rows = {row["accounting"]: row for row in result["rows"] if "weights" in row}
-    first, second = rows["fixed length"], rows["entropy, estimated"]
+    first, second = rows["fixed length"], rows["entropy-coded"]
     codecs = [row for row in result["rows"] if "weights" not in row]
-    assert second["accounting"] == "entropy, estimated" and second["scores"] == first["scores"]
-    assert second["bits_per_pixel"] == 3.2 / 16 + 32 / 32768
+    assert second["accounting"] == "entropy-coded" and second["scores"] == first["scores"]
+    assert second["bits_per_pixel"] * 32768 % 16 == 0 and second["bits_per_pixel"] < 0.6  # of two streams' words
     assert first["method"] == "untrained (tuned)" and first["accounting"] == "fixed length"
     assert first["bits_per_pixel"] == 0.25 + 32 / 32768
     model = VQVAE.from_checkpoint(run / "best.pt")
-    assert first["weights"] == sum(p.numel() for p in model.parameters()) == second["weights"] - 2 * 1
+    assert first["weights"] == sum(p.numel() for p in model.parameters())
+    assert second["weights"] == first["weights"] + sum(p.numel() for p in prior.parameters())
     assert len(codecs) == 4 and [row["misfits"] for row in codecs] == [2, 2, 0, 0]  # noise is beyond 0.25
     text = out.with_suffix(".md").read_text()
     assert "1 constant ones excluded" in text and rate_distortion.RULES in text
@@ -181,7 +186,7 @@ def test_a_runs_scores_are_predicts_up_to_the_rounded_scale(tmp_path, run, write
     device = torch.device("cpu")
     expected, _, _ = metrics.evaluate(VQVAE.from_checkpoint(run / "best.pt"), slices, 2, device, metrics.SCORE_NAMES)
     loaded, _ = rate_distortion.load(rate_distortion.parse_arguments(["--data", str(data)]))
-    (row,) = rate_distortion.measure_run(run, loaded, device, with_entropy=False)
+    (row,) = rate_distortion.measure_run(run, loaded, device, entropy_coded=False)
     scores = row["scores"]
     for name, values in expected.items():
         assert scores[name]["mean"] == pytest.approx(float(values.mean()), abs=2e-3 if name != "psnr" else 0.02)
@@ -206,3 +211,23 @@ def test_without_imagecodecs_it_says_what_to_install(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: imagecodecs")
     assert "pip install -r benchmarks/requirements.txt" in done.stderr
+
+
+def test_a_run_without_a_prior_is_counted_at_fixed_length(tmp_path, run, write_slices, capsys):
+    write_slices(tmp_path / "data", train=1, validate=1, test=2)
+    loaded, _ = rate_distortion.load(rate_distortion.parse_arguments(["--data", str(tmp_path / "data")]))
+    rows = rate_distortion.measure_run(run, loaded, torch.device("cpu"), entropy_coded=True)
+    assert [row["accounting"] for row in rows] == ["fixed length"]
+    assert "has no prior/best.pt, and is counted at fixed length alone" in capsys.readouterr().out
+
+
+def test_codes_that_do_not_come_back_are_no_figure(run, monkeypatch):
+    prior = CodePrior(16, 4, 8, 8, channels=8, num_layers=1, num_heads=2, num_outlines=8).eval()
+    codes = torch.randint(16, (2, 8, 8))
+    prior.initialize(torch.randn(16, 4), torch.randn(16), torch.randint(16, (8, 8, 8)))
+    assert rate_distortion.coded_bits(prior, codes, run) > 0
+    monkeypatch.setattr(rate_distortion.entropy, "decode", lambda prior, streams: codes + 1)
+    with pytest.raises(utils.UserError, match="do not come back from their streams"):
+        rate_distortion.coded_bits(prior, codes, run)
+    with pytest.raises(utils.UserError, match="is of 8 x 8 codes, the run of other grids"):
+        rate_distortion.coded_bits(prior, codes[:, :4], run)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dataset
+import loop
 import train
 from modules import VQVAE, CheckpointError, load_checkpoint
 from recipes import open_run, parse_arguments, with_defaults
@@ -87,14 +88,14 @@ def test_a_run_leaves_what_it_promises(tmp_path, run_here, capsys):
     assert [int(row["epoch"]) for row in history] == [1, 2, 3]
     assert [int(row["step"]) for row in history] == [3, 6, 9]  # 10 slices by 4: the partial batch is kept
     args = with_defaults("tuned", {})
-    rates = [train.learning_rate(args, step, 9) for step in (2, 5, 8)]
+    rates = [loop.learning_rate(args, step, 9) for step in (2, 5, 8)]
     assert [float(row["lr"]) for row in history] == pytest.approx(rates)
     panels = sorted(path.relative_to(folder).as_posix() for path in folder.glob("plots/*/*.png"))
     assert panels == [f"plots/epoch_{n}/epoch_{n}_images.png" for n in (1, 2, 3)]
     assert (folder / "loss_ssim_plot.png").stat().st_size > 5000
 
     best, last = load_checkpoint(folder / "best.pt"), load_checkpoint(folder / "last.pt")
-    assert best["best_ssim"] == max(float(row["val_ssim"]) for row in history) == last["best_ssim"]
+    assert best["best"] == max(float(row["val_ssim"]) for row in history) == last["best"]
     assert last["epochs_done"] == 3 and not list(folder.glob(".*.tmp"))
     config = json.loads((folder / "config.json").read_text())
     assert config["arguments"]["recipe"] == "tuned" and config["arguments"]["num_embeddings"] == 16
@@ -136,21 +137,21 @@ def test_flags_override_the_recipe(tmp_path):
 
 def test_learning_rate_schedule():
     args = {"learning_rate": 1.0, "warmup": 0.1, "schedule": "cosine"}
-    rates = [train.learning_rate(args, step, 100) for step in range(100)]
+    rates = [loop.learning_rate(args, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
     assert rates[9:] == sorted(rates[9:], reverse=True)
     constant = {"learning_rate": 1.0, "warmup": 0.0, "schedule": "constant"}
-    assert {train.learning_rate(constant, step, 100) for step in range(100)} == {1.0}
+    assert {loop.learning_rate(constant, step, 100) for step in range(100)} == {1.0}
 
 
 def test_each_epoch_has_its_own_order():
     """Training unshuffled, or always in the same order, is a defect of known scripts."""
     slices = range(50)
-    orders = [train.epoch_order(slices, seed=0, epoch=epoch).tolist() for epoch in (1, 2)]
+    orders = [loop.epoch_order(slices, seed=0, epoch=epoch).tolist() for epoch in (1, 2)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(slices)
-    assert orders[0] == train.epoch_order(slices, seed=0, epoch=1).tolist() != list(slices)
-    assert orders[0] != train.epoch_order(slices, seed=1, epoch=1).tolist()
+    assert orders[0] == loop.epoch_order(slices, seed=0, epoch=1).tolist() != list(slices)
+    assert orders[0] != loop.epoch_order(slices, seed=1, epoch=1).tolist()
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not(tmp_path, run_here):
@@ -172,7 +173,7 @@ def test_the_best_checkpoint_is_the_best_epochs(tmp_path, run_here, monkeypatch)
     monkeypatch.setattr(train.metrics, "evaluate", scripted)
     run_here("--epochs 3 --name a")
     best = load_checkpoint(tmp_path / "runs" / "a" / "best.pt")
-    assert best["epochs_done"] == 2 and best["best_ssim"] == pytest.approx(0.7)
+    assert best["epochs_done"] == 2 and best["best"] == pytest.approx(0.7)
 
 
 def test_bfloat16_is_what_the_convolutions_compute_in(tmp_path, run_here, monkeypatch):
@@ -195,7 +196,7 @@ def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
         run = train.Run(tmp_path, with_defaults("tuned", given), "")
         seen = []
         run.model.encoder.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape))
-        train.train_step(run, torch.randn(2, 1, 64, 48))
+        loop.train_step(run, torch.randn(2, 1, 64, 48))
         assert seen == [shape]
 
 
@@ -203,7 +204,7 @@ def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
 def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
     args = with_defaults("tuned", parse_arguments([*small, "--clip-grad-norm", str(longest)]))
     run = train.Run(tmp_path, args, "")
-    train.train_step(run, torch.randn(2, 1, 128, 128))
+    loop.train_step(run, torch.randn(2, 1, 128, 128))
     norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
     assert norm == pytest.approx(longest, rel=1e-3) if longest else norm > 1e-3
 
@@ -215,7 +216,7 @@ def test_augmentation_is_used_where_the_recipe_says(tmp_path, small, monkeypatch
         given = parse_arguments([*small, *flags])
         run = train.Run(tmp_path, with_defaults(given.get("recipe", "tuned"), given), "")
         calls.clear()
-        train.train_step(run, torch.randn(2, 1, 128, 128))
+        loop.train_step(run, torch.randn(2, 1, 128, 128))
         assert len(calls) == count
 
 
@@ -235,7 +236,7 @@ def test_dry_run_tells_and_writes_nothing(tmp_path, run_here, capsys):
 
 
 def test_long_training_on_a_cpu_is_announced(run_here, capsys, monkeypatch):
-    monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1000.0)
+    monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1000.0)
     run_here("--epochs 10 --dry-run")  # 30 steps, 30,000 s
     assert "warning: over two hours on this CPU; --epochs 1 takes" in capsys.readouterr().out
 
@@ -277,8 +278,8 @@ def one_step(tmp_path, flags: list[str]):
     before = copy.deepcopy(run.model.state_dict())
     images = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     if run.args["compile"]:  # other batches than whole ones go uncompiled
-        assert run.losses is not train.augmented_losses and len(images) == run.args["batch_size"]
-    losses, finite = train.train_step(run, images)
+        assert run.compiled and len(images) == run.args["batch_size"]
+    losses, finite = loop.train_step(run, images)
     assert finite
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     return losses, gradients, {name: value - before[name] for name, value in run.model.state_dict().items()}
@@ -334,7 +335,7 @@ def test_a_compiler_that_fails_is_one_warning(tmp_path, run_here, monkeypatch, c
 def test_timing_the_step_changes_nothing(tmp_path, run_here, monkeypatch):
     """Also on the way: a resumed run's moments and sums are as they were saved."""
     run_here("--epochs 2 --name a")
-    monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1.0)
+    monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1.0)
     run_here("--epochs 2 --name b")
     assert_equal_weights(*(weights(tmp_path / "runs" / name / "last.pt") for name in "ab"))
 
@@ -346,14 +347,99 @@ def test_no_step_waits_for_the_gpu(tmp_path, data, small):
     slices = dataset.load_split(dataset.find_splits(data), "train")
     slices.place(run.device)
     train.start_codebook(run, slices)
-    with train.tqdm(total=20, disable=True) as bar:
-        train.train_epoch(run, slices, bar, [])  # what is set up once may wait
+    with loop.tqdm(total=20, disable=True) as bar:
+        loop.train_epoch(run, slices, bar, [])  # what is set up once may wait
         run.begin_epoch()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            train.train_epoch(run, slices, bar, [])
+            loop.train_epoch(run, slices, bar, [])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------- the discriminator
+
+
+GAN = ("train_adversarial", "train_discriminator", "adaptive_weight")
+
+
+def test_a_discriminator_takes_part_in_the_second_half(tmp_path, run_here, monkeypatch):
+    """Its columns are 0 until then; best.pt is of an epoch with it, though one without scored higher."""
+    real, script = train.metrics.evaluate, iter([0.9, 0.5, 0.7, 0.6])
+
+    def scripted(*args):
+        scores, counts, loss = real(*args)
+        return scores | {"ssim": torch.full_like(scores["ssim"], next(script))}, counts, loss
+
+    monkeypatch.setattr(train.metrics, "evaluate", scripted)
+    assert run_here("--epochs 4 --name a --gan") == 0
+    folder = tmp_path / "runs" / "a"
+    history = rows(folder)
+    for row in history[:2]:
+        assert all(float(row[name]) == 0 for name in GAN)
+    for row in history[2:]:
+        assert 0 < float(row["train_discriminator"]) < 4 and float(row["adaptive_weight"]) > 0
+        assert float(row["train_loss"]) == pytest.approx(float(row["train_recon"]) + float(row["train_vq"]), rel=1e-5)
+    best = load_checkpoint(folder / "best.pt")
+    assert best["epochs_done"] == 3 and VQVAE.from_checkpoint(folder / "best.pt").arguments["codebook"] == "ema"
+    last = load_checkpoint(folder / "last.pt")["discriminator"]
+    assert any(not torch.equal(last[name], best["discriminator"][name]) for name in last)
+
+
+def test_until_it_takes_part_training_is_as_without(tmp_path, run_here):
+    run_here("--epochs 2 --name with --gan --gan-start 1")
+    run_here("--epochs 2 --name without")
+    assert_equal_weights(*(weights(tmp_path / "runs" / name / "last.pt") for name in ("with", "without")))
+
+
+def test_the_adversarial_gradient_is_as_long_as_asked(tmp_path, small):
+    """At the reconstruction: gan_weight times the length of the reconstruction loss's; and that is what is trained."""
+    args = with_defaults("tuned", parse_arguments([*small, "--gan", "--gan-weight", "0.7", "--precision", "float32"]))
+    run = train.Run(tmp_path, args | {"crop": 0, "augment": False}, "")
+    images = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    run.model.eval()  # the codebook stays as it is
+    recon, quantisation, adversarial, hinge, weight = run.eager_losses(images)
+    output = run.model(images).reconstruction
+    pulls = []
+    for loss in (run.model.reconstruction_loss(output, images), -run.modules["discriminator"](output).mean()):
+        pulls.append(torch.autograd.grad(loss, output, retain_graph=True)[0])
+    assert (weight * pulls[1].norm()).item() == pytest.approx(float(0.7 * pulls[0].norm()), rel=1e-3)
+    assert adversarial.item() == pytest.approx(float(-run.modules["discriminator"](output).mean()), rel=1e-4)
+    last = run.model.decoder.conv3.weight
+    (found,) = torch.autograd.grad(recon + quantisation + adversarial, last, retain_graph=True)
+    (expected,) = torch.autograd.grad(output, last, pulls[0] + weight.detach() * pulls[1])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    # Each side is moved by its own loss alone.
+    theirs = list(run.modules["discriminator"].parameters())
+    assert all(g is None for g in torch.autograd.grad(adversarial, theirs, allow_unused=True, retain_graph=True))
+    assert all(g is None for g in torch.autograd.grad(hinge, list(run.model.decoder.parameters()), allow_unused=True))
+
+
+def test_stopped_with_a_discriminator_it_goes_on_at_the_step(tmp_path, run_here, monkeypatch):
+    """After 2 of 3 steps of epoch 2, in which the discriminator has begun: weights of both sides end bit for bit."""
+    flags = "--epochs 3 --gan --gan-start 0.4"
+    run_here(f"{flags} --name whole")
+    real, calls = loop.train_step, []
+
+    def step_then_signal(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1.0)
+    monkeypatch.setattr(loop, "train_step", step_then_signal)
+    assert run_here(f"{flags} --name stopped") == 128 + signal.SIGTERM
+    assert load_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")["steps_done"] == 2
+    monkeypatch.setattr(loop, "train_step", real)
+    assert run_here("--resume --name stopped") == 0
+    one, other = (load_checkpoint(tmp_path / "runs" / name / "last.pt") for name in ("whole", "stopped"))
+    for part in ("model", "discriminator"):
+        assert_equal_weights(one[part], other[part])
+    drop = {"seconds"}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "runs" / "whole")] == [
+        {k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "runs" / "stopped")
+    ]
 
 
 # ---------------------------------------------------------------- interruptions, by real processes
@@ -414,7 +500,7 @@ def test_a_signal_after_the_last_step_changes_nothing(tmp_path, run_here, monkey
 def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monkeypatch):
     """In this process, to choose the step: after 2 of 3 steps of epoch 2."""
     run_here("--epochs 3 --name whole")
-    real, calls = train.train_step, []
+    real, calls = loop.train_step, []
 
     def step_then_signal(*args):
         calls.append(args)
@@ -423,12 +509,12 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return losses
 
-    monkeypatch.setattr(train, "train_step", step_then_signal)
+    monkeypatch.setattr(loop, "train_step", step_then_signal)
     assert run_here("--epochs 3 --name stopped") == 128 + signal.SIGTERM
     checkpoint = load_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")
     assert (checkpoint["epochs_done"], checkpoint["steps_done"]) == (1, 2)
     assert checkpoint["sums"][2] == 8
-    monkeypatch.setattr(train, "train_step", real)
+    monkeypatch.setattr(loop, "train_step", real)
     assert run_here("--resume --name stopped") == 0
     one, other = (tmp_path / "runs" / name for name in ("whole", "stopped"))
     assert_equal_weights(weights(one / "last.pt"), weights(other / "last.pt"))
@@ -486,14 +572,14 @@ def test_resume_accepts_the_runs_own_flags_and_no_other_data(tmp_path, run_here,
 
 def test_a_signal_does_not_save_what_is_not_finite(tmp_path, run_here, monkeypatch):
     run_here("--epochs 1 --name a")
-    real = train.train_step
+    real = loop.train_step
 
     def spoil(run, images, count):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(run, images * torch.nan, count)
 
-    monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1.0)
-    monkeypatch.setattr(train, "train_step", spoil)
+    monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1.0)
+    monkeypatch.setattr(loop, "train_step", spoil)
     assert run_here("--epochs 2 --name a --resume") == 128 + signal.SIGTERM
     assert all(value.isfinite().all() for value in weights(tmp_path / "runs" / "a" / "last.pt").values())
 
@@ -525,6 +611,9 @@ def test_validation_slices_that_are_all_constant(run_here, data, write_nifti):
         ("--hidden-channels 1", "--hidden-channels is 1; expected 2 to"),
         ("--seed 99999999999999", "--seed is"),
         ("--planes 300", "--planes is 300; expected 1 to 256"),
+        ("--gan --gan-start 2", "--gan-start is 2.0; expected 0 to 1"),
+        ("--gan --gan-weight -1", "--gan-weight is -1.0; expected 0 to"),
+        ("--gan --compile", "--compile is for training without --gan"),
     ],
 )
 def test_values_that_could_only_fail_later(run_here, flags, message):
@@ -534,7 +623,7 @@ def test_values_that_could_only_fail_later(run_here, flags, message):
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_told(tmp_path, run_here, monkeypatch, capsys):
     """Of 6 steps the fifth is spoilt: weights, moments and codebook stay as the fourth left them, the rest goes on."""
-    real, runs, states = train.train_step, [], []
+    real, runs, states = loop.train_step, [], []
 
     def spoil_one(run, images, count):
         runs.append(run)
@@ -543,8 +632,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_told(tmp_path, run_here
         states.append((before, copy.deepcopy(run.state())))
         return result
 
-    monkeypatch.setattr(train, "seconds_a_step", lambda run, slices: 1.0)
-    monkeypatch.setattr(train, "train_step", spoil_one)
+    monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1.0)
+    monkeypatch.setattr(loop, "train_step", spoil_one)
     assert run_here("--epochs 2 --name a") == 0
     assert "warning: 1 of 3 steps of epoch 2 were skipped, the last of them step 5" in capsys.readouterr().out
     for number, (before, after) in enumerate(states, start=1):

@@ -1,0 +1,298 @@
+"""Train a prior over the codes of a trained VQ-VAE: what `generate.py` draws new slices from.
+
+    python train_prior.py                            # for the newest run of train.py, on the data it was trained on
+    python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # a GPU, thousands of slices
+    python train_prior.py --resume                   # go on with it
+    torchrun --nproc-per-node 4 train_prior.py ...   # several processes
+
+The run's training slices are encoded once, also mirrored; a causal transformer (modules.CodePrior) learns how likely
+each code is after those before it. Writes to <run>/prior/: config.json, metrics.csv, best.pt (by bits per code on the
+validation split), last.pt, metrics.json (bits beside log2 K, entropy and gzip), bits_plot.png, plots/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import dataset
+import loop
+import utils
+from modules import VQVAE, CheckpointError, CodePrior
+from recipes import check_run_arguments, load_run_data, newest_run, saved_arguments, unfinished_checkpoint
+from utils import UserError, process_count
+
+SOME, SHARE = (1, 1e9), (0, 0.99)
+FLAGS = {
+    # flag           default  allowed  help
+    "epochs":        (20,     SOME,    "passes over the training split"),
+    "batch_size":    (2,      SOME,    "slices a step"),
+    "learning_rate": (2e-3,   (0, 1),  "AdamW's, at its peak: a linear warm-up, then a cosine down to 0"),
+    "weight_decay":  (0.05,   (0, 10), "AdamW's, of all matrices"),
+    "dropout":       (0.0,    SHARE,   "share of activations dropped in training"),
+    "mirrored":      (0.5,    (0, 1),  "share of training slices that are mirrored, which the prior is told"),
+    "num_grids":     (2,       (1, 3), "3: two outlines before the codes; 1: none, which takes the fewest bits"),
+    "num_outlines":  (64,      SOME,   "codes of an outline"),
+    "channels":      (128,    SOME,    "width of the transformer; 512 for a GPU and thousands of slices"),
+    "num_layers":    (4,      SOME,    "its layers; for a GPU 12"),
+    "num_heads":     (4,      SOME,    "its attention heads; for a GPU 8"),
+}  # fmt: skip
+DEFAULTS = {name: row[0] for name, row in FLAGS.items()} | {
+    "data": None, "cache_dir": None, "resume": False, "dry_run": False, "plot_every": 10,
+    "device": "auto", "precision": "auto", "compile": None, "seed": 0,
+}  # fmt: skip
+FIXED = {"warmup": 0.05, "schedule": "cosine", "clip_grad_norm": 1.0}  # what `loop` reads besides
+RESUMABLE = {"run", "runs_dir", "data", "cache_dir", "resume", "dry_run", "plot_every", "device", "compile", "epochs"}
+UNKNOWN = 0.1  # share of training slices whose place in the volume is not told: it may be unknown when drawing
+MIRRORS = ((), (-2,), (-1,), (-2, -1))  # CodePrior.VIEWS: axes of (B, 1, H, W) that are flipped
+
+
+def parse_arguments(argv: list[str] | None = None) -> dict:
+    """The flags that were typed, no defaults among them: those differ between a new run and a resumed one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
+    flag = parser.add_argument
+    flag("--run", metavar="DIR", help="folder of the VQ-VAE's run (the newest in --runs-dir that has a best.pt)")
+    flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
+    flag("--data", metavar="DIR", help="folder of slices or volumes (the run's own)")
+    flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
+    for name, (default, _, text) in FLAGS.items():
+        kind = int if isinstance(default, int) else float
+        flag("--" + name.replace("_", "-"), type=kind, metavar="X", help=f"{text} ({default})")
+    flag("--resume", action="store_true", help="go on with the run's prior")
+    flag("--dry-run", action="store_true", help="print data, model, steps and expected time; train nothing")
+    flag("--plot-every", type=int, metavar="N", help="draw four slices each N epochs, at the first and the last (10)")
+    flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it (auto)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: a minute once (on a GPU)")
+    flag("--seed", type=int, help="start of everything random (0)")
+    return vars(parser.parse_args(argv))
+
+
+def open_prior(given: dict) -> tuple[Path, dict, dict | None]:
+    """The VQ-VAE's run, the arguments, and the checkpoint to go on from (None: from the start)."""
+    run = Path(given["run"]) if "run" in given else newest_run(Path(given.get("runs_dir", "runs")))
+    folder = run / "prior"
+    if given.get("resume"):
+        saved = saved_arguments(folder, given, RESUMABLE)
+        args = DEFAULTS | saved | given
+        return run, args, unfinished_checkpoint(folder, args)
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} exists; add --resume to go on with it, or move it away to train another")
+    return run, DEFAULTS | FIXED | given, None
+
+
+# ---------------------------------------------------------------- codes
+
+
+class Codes:
+    """The codes of a split's N slices and of their mirror images, and where each slice lies in its volume.
+
+    codes: (N, V, h, w) int32, V of MIRRORS. positions: (N,). brightness: (K,), of the slices where each code stands.
+    """
+
+    def __init__(self, codes: Tensor, positions: Tensor, brightness: Tensor):
+        self.codes, self.positions, self.brightness = codes, positions, brightness
+        self.fingerprint = hashlib.sha256(codes.numpy().tobytes()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        for group in groups:
+            yield self.codes[group].to(device).long(), self.positions[group].to(device)
+
+
+@torch.no_grad()
+def encode(model: VQVAE, slices: dataset.Slices, mirrors: Sequence[tuple]) -> Codes:
+    """All slices of a split, seen through each of the mirrors.
+
+    Brightness is the mean z-score over the pixels that a code stands for, on a scale that bends like a logarithm: fat
+    and bladder would take up most of a straight one.
+    """
+    device = next(model.parameters()).device
+    groups = torch.arange(len(slices)).split(16)
+    codes, sums = [], torch.zeros(2, model.vector_quantization.num_embeddings, device=device)
+    for images in tqdm(slices.batches(groups, device), f"encoding {slices.split}", len(groups), unit=" batches"):
+        views = torch.stack([model.encode(images.flip(axes)) for axes in mirrors], 1)  # (B, V, h, w)
+        bright = torch.asinh(4 * F.avg_pool2d(images, model.stride)[:, 0])  # (B, h, w)
+        for total, values in zip(sums, (bright, torch.ones_like(bright)), strict=True):
+            total.index_add_(0, views[:, 0].flatten(), values.flatten())
+        codes.append(views.int().cpu())
+    return Codes(torch.cat(codes), slices.positions, (sums[0] / sums[1].clamp_min(1)).cpu())
+
+
+def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[str, float]:
+    """Bits a code of (N, h, w) by what knows no context: fixed length, frequencies in `train`, and gzip of a slice."""
+    counts = torch.bincount(train.flatten(), minlength=num_embeddings).double() + 0.1
+    kind = np.uint8 if num_embeddings <= 256 else np.uint16
+    files = [len(gzip.compress(one.numpy().astype(kind).tobytes(), 9)) for one in codes]
+    return {
+        "fixed_length": math.log2(num_embeddings),
+        "empirical_entropy": float(-(counts / counts.sum()).log2()[codes.flatten()].mean()),
+        "gzip": 8 * sum(files) / codes.numel(),
+    }
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Run(loop.Run):
+    """A prior, trained on a VQ-VAE's codes."""
+
+    BEST, HIGHER = "val_bits", False
+    LINE = (
+        "epoch {epoch}: train loss {train_loss:.4f}, validation {val_bits:.4f} bits per code "
+        "({val_outline_bits:.4f} of them the outlines'), {seconds:.1f} s"
+    )
+
+    def __init__(self, folder: Path, args: dict, fingerprint: str, vqvae: VQVAE, train: Codes):
+        torch.manual_seed(args["seed"])
+        quantizer = vqvae.vector_quantization
+        shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train.codes.shape[-2:])
+        try:
+            model = CodePrior(
+                *shape, *(args[key] for key in ("channels", "num_layers", "num_heads", "dropout", "num_grids"))
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        generator = torch.Generator().manual_seed(args["seed"])
+        codes = train.codes.flatten(0, 1).long()
+        model.initialize(quantizer.embedding.weight.detach().cpu(), train.brightness, codes, generator)
+        blocks = [2**n for n in reversed(range(1, args["num_grids"]))]  # coarse to fine, as the model's grids
+        self.LOSSES = (*(f"train_outline_{block}" for block in blocks), "train_codes")
+        self.SHOWN = len(self.LOSSES)
+        super().__init__(folder, args, fingerprint, model=model)
+        self.vqvae = vqvae
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Weight decay pulls at matrices alone, as is usual, not at biases, of which some are tables of frequencies."""
+        named = list(self.model.named_parameters())
+        chosen = [
+            [p for name, p in named if (p.ndim > 1 and not name.endswith("bias")) == yes] for yes in (True, False)
+        ]
+        groups = [
+            {"params": some, "weight_decay": w}
+            for some, w in zip(chosen, (self.args["weight_decay"], 0.0), strict=True)
+        ]
+        return torch.optim.AdamW(groups, lr=self.args["learning_rate"], betas=(0.9, 0.95), fused=True)
+
+    def eager_losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """-ln p of a code of each grid, means, (num_grids,), of slices' codes (B, V, h, w), V views.
+
+        Of each slice one view, drawn at random. All grids are trained alike: few as they are, outlines decide the most.
+        """
+        codes, position = batch
+        chance = torch.rand(3, len(codes), device=codes.device)
+        other = 1 + (chance[1] * (len(MIRRORS) - 1)).long().clamp_max(len(MIRRORS) - 2)
+        view = torch.where(chance[0] < self.args["mirrored"], other, 0)
+        position = position.masked_fill(chance[2] < UNKNOWN, math.nan)
+        codes = codes[torch.arange(len(codes), device=codes.device), view]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.nats(self.parallel, codes, position, view)
+
+    def nats(self, model, codes: Tensor, position: Tensor, view: Tensor) -> Tensor:
+        """-ln p of a code of each grid, given the grids before it, means, (num_grids,): of codes (B, h, w)."""
+        pyramid = self.model.pyramid(codes)
+        logits = model(pyramid, position, view)
+        pairs = zip(logits, pyramid, strict=True)
+        return torch.stack([F.cross_entropy(found.flatten(0, 2), true.flatten()) for found, true in pairs])
+
+    @torch.no_grad()
+    def validate(self, validation: Codes) -> dict:
+        """Of slices as they are, in float32: bits per code, those of the outlines shared out among its codes."""
+        self.model.eval()
+        totals = torch.zeros(len(self.LOSSES), device=self.device)
+        groups = torch.arange(len(validation)).split(self.args["batch_size"])[utils.process_rank() :: process_count()]
+        for codes, position in validation.batches(groups, self.device):
+            view = torch.zeros(len(codes), dtype=torch.long, device=self.device)
+            totals += self.nats(self.model, codes[:, 0], position, view) * len(codes)
+        self.model.train()
+        nats = (utils.sum_over_processes(totals) / len(validation)).tolist()
+        shares = [4.0**-n for n in reversed(range(len(nats)))]
+        bits = [value * share / math.log(2) for value, share in zip(nats, shares, strict=True)]
+        return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
+
+    @torch.no_grad()
+    def plot(self, validation: Codes) -> None:
+        """Four slices drawn from the prior, from equal random numbers every time; and the curves."""
+        self.model.eval()
+        position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=self.device)
+        view = torch.zeros(4, dtype=torch.long, device=self.device)
+        codes = self.model.sample(position, view, torch.Generator().manual_seed(self.args["seed"]))
+        images = self.vqvae.decode_codes(codes).float().cpu()
+        self.model.train()
+        name = f"epoch_{self.epochs_done}"
+        heading = f"{self.folder.parent.name}, drawn from the prior after epoch {self.epochs_done}"
+        titles = [f"position {place:.1f}" for place in position.tolist()]
+        utils.plot_slices(self.folder / "plots" / name / f"{name}_samples.png", images, titles, heading)
+        utils.plot_curves(self.folder / "bits_plot.png", self.history, self.BEST, heading)
+
+
+def report(run: Run, train: Codes, validation: Codes) -> dict:
+    """Bits per code and per pixel of the validation split under best.pt, beside what knows no context."""
+    run.model.load_state_dict(CodePrior.from_checkpoint(run.folder / "best.pt").state_dict())
+    bits = {"prior": run.validate(validation)["val_bits"]}
+    bits |= compressed_bits(
+        train.codes[:, 0].long(), validation.codes[:, 0].long(), run.vqvae.vector_quantization.num_embeddings
+    )
+    bits = dict(sorted(bits.items(), key=lambda item: item[1]))
+    pixels = run.vqvae.stride**2
+    print(f"\nvalidation, {len(validation)} slices{'bits per code':>26}{'bits per pixel':>18}")
+    for name, value in bits.items():
+        print(f"{name.replace('_', ' '):24}{value:26.3f}{value / pixels:18.4f}")
+    both = {name: {"bits_per_code": value, "bits_per_pixel": value / pixels} for name, value in bits.items()}
+    return {"validation": both, "slices": {"train": len(train), "validate": len(validation)}}
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = parse_arguments(argv)
+    utils.join_processes()
+    vqvae_run, args, checkpoint = open_prior(given)
+    bounds = {name: row[1] for name, row in FLAGS.items()}
+    check_run_arguments(args, bounds, process_count())
+    utils.keep_freed_memory()
+    vqvae = VQVAE.from_checkpoint(vqvae_run / "best.pt", utils.pick_device(args["device"]))
+    print(f"model: {vqvae_run / 'best.pt'}")
+    if (count := vqvae.vector_quantization.num_codebooks) > 1:
+        raise UserError(f"{vqvae_run} has {count} codebooks; a prior is for one: train with --num-codebooks 1")
+    splits = []
+    with utils.first_process_first():
+        for split, mirrors in (("train", MIRRORS), ("validate", MIRRORS[:1])):
+            slices, root = load_run_data(vqvae_run, split, args["data"], args["cache_dir"])
+            splits.append(encode(vqvae, slices, mirrors))
+    train, validation = splits
+    args["data"] = root
+    run = Run(vqvae_run / "prior", args, f"{train.fingerprint} {validation.fingerprint}", vqvae, train)
+    if checkpoint:
+        run.restore(checkpoint)
+
+    print(
+        f"data: {len(train)} training and {len(validation)} validation slices, {train.codes[0, 0].numel()} codes each"
+    )
+    print(f"prior: {sum(p.numel() for p in run.model.parameters()):,} parameters")
+    loop.announce(run, train, "prior")
+    config = {"slices": {"train": len(train), "validate": len(validation)}, "vqvae": str(vqvae_run / "best.pt")}
+    resume = utils.command("train_prior.py", "--resume", "--run", vqvae_run)
+    if (code := loop.carry_out(run, train, validation, config, resume)) or args["dry_run"]:
+        return code
+    if utils.process_rank() == 0:
+        utils.save_json(run.folder / "metrics.json", report(run, train, validation) | {"versions": utils.versions()})
+        print(f"the plots are in {run.folder}; next, slices drawn from it:")
+        print("    " + utils.command("generate.py", "--run", vqvae_run))
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_script(main, dataset.DataError, CheckpointError)
