@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint figures speed clean
+.PHONY: train test lint figures drawings speed clean
 
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
@@ -22,6 +22,19 @@ figures: .venv/runtime      ## the sample's figures in resources/
 	for n in 1 3 6 10; do cp runs/figures/plots/epoch_$$n/epoch_$${n}_images.png resources/sample_epoch_$$n.png; done
 	cp runs/figures/loss_ssim_plot.png resources/sample_curves.png
 	cp runs/figures/test/code_map.png resources/sample_code_map.png
+
+drawings: .venv/dev         ## the sample with and without a discriminator, its prior, and slices drawn: half an hour
+	test -d sample_data || $(BIN)/python phantom.py
+	rm -rf runs/sample_plain runs/sample_gan
+	$(BIN)/python train.py --data sample_data --epochs 40 --name sample_plain
+	$(BIN)/python train.py --data sample_data --epochs 40 --gan --name sample_gan
+	$(BIN)/python benchmarks/sharpness.py --runs runs/sample_plain runs/sample_gan
+	$(BIN)/python train_prior.py --run runs/sample_gan
+	$(BIN)/python generate.py --run runs/sample_gan --evaluate
+	$(BIN)/python generate.py --run runs/sample_gan --complete sample_data/keras_slices_test/case_040_week_0_slice_10.nii.gz
+	for f in slices closest completion; do cp runs/sample_gan/generated/$$f.png resources/sample_drawn_$$f.png; done
+	cp runs/sample_gan/prior/metrics.json benchmarks/results/prior_sample_data.json
+	cp runs/sample_gan/generated/evaluation.json benchmarks/results/drawn_sample_data.json
 
 speed: .venv/dev           ## speed beside the usual script and other libraries, about ten minutes on a CPU
 	$(BIN)/python benchmarks/speed.py

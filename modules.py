@@ -437,61 +437,69 @@ class CausalBlock(nn.Module):
         return x + self.dropout(self.perceptron(self.norm2(x)))
 
 
+class CausalConv2d(nn.Conv2d):
+    """Sees, of each position's neighbours, those before it in reading order; itself only where `itself` says so."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int, itself: bool):
+        super().__init__(channels, out_channels, kernel_size, padding=kernel_size // 2)
+        mask = torch.zeros(kernel_size**2)
+        mask[: kernel_size**2 // 2 + itself] = 1
+        self.register_buffer("mask", mask.view(kernel_size, kernel_size), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
+
+    def at(self, padded: Tensor, row: int, column: int) -> Tensor:
+        """The same at one position: (B, C, h + k//2, w + 2 (k//2)), padded above and beside -> (B, out_channels)."""
+        size = self.kernel_size[0]
+        upper = (self.weight * self.mask)[:, :, : size // 2 + 1]
+        return F.linear(
+            padded[:, :, row : row + size // 2 + 1, column : column + size].flatten(1), upper.flatten(1), self.bias
+        )
+
+
 class CodeGrid(nn.Module):
     """A grid of codes as `CodePrior` sees it: what leads into the transformer, and from there to the next codes.
 
-    The transformer's positions are patches of codes in reading order, as in MegaByte (arXiv 2305.07185): with 2 x 2 a
-    quarter as many as codes, and a sixteenth of the work of attention. Within a patch, codes follow in reading order;
-    each is told by the transformer's output at its patch, and by a window of the codes around it that come before.
-    It knows codes by their embeddings, so like codes are alike from the start, on both sides.
+    Masked convolutions (PixelCNN, arXiv 1601.06759) tell of each code what came before it nearby. The transformer's
+    positions are segments of SEGMENT codes of a row: it is told what they tell of the first, and tells its codes what
+    came before anywhere. Codes are known by their embeddings, on both sides: like codes are alike from the start.
 
-    num_embeddings, embedding_dim, height, width: of the codebook and the grid. patch: codes a side. margin: how many
-    codes a window reaches beyond its patch. before: the shape of the codebook of the grid before, which is seen whole
-    and each of whose codes stands for a patch of this grid; None where there is none.
+    num_embeddings, embedding_dim, height, width: of the codebook and the grid. before: the shape of the codebook of the
+    grid before, which is seen whole, and each of whose codes stands for 2 x 2 of this one's; None where there is none.
     """
 
+    SEGMENT = 4
+    PARTS = 5  # of a volume, by which slices lie
+
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, height: int, width: int, patch: int,
-        before: tuple[int, int] | None,        channels: int, dropout: float, margin: int = 2, code_channels: int = 32,
+        self, num_embeddings: int, embedding_dim: int, height: int, width: int, before: tuple[int, int] | None,
+        channels: int, dropout: float, num_layers: int = 3,
     ):  # fmt: skip
         super().__init__()
-        if height % patch or width % patch:
-            raise ValueError(f"the code grid is {height} x {width}; expected sides divisible by {patch}")
-        self.height, self.width, self.patch, self.margin, self.channels = height, width, patch, margin, channels
-        self.num_positions = (height // patch) * (width // patch)  # T
+        self.height, self.width, self.channels = height, width, channels
+        self.num_positions = height * width // self.SEGMENT  # T
         self.register_buffer("embedding", torch.zeros(num_embeddings, embedding_dim))
         self.register_buffer("brightness", torch.zeros(num_embeddings))  # of what a code stands for
-        self.register_buffer("patterns", torch.zeros(num_embeddings, 4))  # of an outline: 2 x 2 brightnesses
+        self.first = CausalConv2d(embedding_dim, channels, 7, itself=False)
+        self.near = nn.ModuleList(CausalConv2d(channels, channels, 3, itself=True) for _ in range(num_layers))
+        self.mix = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(num_layers))
         if before:
-            self.context = nn.Conv2d(before[1], channels, kernel_size=5, padding=2)
-        self.narrow = nn.Linear(embedding_dim, code_channels, bias=False)
-        # A window for the transformer's input, and one for each code of the patch.
-        windows, side = 1 + patch**2, patch + 2 * margin
-        self.window = nn.Conv2d(code_channels, windows * channels, side, stride=patch, padding=margin)
-        self.register_buffer("known", self._known(windows, side), persistent=False)
-        self.rows = nn.Parameter(torch.randn(height // patch, 1, channels) * 0.02)
-        self.columns = nn.Parameter(torch.randn(width // patch, channels) * 0.02)
-        self.spread = nn.Linear(channels, patch**2 * channels)
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.GELU(),
-                nn.Linear(2 * channels, channels), nn.Dropout(dropout),
-            )
-            for _ in range(2)
+            self.context = nn.Sequential(
+                nn.Conv2d(before[1], channels, 3, padding=1), nn.GELU(),
+                nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1),
+            )  # fmt: skip
+        self.rows = nn.Parameter(torch.randn(height, 1, channels) * 0.02)
+        self.columns = nn.Parameter(torch.randn(width // self.SEGMENT, channels) * 0.02)
+        self.spread = nn.Linear(channels, self.SEGMENT * channels)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels),
+            nn.Dropout(dropout),
         )  # fmt: skip
         self.last = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, embedding_dim))
-        self.bias = nn.Parameter(torch.zeros(before[0] if before else 1, patch**2, num_embeddings))
-
-    def _known(self, windows: int, side: int) -> Tensor:
-        """Which codes of its window each may see, (windows, 1, 1, side, side): those that come before."""
-        known = torch.zeros(windows, side, side)
-        patch = slice(self.margin, self.margin + self.patch)
-        known[:, : self.margin] = 1  # the rows above the patch
-        known[:, patch, : self.margin] = 1  # left of it
-        for k in range(1, windows):
-            own = torch.arange(self.patch**2) < k - 1
-            known[k, patch, patch] = own.view(self.patch, self.patch).float()
-        return known[:, None, None]
+        # Frequencies to start from: by the code of the grid before; of a first grid, by where it stands.
+        shape = (before[0], 4) if before else (self.PARTS + 1, height * width)
+        self.bias = nn.Parameter(torch.zeros(*shape, num_embeddings))
 
     @torch.no_grad()
     def take(self, embedding: Tensor, brightness: Tensor) -> None:
@@ -500,90 +508,112 @@ class CodeGrid(nn.Module):
         self.brightness.copy_(brightness)
 
     @torch.no_grad()
-    def count(self, codes: Tensor, before: Tensor | None) -> None:
+    def count(self, codes: Tensor, before: Tensor | None, position: Tensor) -> None:
         """Predict at first how often each code is among these, (N, height, width).
 
-        With the codes of the grid before, (N, height/patch, width/patch): how often it is where each of those stands.
+        With the codes of the grid before, (N, height/2, width/2): where each of those stands, at its place in 2 x 2.
+        Without: at its place and the eight around it, in slices of about that position (N,).
         """
-        before = torch.zeros_like(codes[:, :: self.patch, :: self.patch]) if before is None else before
         overall = torch.bincount(codes.flatten(), minlength=len(self.embedding)) + 0.1
         overall = overall / overall.sum()
-        for k in range(self.patch**2):
-            some = codes[:, k // self.patch :: self.patch, k % self.patch :: self.patch]
-            pairs = (before * len(self.embedding) + some).flatten()
-            counts = torch.bincount(pairs, minlength=self.bias[:, k].numel()).view_as(self.bias[:, k])
-            # Where little was counted, the overall frequencies.
-            self.bias[:, k] = ((counts + 20 * overall) / (counts.sum(1, keepdim=True) + 20)).log()
+        if before is None:
+            ones = F.one_hot(codes, len(overall)).movedim(-1, 1).float()  # (N, K, height, width)
+            near = 9 * F.avg_pool2d(ones, 3, stride=1, padding=1).flatten(2).mT  # (N, height width, K)
+            for part in range(self.PARTS + 1):
+                counts = near[self.part(position) == part].sum(0) if part < self.PARTS else near.sum(0)
+                self.bias[part] = self._log_frequencies(counts, overall)
+        else:
+            for k in range(4):
+                pairs = (before * len(overall) + codes[:, k // 2 :: 2, k % 2 :: 2]).flatten()
+                counts = torch.bincount(pairs, minlength=self.bias[:, k].numel()).view_as(self.bias[:, k])
+                self.bias[:, k] = self._log_frequencies(counts, overall)
         nn.init.zeros_(self.last[1].weight)
         nn.init.zeros_(self.last[1].bias)
+
+    @staticmethod
+    def _log_frequencies(counts: Tensor, overall: Tensor) -> Tensor:
+        """Of counts (..., K); where there are few, the overall frequencies (K,) take their place."""
+        return ((counts + 20 * overall) / (counts.sum(-1, keepdim=True) + 20)).log()
+
+    def part(self, position: Tensor) -> Tensor:
+        """In which part of its volume a slice lies: (B,) -> (B,) int64, PARTS where that is unknown."""
+        part = (position.nan_to_num(0.0) * self.PARTS).long().clamp(0, self.PARTS - 1)
+        return part.masked_fill(position.isnan(), self.PARTS)
 
     @property
     def places(self) -> Tensor:
         """Rows and columns of the positions, (T, C)."""
         return (self.rows + self.columns).flatten(0, 1)
 
-    def weight(self) -> Tensor:
-        """The windows' weights, zero at codes that are not known yet: ((1 + patch^2) C, E, side, side)."""
-        return (self.window.weight.unflatten(0, (-1, self.channels)) * self.known).flatten(0, 1)
+    def features(self, codes: Tensor, seen: Tensor) -> Tensor:
+        """(B, C, height, width): what came nearby before each of the codes (B, height, width), and what is `seen`."""
+        x = self.first(self.embedding[codes].movedim(-1, 1)) + seen
+        for near, mix in zip(self.near, self.mix, strict=True):
+            x = x + mix(F.gelu(near(F.gelu(x))))
+        return x
 
-    def windows(self, codes: Tensor) -> Tensor:
-        """(B, height, width) int64 -> (B, T, 1 + patch^2, C): for the transformer, and for each code of the patch."""
-        vectors = self.narrow(self.embedding[codes]).movedim(-1, 1)  # (B, E, height, width)
-        windows = F.conv2d(vectors, self.weight(), self.window.bias, stride=self.patch, padding=self.margin)
-        return windows.flatten(2).mT.unflatten(-1, (-1, self.channels))
+    def to_positions(self, features: Tensor) -> Tensor:
+        """Of each segment's first code: (B, C, height, width) -> (B, T, C)."""
+        return features[..., :: self.SEGMENT].flatten(2).mT
 
-    def logits(self, told: Tensor, windows: Tensor, before: Tensor | None) -> Tensor:
-        """The transformer's output (B, T, C), and each code's window (B, T, patch^2, C) -> (B, height, width, K).
+    def logits(self, features: Tensor, told: Tensor, bias: Tensor) -> Tensor:
+        """features: (B, C, height, width); told: the transformer's output, (B, T, C) -> (B, height, width, K)."""
+        told = self.spread(told).view(-1, self.height, self.width, self.channels)
+        return self.likeness(features.movedim(1, -1) + told, bias)
 
-        before: (B, height/patch, width/patch), the codes of the grid before.
+    def start(self, before: Tensor | None, position: Tensor, view: Tensor) -> Tensor:
+        """The logits that each code starts from, (B, height, width, K), as `count` made them, or training since.
+
+        before: (B, height/2, width/2), the codes of the grid before. position, view: (B,), of a first grid.
         """
-        told = self.spread(told).unflatten(-1, (-1, self.channels))  # (B, T, patch^2, C)
-        bias = self.bias[0] if before is None else self.bias[before.flatten(1)]  # (B, T, patch^2, K)
-        logits = self.likeness(told + windows, bias)
-        grid = (self.height // self.patch, self.width // self.patch, self.patch, self.patch)
-        return logits.view(len(told), *grid, -1).transpose(2, 3).reshape(len(told), self.height, self.width, -1)
+        if before is not None:
+            table = self.bias[before]  # (B, height/2, width/2, 4, K)
+            return table.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        table = self.bias[self.part(position)].unflatten(1, (self.height, self.width))
+        for bit, axis in ((1, 1), (2, 2)):  # a mirrored slice has its places mirrored
+            table = torch.where((view & bit > 0).view(-1, 1, 1, 1), table.flip(axis), table)
+        return table
 
     def likeness(self, x: Tensor, bias: Tensor) -> Tensor:
         """(..., C), what is told of a code -> logits (..., K) float32, by likeness to each embedding."""
-        for layer in self.layers:
-            x = x + layer(x)
+        x = x + self.perceptron(x)
         return (self.last(x) @ self.embedding.T).float() + bias
 
 
 class CodePrior(nn.Module):
     """How likely a slice's codes are, each given those before it: a causal transformer over grids, coarse to fine.
 
-    Before the codes come outlines: a grid of a quarter as many, in which each code stands for 2 x 2 of the next grid,
-    by how bright those are, and one of a quarter of that. They follow from the codes, and are counted with them:
-    -ln p(outlines) - ln p(codes | outlines), never less than -ln p(codes). What lies where is so decided in few steps
-    (128 and 512), and each grid is drawn with the whole of the one before in sight, as in arXiv 1906.00446.
+    Before the codes come outlines: a grid of a quarter as many, each the mean brightness of 2 x 2 of the next grid, and
+    before that one of a quarter of those. They follow from the codes, and are counted with them: -ln p(outlines) -
+    ln p(codes | outlines) is never less than -ln p(codes). What lies where is so decided in few steps, and each grid is
+    drawn with the one before in sight, on all sides of a code, as in arXiv 1906.00446.
 
     num_embeddings, embedding_dim, height, width: of the codebook and the code grid. num_grids: 3 with two outlines, 1
-    with none; height and width divisible by 4, or by 2 with fewer. num_outlines: how many codes an outline has.
+    with none; height and width divisible by 2 to that power. num_outlines: how many levels of brightness they tell.
     channels, num_layers, num_heads, dropout: of the transformer.
     """
 
-    PATCH = 2
     VIEWS = 4  # as it is, mirrored left-right, up-down, both
     FREQUENCIES = 4  # sines of where a slice lies
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, height: int, width: int, channels: int = 128,
-        num_layers: int = 4, num_heads: int = 4, dropout: float = 0.0, num_grids: int = 2, num_outlines: int = 64,
+        num_layers: int = 4, num_heads: int = 4, dropout: float = 0.0, num_grids: int = 2, num_outlines: int = 32,
     ):  # fmt: skip
         self.arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if channels % num_heads:
             raise ValueError(f"channels is {channels}; expected a multiple of num_heads {num_heads}")
-        self.block = self.PATCH**num_grids  # codes a side of what stands below the first patch of the first grid
-        if height % self.block or width % self.block:
-            raise ValueError(f"the code grid is {height} x {width}; expected sides divisible by {self.block}")
+        self.block = 2**num_grids  # codes a side of what 2 x 2 of the first grid stand for
+        if height % self.block or width % (2 * self.block):
+            expected = f"{self.block} and {2 * self.block}"
+            raise ValueError(f"the code grid is {height} x {width}; expected sides divisible by {expected}")
         self.height, self.width, self.channels, self.num_heads = height, width, channels, num_heads
         self.grids = nn.ModuleList()  # coarse to fine
         for n in reversed(range(num_grids)):
-            book = (num_outlines, embedding_dim + 4) if n else (num_embeddings, embedding_dim)
+            book = (num_outlines, embedding_dim + 1) if n else (num_embeddings, embedding_dim)
             before = tuple(self.grids[-1].embedding.shape) if self.grids else None
-            self.grids.append(CodeGrid(*book, height // 2**n, width // 2**n, self.PATCH, before, channels, dropout))
+            self.grids.append(CodeGrid(*book, height // 2**n, width // 2**n, before, channels, dropout))
         self.views = nn.Parameter(torch.randn(self.VIEWS, channels) * 0.02)
         self.places = nn.Sequential(
             nn.Linear(2 + 2 * self.FREQUENCIES, channels), nn.GELU(), nn.Linear(channels, channels)
@@ -594,32 +624,32 @@ class CodePrior(nn.Module):
 
     @torch.no_grad()
     def initialize(
-        self, embedding: Tensor, brightness: Tensor, codes: Tensor, generator: torch.Generator | None = None
-    ) -> None:
+        self, embedding: Tensor, brightness: Tensor, codes: Tensor, position: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
         """Take over a codebook, (K, D), and find outlines of training codes (N, h, w), by k-means.
 
-        brightness: (K,), the mean of what each code stands for.
+        brightness: (K,), the mean of what each code stands for. position: (N,), as for `forward`.
         """
         self.grids[-1].take(embedding, brightness)
         for coarse, fine in reversed(list(itertools.pairwise(self.grids))):
-            patterns = self._patches(fine, codes)  # (N, h/2, w/2, 4)
-            table = VectorQuantizer(*coarse.patterns.shape)
-            table.initialize(patterns.flatten(0, 2), generator=generator)
-            coarse.patterns.copy_(table.embedding.weight)
-            outline = self._nearest(coarse, patterns)
-            # As its embedding, the mean of those that it stands for, and how bright each of the four is.
-            sums = torch.zeros(len(coarse.embedding), embedding.shape[1])
+            levels = VectorQuantizer(len(coarse.brightness), 1)
+            levels.initialize(self._means(fine, codes).flatten()[:, None], generator=generator)
+            coarse.brightness.copy_(levels.embedding.weight[:, 0].sort().values)
+            outline = self._nearest(coarse, self._means(fine, codes))
+            # As its embedding, the mean of those that it stands for, and how bright it is.
+            sums = torch.zeros(len(coarse.brightness), embedding.shape[1])
             counts = torch.full_like(coarse.brightness, 1e-6)
             for some, which in zip(codes.split(64), outline.split(64), strict=True):
                 vectors = fine.embedding[some][..., : embedding.shape[1]].movedim(-1, 1)
                 means = F.avg_pool2d(vectors, 2).movedim(1, -1).flatten(0, 2)
                 sums.index_add_(0, which.flatten(), means)
                 counts.index_add_(0, which.flatten(), torch.ones(which.numel()))
-            parts = [part - part.mean(0) for part in (sums / counts[:, None], coarse.patterns)]
-            coarse.take(torch.cat([part / part.std() for part in parts], 1), coarse.patterns.mean(1))
-            fine.count(codes, outline)
+            parts = [part - part.mean(0) for part in (sums / counts[:, None], coarse.brightness[:, None])]
+            coarse.take(torch.cat([part / part.std() for part in parts], 1), coarse.brightness.clone())
+            fine.count(codes, outline, position)
             codes = outline
-        self.grids[0].count(codes, None)
+        self.grids[0].count(codes, None, position)
 
     def is_of(self, embedding: Tensor) -> bool:
         """Whether it was trained on the codes of this codebook, (K, D)."""
@@ -629,21 +659,21 @@ class CodePrior(nn.Module):
         )
 
     @staticmethod
-    def _patches(grid: CodeGrid, codes: Tensor) -> Tensor:
-        """How bright the codes of each patch are: (B, h, w) -> (B, h/2, w/2, 4)."""
-        return F.pixel_unshuffle(grid.brightness[codes][:, None], 2).movedim(1, -1)
+    def _means(grid: CodeGrid, codes: Tensor) -> Tensor:
+        """How bright each 2 x 2 codes are: (B, h, w) -> (B, h/2, w/2)."""
+        return F.avg_pool2d(grid.brightness[codes], 2)
 
     @staticmethod
-    def _nearest(grid: CodeGrid, patterns: Tensor) -> Tensor:
-        """(B, h, w, 4) -> the outline codes of the likest patterns, (B, h, w)."""
-        found = [torch.cdist(some.flatten(0, 2), grid.patterns).argmin(1) for some in patterns.split(64)]
-        return torch.cat(found).view(patterns.shape[:-1])
+    def _nearest(outline: CodeGrid, means: Tensor) -> Tensor:
+        """The outline's codes that are as bright, int64, of a shape with the means: codes lie in order."""
+        borders = (outline.brightness[1:] + outline.brightness[:-1]) / 2
+        return torch.bucketize(means, borders)
 
     def pyramid(self, codes: Tensor) -> list[Tensor]:
         """The codes (B, h, w) and their outlines, coarse to fine: (B, h/4, w/4), (B, h/2, w/2), (B, h, w)."""
         found = [codes]
         for coarse, fine in reversed(list(itertools.pairwise(self.grids))):
-            found.insert(0, self._nearest(coarse, self._patches(fine, found[0])))
+            found.insert(0, self._nearest(coarse, self._means(fine, found[0])))
         return found
 
     def forward(self, pyramid: list[Tensor], position: Tensor, view: Tensor) -> list[Tensor]:
@@ -651,22 +681,22 @@ class CodePrior(nn.Module):
 
         position: (B,), where each slice lies in its volume, 0 to 1; NaN: unknown. view: (B,) int64, which of VIEWS.
         """
-        condition = self.condition(position, view)[:, None]
-        windows = [grid.windows(codes) for grid, codes in zip(self.grids, pyramid, strict=True)]
-        x = [seen[:, :, 0] + grid.places for grid, seen in zip(self.grids, windows, strict=True)]
-        for n in range(1, len(x)):
-            x[n] = x[n] + self.in_sight(n, pyramid[n - 1])
-        x = self.dropout(torch.cat(x, 1) + condition)  # (B, T, C), T: the positions of all grids
+        before = [None, *pyramid[:-1]]
+        seen = [self.in_sight(n, codes) for n, codes in enumerate(before)]
+        features = [grid.features(*pair) for grid, *pair in zip(self.grids, pyramid, seen, strict=True)]
+        x = [grid.to_positions(found) + grid.places for grid, found in zip(self.grids, features, strict=True)]
+        x = self.dropout(torch.cat(x, 1) + self.condition(position, view)[:, None])  # (B, T of all grids, C)
         for block in self.blocks:
             x = block(x)
         told = self.norm(x).split([grid.num_positions for grid in self.grids], 1)
-        before = [None, *pyramid[:-1]]
-        return [grid.logits(x, w[:, :, 1:], b) for grid, x, w, b in zip(self.grids, told, windows, before, strict=True)]
+        bias = [grid.start(codes, position, view) for grid, codes in zip(self.grids, before, strict=True)]
+        return [grid.logits(*some) for grid, *some in zip(self.grids, features, told, bias, strict=True)]
 
-    def in_sight(self, number: int, before: Tensor) -> Tensor:
-        """What each patch of a grid sees of the whole grid before it, (B, h, w) -> (B, T, C)."""
-        vectors = self.grids[number - 1].embedding[before].movedim(-1, 1)
-        return self.grids[number].context(vectors).flatten(2).mT
+    def in_sight(self, number: int, before: Tensor | None) -> Tensor:
+        """What each code of a grid sees of the whole grid before it: (B, h, w) -> (B, C, 2 h, 2 w); 0 for the first."""
+        if before is None:
+            return self.views.new_zeros(1, 1, 1, 1)
+        return self.grids[number].context(self.grids[number - 1].embedding[before].movedim(-1, 1))
 
     def condition(self, position: Tensor, view: Tensor) -> Tensor:
         """(B,) and (B,) -> (B, C)."""
@@ -688,40 +718,37 @@ class CodePrior(nn.Module):
         size = (len(position), self.num_heads, total, self.channels // self.num_heads)
         caches = [tuple(torch.zeros(size, device=position.device) for _ in range(2)) for _ in self.blocks]
         steps, pyramid = iter(progress(range(total))), []
-        for n, grid in enumerate(self.grids):
-            told = condition.expand(-1, grid.num_positions, -1)
-            told = told + self.in_sight(n, pyramid[-1]) if n else told
-            pyramid.append(self._walk_grid(n, told, pyramid[-1] if n else None, caches, steps, choose))
+        for n in range(len(self.grids)):
+            before = pyramid[-1] if n else None
+            bias = self.grids[n].start(before, position, view)
+            pyramid.append(self._walk_grid(n, self.in_sight(n, before), bias, condition, caches, steps, choose))
         next(steps, None)  # a progress bar closes at its end
         return pyramid[-1]
 
-    def _walk_grid(self, number: int, told: Tensor, before: Tensor | None, caches: list, steps, choose) -> Tensor:
-        """The codes of one grid, (B, height, width), after those of the grid before.
-
-        told: (B, T, C), what each position is told beside its window.
-        """
-        grid = self.grids[number]
-        count, patch, side = len(told), grid.patch, grid.window.kernel_size[0]
-        codes = torch.zeros(count, grid.height, grid.width, dtype=torch.long, device=told.device)
-        table, weight = grid.narrow(grid.embedding), grid.weight().flatten(1)  # (K, E); ((1 + patch^2) C, E side side)
-        own, *each = zip(weight.split(self.channels), grid.window.bias.split(self.channels), strict=True)
-        padded = (grid.height + 2 * grid.margin, grid.width + 2 * grid.margin)
-        vectors = torch.zeros(count, table.shape[1], *padded, device=told.device)
-        for t, place in enumerate(grid.places):
-            top, left = (patch * i for i in divmod(t, grid.width // patch))
-            window = vectors[:, :, top : top + side, left : left + side]  # a view: it follows what is chosen
-            x = (F.linear(window.flatten(1), *own) + place + told[:, t])[:, None]  # (B, 1, C)
-            step = next(steps)
-            for block, cache in zip(self.blocks, caches, strict=True):
-                x = block(x, cache, step)
-            spread = grid.spread(self.norm(x)).view(count, -1, self.channels)  # (B, patch^2, C)
-            bias = grid.bias[before.flatten(1)[:, t] if number else [0]]  # (B or 1, patch^2, K)
-            for k, linear in enumerate(each):
-                row, column = top + k // patch, left + k % patch
-                logits = grid.likeness(spread[:, k] + F.linear(window.flatten(1), *linear), bias[:, k])
-                chosen = choose(number, logits, row, column)
-                codes[:, row, column] = chosen
-                vectors[:, :, row + grid.margin, column + grid.margin] = table[chosen]
+    def _walk_grid(
+        self, number: int, seen: Tensor, bias: Tensor, condition: Tensor, caches: list, steps, choose
+    ) -> Tensor:
+        """The codes of one grid, (B, height, width); the rest is as in `forward`."""
+        grid, count, device = self.grids[number], len(condition), condition.device
+        codes = torch.zeros(count, grid.height, grid.width, dtype=torch.long, device=device)
+        seen = seen.expand(count, grid.channels, grid.height, grid.width)
+        # What each convolution reads, padded as it needs: embeddings, then what the one before it has found.
+        vectors = torch.zeros(count, grid.embedding.shape[1], grid.height + 3, grid.width + 6, device=device)
+        found = [torch.zeros(count, grid.channels, grid.height + 1, grid.width + 2, device=device) for _ in grid.near]
+        for row, column in itertools.product(range(grid.height), range(grid.width)):
+            x = grid.first.at(vectors, row, column) + seen[:, :, row, column]  # (B, C)
+            for near, mix, padded in zip(grid.near, grid.mix, found, strict=True):
+                padded[:, :, row + 1, column + 1] = F.gelu(x)
+                x = x + F.linear(F.gelu(near.at(padded, row, column)), mix.weight.flatten(1), mix.bias)
+            segment, k = divmod(column, grid.SEGMENT)
+            if k == 0:
+                told, step = x[:, None] + grid.rows[row] + grid.columns[segment] + condition, next(steps)
+                for block, cache in zip(self.blocks, caches, strict=True):
+                    told = block(told, cache, step)
+                told = grid.spread(self.norm(told)).view(count, grid.SEGMENT, grid.channels)
+            chosen = choose(number, grid.likeness(x + told[:, k], bias[:, row, column]), row, column)
+            codes[:, row, column] = chosen
+            vectors[:, :, row + 3, column + 3] = grid.embedding[chosen]
         return codes
 
     def sample(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,14 +36,14 @@ from utils import UserError, process_count
 SOME, SHARE = (1, 1e9), (0, 0.99)
 FLAGS = {
     # flag           default  allowed  help
-    "epochs":        (20,     SOME,    "passes over the training split"),
+    "epochs":        (30,     SOME,    "passes over the training split"),
     "batch_size":    (2,      SOME,    "slices a step"),
     "learning_rate": (2e-3,   (0, 1),  "AdamW's, at its peak: a linear warm-up, then a cosine down to 0"),
     "weight_decay":  (0.05,   (0, 10), "AdamW's, of all matrices"),
     "dropout":       (0.0,    SHARE,   "share of activations dropped in training"),
     "mirrored":      (0.5,    (0, 1),  "share of training slices that are mirrored, which the prior is told"),
-    "num_grids":     (2,       (1, 3), "3: two outlines before the codes; 1: none, which takes the fewest bits"),
-    "num_outlines":  (64,      SOME,   "codes of an outline"),
+    "num_grids":     (2,       (1, 3), "2: an outline before the codes; 3: one before that; 1: none, fewest bits"),
+    "num_outlines":  (32,      (2, 1e9), "levels of brightness that outlines tell"),
     "channels":      (128,    SOME,    "width of the transformer; 512 for a GPU and thousands of slices"),
     "num_layers":    (4,      SOME,    "its layers; for a GPU 12"),
     "num_heads":     (4,      SOME,    "its attention heads; for a GPU 8"),
@@ -126,7 +127,7 @@ def encode(model: VQVAE, slices: dataset.Slices, mirrors: Sequence[tuple]) -> Co
     codes, sums = [], torch.zeros(2, model.vector_quantization.num_embeddings, device=device)
     for images in tqdm(slices.batches(groups, device), f"encoding {slices.split}", len(groups), unit=" batches"):
         views = torch.stack([model.encode(images.flip(axes)) for axes in mirrors], 1)  # (B, V, h, w)
-        bright = torch.asinh(4 * F.avg_pool2d(images, model.stride)[:, 0])  # (B, h, w)
+        bright = torch.asinh(F.avg_pool2d(images, model.stride)[:, 0])  # (B, h, w)
         for total, values in zip(sums, (bright, torch.ones_like(bright)), strict=True):
             total.index_add_(0, views[:, 0].flatten(), values.flatten())
         codes.append(views.int().cpu())
@@ -162,14 +163,13 @@ class Run(loop.Run):
         quantizer = vqvae.vector_quantization
         shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train.codes.shape[-2:])
         try:
-            model = CodePrior(
-                *shape, *(args[key] for key in ("channels", "num_layers", "num_heads", "dropout", "num_grids"))
-            )
+            known = inspect.signature(CodePrior).parameters
+            model = CodePrior(*shape, **{key: args[key] for key in known if key in FLAGS})
         except ValueError as error:
             raise UserError(str(error)) from None
         generator = torch.Generator().manual_seed(args["seed"])
-        codes = train.codes.flatten(0, 1).long()
-        model.initialize(quantizer.embedding.weight.detach().cpu(), train.brightness, codes, generator)
+        embedding, codes = quantizer.embedding.weight.detach().cpu(), train.codes[:, 0].long()
+        model.initialize(embedding, train.brightness, codes, train.positions, generator)
         blocks = [2**n for n in reversed(range(1, args["num_grids"]))]  # coarse to fine, as the model's grids
         self.LOSSES = (*(f"train_outline_{block}" for block in blocks), "train_codes")
         self.SHOWN = len(self.LOSSES)

@@ -33,7 +33,10 @@ def run(tmp_path, write_slices, monkeypatch) -> Path:
     vqvae = VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16)
     prior = CodePrior(16, 4, 64, 32, channels=8, num_layers=1, num_heads=2, num_outlines=8)
     prior.initialize(
-        vqvae.vector_quantization.embedding.weight.detach(), torch.randn(16), torch.randint(16, (8, 64, 32))
+        vqvae.vector_quantization.embedding.weight.detach(),
+        torch.randn(16),
+        torch.randint(16, (8, 64, 32)),
+        torch.rand(8),
     )
     folder = tmp_path / "runs" / "a"
     save(folder / "best.pt", vqvae)

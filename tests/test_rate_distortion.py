@@ -147,7 +147,7 @@ def run(tmp_path) -> Path:
 def test_the_command_measures_runs_and_codecs(tmp_path, run, write_slices, write_nifti, capsys):
     prior = CodePrior(16, 4, 64, 32, channels=8, num_layers=1, num_heads=2, num_outlines=8)
     table = VQVAE.from_checkpoint(run / "best.pt").vector_quantization.embedding.weight
-    prior.initialize(table.detach(), torch.randn(16), torch.randint(16, (8, 64, 32)))
+    prior.initialize(table.detach(), torch.randn(16), torch.randint(16, (8, 64, 32)), torch.rand(8))
     checkpoint = {"format": CHECKPOINT_FORMAT, "model_args": prior.arguments, "model": prior.state_dict()}
     (run / "prior").mkdir()
     utils.save_checkpoint(run / "prior" / "best.pt", checkpoint)
@@ -222,12 +222,12 @@ def test_a_run_without_a_prior_is_counted_at_fixed_length(tmp_path, run, write_s
 
 
 def test_codes_that_do_not_come_back_are_no_figure(run, monkeypatch):
-    prior = CodePrior(16, 4, 8, 8, channels=8, num_layers=1, num_heads=2, num_outlines=8).eval()
-    codes = torch.randint(16, (2, 8, 8))
-    prior.initialize(torch.randn(16, 4), torch.randn(16), torch.randint(16, (8, 8, 8)))
+    prior = CodePrior(16, 4, 8, 16, channels=8, num_layers=1, num_heads=2, num_outlines=8).eval()
+    codes = torch.randint(16, (2, 8, 16))
+    prior.initialize(torch.randn(16, 4), torch.randn(16), torch.randint(16, (8, 8, 16)), torch.rand(8))
     assert rate_distortion.coded_bits(prior, codes, run) > 0
     monkeypatch.setattr(rate_distortion.entropy, "decode", lambda prior, streams: codes + 1)
     with pytest.raises(utils.UserError, match="do not come back from their streams"):
         rate_distortion.coded_bits(prior, codes, run)
-    with pytest.raises(utils.UserError, match="is of 8 x 8 codes, the run of other grids"):
+    with pytest.raises(utils.UserError, match="is of 8 x 16 codes, the run of other grids"):
         rate_distortion.coded_bits(prior, codes[:, :4], run)
