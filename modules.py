@@ -424,10 +424,8 @@ class CausalBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0) -> Tensor:
         """With a cache, keys and values (B, heads, T, C/heads), x is position `start` alone, (B, 1, C)."""
-        qkv = self.queries_keys_values(self.norm1(x)).unflatten(
-            -1, (3, self.num_heads, -1)
-        )  # (B, T, 3, heads, C/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        qkv = self.queries_keys_values(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads) each
         if cache is not None:
             for kept, new in zip(cache, (k, v), strict=True):
                 kept[:, :, start : start + 1] = new
@@ -451,11 +449,9 @@ class CausalConv2d(nn.Conv2d):
 
     def at(self, padded: Tensor, row: int, column: int) -> Tensor:
         """The same at one position: (B, C, h + k//2, w + 2 (k//2)), padded above and beside -> (B, out_channels)."""
-        size = self.kernel_size[0]
-        upper = (self.weight * self.mask)[:, :, : size // 2 + 1]
-        return F.linear(
-            padded[:, :, row : row + size // 2 + 1, column : column + size].flatten(1), upper.flatten(1), self.bias
-        )
+        side, rows = self.kernel_size[0], self.kernel_size[0] // 2 + 1
+        window = padded[:, :, row : row + rows, column : column + side]
+        return F.linear(window.flatten(1), (self.weight * self.mask)[:, :, :rows].flatten(1), self.bias)
 
 
 class CodeGrid(nn.Module):
@@ -466,7 +462,8 @@ class CodeGrid(nn.Module):
     came before anywhere. Codes are known by their embeddings, on both sides: like codes are alike from the start.
 
     num_embeddings, embedding_dim, height, width: of the codebook and the grid. before: the shape of the codebook of the
-    grid before, which is seen whole, and each of whose codes stands for 2 x 2 of this one's; None where there is none.
+    grid before, each of whose codes stands for 2 x 2 of this one's; None where there is none. by_place: whether what is
+    likely at each place is counted, in each of PARTS parts of a volume.
     """
 
     SEGMENT = 4
@@ -474,7 +471,7 @@ class CodeGrid(nn.Module):
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, height: int, width: int, before: tuple[int, int] | None,
-        channels: int, dropout: float, num_layers: int = 3,
+        by_place: bool, channels: int, dropout: float, num_layers: int = 3,
     ):  # fmt: skip
         super().__init__()
         self.height, self.width, self.channels = height, width, channels
@@ -497,9 +494,9 @@ class CodeGrid(nn.Module):
             nn.Dropout(dropout),
         )  # fmt: skip
         self.last = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, embedding_dim))
-        # Frequencies to start from: by the code of the grid before; of a first grid, by where it stands.
-        shape = (before[0], 4) if before else (self.PARTS + 1, height * width)
-        self.bias = nn.Parameter(torch.zeros(*shape, num_embeddings))
+        # Logits to start from: by place, or by the code of the grid before (or one for all) and the place in 2 x 2.
+        shape = (self.PARTS + 1, height * width) if by_place else (before[0] if before else 1, 4)
+        self.by_place, self.bias = by_place, nn.Parameter(torch.zeros(*shape, num_embeddings))
 
     @torch.no_grad()
     def take(self, embedding: Tensor, brightness: Tensor) -> None:
@@ -511,29 +508,27 @@ class CodeGrid(nn.Module):
     def count(self, codes: Tensor, before: Tensor | None, position: Tensor) -> None:
         """Predict at first how often each code is among these, (N, height, width).
 
-        With the codes of the grid before, (N, height/2, width/2): where each of those stands, at its place in 2 x 2.
-        Without: at its place and the eight around it, in slices of about that position (N,).
+        By place: there and at the eight places around, in slices whose position (N,) is in that part of the volume.
+        Else at its place in 2 x 2, and where each code of the grid before, (N, height/2, width/2), stands.
         """
         overall = torch.bincount(codes.flatten(), minlength=len(self.embedding)) + 0.1
         overall = overall / overall.sum()
-        if before is None:
-            ones = F.one_hot(codes, len(overall)).movedim(-1, 1).float()  # (N, K, height, width)
-            near = 9 * F.avg_pool2d(ones, 3, stride=1, padding=1).flatten(2).mT  # (N, height width, K)
-            for part in range(self.PARTS + 1):
-                counts = near[self.part(position) == part].sum(0) if part < self.PARTS else near.sum(0)
-                self.bias[part] = self._log_frequencies(counts, overall)
+        counts = torch.zeros_like(self.bias)
+        if self.by_place:
+            for some, part in zip(codes.split(64), self.part(position).split(64), strict=True):
+                ones = F.one_hot(some, len(overall)).movedim(-1, 1).float()  # (B, K, height, width)
+                near = 9 * F.avg_pool2d(ones, 3, stride=1, padding=1).flatten(2).mT  # (B, height width, K)
+                counts.index_add_(0, part, near)
+            counts[-1] = counts.sum(0)
         else:
+            before = torch.zeros_like(codes[:, ::2, ::2]) if before is None else before
             for k in range(4):
                 pairs = (before * len(overall) + codes[:, k // 2 :: 2, k % 2 :: 2]).flatten()
-                counts = torch.bincount(pairs, minlength=self.bias[:, k].numel()).view_as(self.bias[:, k])
-                self.bias[:, k] = self._log_frequencies(counts, overall)
+                counts[:, k] = torch.bincount(pairs, minlength=counts[:, k].numel()).view_as(counts[:, k])
+        # Where little was counted, the overall frequencies.
+        self.bias.copy_(((counts + 20 * overall) / (counts.sum(-1, keepdim=True) + 20)).log())
         nn.init.zeros_(self.last[1].weight)
         nn.init.zeros_(self.last[1].bias)
-
-    @staticmethod
-    def _log_frequencies(counts: Tensor, overall: Tensor) -> Tensor:
-        """Of counts (..., K); where there are few, the overall frequencies (K,) take their place."""
-        return ((counts + 20 * overall) / (counts.sum(-1, keepdim=True) + 20)).log()
 
     def part(self, position: Tensor) -> Tensor:
         """In which part of its volume a slice lies: (B,) -> (B,) int64, PARTS where that is unknown."""
@@ -564,15 +559,17 @@ class CodeGrid(nn.Module):
     def start(self, before: Tensor | None, position: Tensor, view: Tensor) -> Tensor:
         """The logits that each code starts from, (B, height, width, K), as `count` made them, or training since.
 
-        before: (B, height/2, width/2), the codes of the grid before. position, view: (B,), of a first grid.
+        before: (B, height/2, width/2), the codes of the grid before. position, view: (B,), as for CodePrior.
         """
-        if before is not None:
-            table = self.bias[before]  # (B, height/2, width/2, 4, K)
-            return table.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        table = self.bias[self.part(position)].unflatten(1, (self.height, self.width))
-        for bit, axis in ((1, 1), (2, 2)):  # a mirrored slice has its places mirrored
-            table = torch.where((view & bit > 0).view(-1, 1, 1, 1), table.flip(axis), table)
-        return table
+        if self.by_place:
+            table = self.bias[self.part(position)].unflatten(1, (self.height, self.width))
+            for bit, axis in ((1, 1), (2, 2)):  # a mirrored slice has its places mirrored
+                table = torch.where((view & bit > 0).view(-1, 1, 1, 1), table.flip(axis), table)
+            return table
+        if before is None:
+            before = view.new_zeros(len(view), self.height // 2, self.width // 2)
+        table = self.bias[before]  # (B, height/2, width/2, 4, K)
+        return table.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def likeness(self, x: Tensor, bias: Tensor) -> Tensor:
         """(..., C), what is told of a code -> logits (..., K) float32, by likeness to each embedding."""
@@ -613,7 +610,8 @@ class CodePrior(nn.Module):
         for n in reversed(range(num_grids)):
             book = (num_outlines, embedding_dim + 1) if n else (num_embeddings, embedding_dim)
             before = tuple(self.grids[-1].embedding.shape) if self.grids else None
-            self.grids.append(CodeGrid(*book, height // 2**n, width // 2**n, before, channels, dropout))
+            by_place = num_grids > 1 and not self.grids
+            self.grids.append(CodeGrid(*book, height // 2**n, width // 2**n, before, by_place, channels, dropout))
         self.views = nn.Parameter(torch.randn(self.VIEWS, channels) * 0.02)
         self.places = nn.Sequential(
             nn.Linear(2 + 2 * self.FREQUENCIES, channels), nn.GELU(), nn.Linear(channels, channels)

@@ -58,7 +58,7 @@ def test_features_rank_as_eyes_do(slices, reconstruct):
     found = {name: kernel_distance(features(images), known) for name, images in found.items()}
     assert found["real"] < found["reconstructed"] < found["blurred"] < found["noise"]
     assert found["real"] < min(found["one patient"], found["copies"])
-    assert abs(kernel_distance(known[::2], known[1::2])) < found["real"]
+    assert kernel_distance(known[::2], known[1::2]) < found["real"]  # of the same patients
 
 
 def test_features_are_the_same_everywhere(slices):
@@ -90,7 +90,7 @@ def test_kernel_distance_is_unbiased_and_equals_its_definition():
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-5)
     values = [kernel_distance(normal(20), normal(20)) for _ in range(300)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(300) and min(values) < 0
-    assert kernel_distance(normal(200), normal(200, 0.5)) > 3 * np.std(values)
+    assert kernel_distance(normal(200), normal(200, 1.0)) > 3 * np.std(values)
 
 
 def test_frechet_distance_of_normal_distributions():

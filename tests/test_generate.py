@@ -199,5 +199,5 @@ def test_mistakes(run, flags, message):
 
 def test_a_prior_of_other_codes_is_refused(run):
     save(run / "best.pt", VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16))
-    with pytest.raises(UserError, match=r"was trained on other codes than runs/a/best\.pt has; train it again"):
+    with pytest.raises(UserError, match=r"was trained on other codes than those of runs/a/best\.pt; train it again"):
         start("")
