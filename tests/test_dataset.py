@@ -905,3 +905,65 @@ def test_reading_ahead_keeps_order_and_bounds():
     next(reader)
     reader.close()
     assert len(read) < 30
+
+
+# ---------------------------------------------------------------- single slices, and where they lie
+
+
+def test_positions_are_between_the_ends_of_each_volume(tmp_path, write_nifti):
+    """By week and case; unknown where a name tells no slice, or is alone."""
+    image = np.arange(256 * 128, dtype=np.int16).reshape(256, 128)
+    names = [f"case_004_week_0_slice_{n}" for n in (0, 5, 20)] + [f"case_004_week_1_slice_{n}" for n in (3, 7)]
+    for name in [*names, "case_005_week_0_slice_4", "scan"]:
+        write_nifti(tmp_path / "data" / "train" / f"{name}.nii.gz", image)
+    slices = dataset.load_split(dataset.find_splits(tmp_path / "data"), "train", progress=False)
+    found = dict(zip((name.stem for name in slices.names), slices.positions.tolist(), strict=True))
+    assert [found[name] for name in names] == [0, 0.25, 1, 0, 1]
+    assert np.isnan(found["case_005_week_0_slice_4"]) and np.isnan(found["scan"])
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (300, 144), (256, 128, 1)])
+def test_a_single_slice_is_read_as_the_data_set_reads_it(tmp_path, write_nifti, shape):
+    image = np.random.default_rng(0).integers(0, 900, shape).astype(np.int16)
+    path = write_nifti(tmp_path / "data" / "train" / "case_004_week_0_slice_0.nii.gz", image)
+    slices = dataset.load_split(dataset.find_splits(tmp_path / "data"), "train", progress=False)
+    torch.testing.assert_close(dataset.read_slice(path), slices[0], rtol=1e-4, atol=1e-4)
+
+
+def test_single_slices_that_cannot_be_read(tmp_path, write_nifti):
+    flat = write_nifti(tmp_path / "flat.nii.gz", np.full((256, 128), 7, np.int16))
+    volume = write_nifti(tmp_path / "volume.nii.gz", np.zeros((20, 20, 20), np.int16))
+    for path, message in ((flat, "is of one value"), (volume, "has shape 20 x 20 x 20"), (tmp_path / "no", "No such")):
+        with pytest.raises(dataset.DataError, match=message):
+            dataset.read_slice(path)
+    with pytest.raises(dataset.DataError, match="No such file"):
+        dataset.slice_affine(tmp_path / "no")
+
+
+def test_an_affine_keeps_voxels_where_they_are(tmp_path, write_nifti):
+    """Resized, cut out of a volume that is stored in another orientation, or cropped: sizes in mm, axes, and centre."""
+    affine = np.array([[1.5, 0, 0, -80], [0, 0, 3.0, 7], [0, 2.0, 0, 11], [0, 0, 0, 1]])  # rows right, columns up
+    path = write_nifti(tmp_path / "slice.nii.gz", np.zeros((128, 64, 1), np.int16), affine)
+    found = dataset.slice_affine(path)
+    np.testing.assert_allclose(found[:3, :3], [[0.75, 0, 0], [0, 0, 3], [0, 1, 0]])
+    np.testing.assert_allclose(found @ [127.5, 63.5, 0, 1], [0, 0, 0, 1], atol=1e-6)
+    wide = write_nifti(tmp_path / "wide.nii.gz", np.zeros((256, 144), np.int16), np.diag([1.5, 2.0, 3.0, 1]))
+    resized, cropped = (np.diag(dataset.slice_affine(wide, fit=fit)) for fit in ("resize", "crop"))
+    np.testing.assert_allclose(resized, [1.5, 2 * 144 / 128, 3, 1])
+    np.testing.assert_allclose(cropped, [1.5, 2, 3, 1])
+    turned = np.array([[0, 0, -1.68, 200], [2.5, 0, 0, -90], [0, 1.56, 0, -100], [0, 0, 0, 1]])  # A, S, L
+    volume = write_nifti(tmp_path / "volume.nii.gz", np.zeros((60, 128, 256), np.int16), turned)
+    found = dataset.slice_affine(volume, "3D")
+    np.testing.assert_allclose(found[:3, :3], [[1.68, 0, 0], [0, 0, 2.5], [0, 1.56, 0]], atol=1e-6)
+
+
+def test_a_slice_that_is_written_reads_back(tmp_path):
+    image = torch.arange(256.0 * 128).view(1, 256, 128) / 10 - 5
+    affine = np.array([[1.68, 0, 0, -214], [0, 0, 1.68, 0], [0, 1.56, 0, -99], [0, 0, 0, 1]])
+    dataset.write_slice(tmp_path / "x.nii.gz", image, affine)
+    nifti = nib.load(tmp_path / "x.nii.gz")
+    np.testing.assert_allclose(nifti.get_fdata()[..., 0], image[0].round())
+    np.testing.assert_allclose(nifti.affine, affine, atol=1e-4)
+    assert nifti.shape == (256, 128, 1) and nifti.header["descrip"] == b""
+    standard = (dataset.read_slice(tmp_path / "x.nii.gz") * image.std(correction=0) + image.mean()).round()
+    torch.testing.assert_close(standard, image.round(), atol=1.0, rtol=0)
