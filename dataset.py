@@ -459,7 +459,7 @@ def slice_affine(path: str | Path, form: str = "2D", fit: str = "resize") -> np.
 
 
 def read_slice(path: str | Path, fit: str = "resize") -> torch.Tensor:
-    """One 2D NIfTI file as `Slices` would give it: (1, 256, 128) float32, z-scored. Raises DataError."""
+    """One 2D NIfTI file, fitted and z-scored as `Slices` does: (1, 256, 128) float32. Raises DataError."""
     slices, reason = _decode(Path(path), _Preprocessing("2D", fit, 1))
     if reason:
         raise DataError(f"{path} {reason}; give a 2D NIfTI slice.")
@@ -470,9 +470,8 @@ def read_slice(path: str | Path, fit: str = "resize") -> torch.Tensor:
 
 
 def write_slice(path: Path, image: torch.Tensor, affine: np.ndarray) -> None:
-    """A slice (1, 256, 128) in the scanner's intensities as a NIfTI file of int16, (256, 128, 1), lengths in mm."""
-    pixels = image[0].round().clamp(-32768, 32767).to(torch.int16).cpu().numpy()[..., None]
-    nifti = nib.Nifti1Image(pixels, affine)
+    """A slice (1, 256, 128) in the scanner's intensities as a NIfTI file of float32, (256, 128, 1), lengths in mm."""
+    nifti = nib.Nifti1Image(image[0].float().cpu().numpy()[..., None], affine)
     nifti.header.set_xyzt_units("mm")
     nib.save(nifti, path)
 
@@ -628,7 +627,7 @@ class Slices(torch.utils.data.Dataset):
 
     names: N SliceName. mean, std: (N,) float32 in the scanner's intensities, std not below 5 % of the split's
     median. constant: (N,) bool, slices of one single value; they come out as zeros. notes: lines to print.
-    example: arguments of `slice_affine` for the first one's file.
+    example: arguments of `slice_affine` for the first one's file; `fit`, the last of them.
     """
 
     def __init__(
@@ -636,6 +635,7 @@ class Slices(torch.utils.data.Dataset):
         example: tuple[Path, str, str],
     ):  # fmt: skip
         self.split, self.names, self.notes, self._example = split, names, notes, example
+        self.fit = example[2]
         self._pixels, self._rows = pixels, records["row"]
         self._placed: tuple[torch.Tensor, ...] | None = None  # pixels, gain and bias in a GPU's memory
         varied = ~records["constant"]

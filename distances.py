@@ -26,8 +26,8 @@ class Features(nn.Module):
     """Texture and layout of a slice, by fixed random filters: images (B, 1, H, W) -> (B, F) float32.
 
     At four scales, each half the one before: 32 zero-mean 5 x 5 filters drawn from seed 0, rectified; 32 filters of
-    3 x 3 over those, rectified; the mean of each in the cells of a 4 x 2 grid; and the slice itself on an 8 x 4 grid.
-    Their logarithms, since texture differs by factors. It is a scattering network (Bruna and Mallat, arXiv 1203.1513)
+    3 x 3 over those, rectified; the mean of each in the cells of a 4 x 2 grid, and its logarithm, since texture differs
+    by factors; and the slice itself on an 8 x 4 grid. It is a scattering network (Bruna and Mallat, arXiv 1203.1513)
     with random filters, as random features are known to tell distributions apart (arXiv 2203.06026) without a network
     trained on photographs. `fit` scales each feature by its mean and deviation over the training slices.
     """
@@ -54,8 +54,8 @@ class Features(nn.Module):
             twice = F.conv2d(F.avg_pool2d(once, 2), self.second).abs()
             found += [F.adaptive_avg_pool2d(x, self.grid).flatten(1) for x in (once, twice)]
             images = F.avg_pool2d(images, 2)
-        found.append(F.adaptive_avg_pool2d(images, (8, 4)).flatten(1).abs())
-        return (torch.cat(found, 1) + 0.05).log()  # 0.05 of a slice's deviation: what is fainter is no texture
+        texture = (torch.cat(found, 1) + 0.05).log()  # 0.05 of a slice's deviation: what is fainter is no texture
+        return torch.cat([texture, F.adaptive_avg_pool2d(images, (8, 4)).flatten(1)], 1)
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> Features:
@@ -145,7 +145,7 @@ def nearest_pixels(images: Tensor, training: Tensor, progress=iter) -> tuple[Ten
     for top, left in progress(offsets):
         for start in range(0, len(training), 1024):
             part = training[start : start + 1024, top : top + size[0], left : left + size[1]].flatten(1)
-            squares = own + part.square().sum(1) - 2 * flipped @ part.T  # (4 B, n)
+            squares = torch.addmm(own + part.square().sum(1), flipped, part.T, alpha=-2)  # (4 B, n)
             nearest = squares.view(len(FLIPS), len(images), -1).amin(0).min(1)
             better = nearest.values < best
             best = torch.where(better, nearest.values, best)

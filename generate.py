@@ -5,7 +5,7 @@
     python generate.py --complete slice.nii.gz       # its left half is kept; four ways to go on
     python generate.py --evaluate                    # beside real slices: distances, and the search for copies
 
-Writes to <run>/generated/ or --out. Drawing: slices.png and slice_<n>.nii.gz, with the training data's voxel size and
+Writes to <run>/generated/ or --out. Drawing: slices.png and drawn_<n>.nii.gz, with the training data's voxel size and
 typical intensities. --complete: completion.png and completion_<n>.nii.gz. --evaluate: evaluation.json, closest.png and
 slices.png. Equal flags on an equal machine give equal slices. What is drawn shows nobody, but may show what training
 slices showed: --evaluate says how near it comes.
@@ -34,7 +34,7 @@ from utils import UserError
 COUNTS = {"draw": 16, "complete": 4}
 BATCH = 40  # slices drawn at a time: more take longer each, and more memory
 SUBSETS = 5
-KEEP = {"left": (0, 0), "right": (1, -2)}  # half that is given: CodePrior's view, and the axis flipped for it
+KEEP = {"left": 0, "right": 1}  # which half is given: in which of CodePrior's views that is the first one
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag("--seed", type=int, default=0, help="start of everything random (0)")
     flag("--complete", metavar="FILE", help="a 2D NIfTI slice, half of which is given")
-    flag("--keep", choices=KEEP, default="left", help="which half, as pictures show it (left)")
+    flag("--keep", choices=KEEP, help="which half, as pictures show it (left)")
     flag("--evaluate", action="store_true", help="measure the slices that are drawn, beside real ones")
     flag("--out", metavar="DIR", help="where to write (<run>/generated)")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
@@ -68,6 +68,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected {low} to {high:g}")
+    if args.keep and not args.complete:
+        raise UserError("--keep says which half of a slice is given: it needs --complete FILE")
     if args.evaluate and args.complete:
         raise UserError("--evaluate and --complete are two different things to do; give one")
 
@@ -129,23 +131,22 @@ def positions(args: argparse.Namespace, train: dataset.Slices, count: int) -> Te
     return known[torch.linspace(0, len(known) - 1, count).round().long()]
 
 
-def write_slices(folder: Path, name: str, images: Tensor, train: dataset.Slices) -> None:
+def write_slices(folder: Path, name: str, images: Tensor, train: dataset.Slices, affine: np.ndarray) -> None:
     """As NIfTI files, in the intensities of a typical training slice."""
     mean, std = train.mean.median(), train.std.median()
     for old in folder.glob(f"{name}_*.nii.gz"):
         old.unlink()
     for number, image in enumerate(images):
-        dataset.write_slice(folder / f"{name}_{number:03d}.nii.gz", (image * std + mean).clamp_min(0), train.affine)
+        dataset.write_slice(folder / f"{name}_{number:03d}.nii.gz", image * std + mean, affine)
 
 
 def draw_slices(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, folder: Path) -> None:
     place = positions(args, train, args.count or COUNTS["draw"])
-    images = drawer.draw(place)
-    images = drawer.decode(images)
-    write_slices(folder, "slice", images, train)
+    images = drawer.decode(drawer.draw(place))
+    write_slices(folder, "drawn", images, train, train.affine)
     titles = ["" if place.isnan() else f"position {place:.2f}" for place in place]
     heading = f"drawn from {folder.parent.name}'s prior: {how(args)}"
-    utils.plot_slices(folder / "slices.png", images[:64], titles, heading)
+    utils.plot_slices(folder / "slices.png", images[:64], titles[:64], heading)
 
 
 def how(args: argparse.Namespace) -> str:
@@ -166,9 +167,10 @@ def shown_half(image: Tensor) -> Tensor:
 
 def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, folder: Path) -> None:
     """Keep half of a slice's codes, and draw the other half several times."""
-    image, (view, axis) = dataset.read_slice(args.complete), KEEP[args.keep]
+    half, view = args.keep or "left", KEEP[args.keep or "left"]
+    image = dataset.read_slice(args.complete, train.fit)
     count, place = args.count or COUNTS["complete"], math.nan if args.position is None else args.position
-    turned = image.flip(axis) if view else image  # (1, 256, 128), its first rows given
+    turned = image.flip(-2) if view else image  # (1, 256, 128), its first rows given
     with torch.no_grad():
         codes = drawer.vqvae.encode(shown_half(turned)[None].to(drawer.device))[0]
     rows = drawer.prior.height // 2 // drawer.prior.block * drawer.prior.block
@@ -176,10 +178,10 @@ def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, fo
     images, given = drawer.decode(drawn), torch.full_like(turned, float(turned.min()))
     given[:, : turned.shape[1] // 2] = turned[:, : turned.shape[1] // 2]
     images, given = (x.flip(-2) if view else x for x in (images, given[None]))
-    write_slices(folder, "completion", images, train)
-    titles = ["the slice", f"given: its {args.keep} half", *(f"completion {n + 1}" for n in range(count))]
+    write_slices(folder, "completion", images, train, dataset.slice_affine(args.complete, fit=train.fit))
+    titles = ["the slice", f"given: its {half} half", *(f"completion {n + 1}" for n in range(count))]
     heading = f"{Path(args.complete).name}, completed by {folder.parent.name}'s prior: {how(args)}"
-    utils.plot_slices(folder / "completion.png", torch.cat([image[None], given, images])[:64], titles, heading, 6)
+    utils.plot_slices(folder / "completion.png", torch.cat([image[None], given, images])[:64], titles[:64], heading, 6)
 
 
 # ---------------------------------------------------------------- measuring
@@ -199,19 +201,18 @@ def subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return features[torch.randperm(len(features), generator=generator)[:size]]
 
 
-def measure(sets: dict[str, Tensor], train: Tensor, cases: list[str], size: int) -> list[dict]:
+def measure(sets: dict[str, Tensor], train: Tensor, parts: list[tuple[Tensor, Tensor]], size: int) -> list[dict]:
     """A row for each set of features, (N, F): its distances from the training slices', (M, F), at `size` a side.
 
-    Five subsets of each: mean, and half the range. The first row is of patient-disjoint halves of the training slices.
+    Five subsets of each: mean, and half the range. The first row is of `parts`, pairs of halves of the training slices.
     """
     generator = torch.Generator().manual_seed(0)
-    directions = distances.main_directions(train).to(train)
-    directions = directions[:, : max(1, size // 4)]
+    directions = distances.main_directions(train)[:, : max(1, size // 4)].to(train)
     rows = []
     for name, features in {"training, two halves": None, **sets}.items():
         values = []
-        for _ in range(SUBSETS):
-            x, y = (train[i] for i in halves(cases, generator)) if features is None else (features, train)
+        for first, second in parts:
+            x, y = (train[first], train[second]) if features is None else (features, train)
             x, y = subset(x, size, generator), subset(y, size, generator)
             values.append((distances.kernel_distance(x, y), distances.frechet_distance(x @ directions, y @ directions)))
         row = {"set": name}
@@ -227,9 +228,9 @@ def audit(drawn: Tensor, held_out: Tensor, train: Tensor, features: distances.Fe
     All (N, 1, H, W). For pixels and for features: the 1st percentile of the held-out distances, the share of drawn
     slices under it, how many of them by the case of their nearest training slice, and each one's distance and slice.
     """
-    result = {}
+    result, bar = {}, functools.partial(tqdm, desc="searching for copies", unit=" shifts")
     for name, search, rest in (
-        ("pixels", distances.nearest_pixels, (train,)),
+        ("pixels", distances.nearest_pixels, (train, bar)),
         ("features", distances.nearest_features, (train, features)),
     ):
         usual, _ = search(held_out, *rest)
@@ -252,7 +253,8 @@ def evaluate(args: argparse.Namespace, drawer: Drawer, run: Path, folder: Path) 
         kept = (~real[split].constant).nonzero().flatten()
         images[split] = real[split].batch(kept)
         if split == "train":
-            cases, stems = zip(*((real[split].names[i].case, real[split].names[i].stem) for i in kept), strict=True)
+            names = [real[split].names[i] for i in kept]
+            cases, stems = [name.case for name in names], [name.stem for name in names]
     train, count = images["train"], args.count or max(2, len(images["train"]) // 2)
     drawn = drawer.decode(drawer.draw(positions(args, real["train"], count)))
     with torch.no_grad():
@@ -261,23 +263,26 @@ def evaluate(args: argparse.Namespace, drawer: Drawer, run: Path, folder: Path) 
             for split in images
         }
     generator = torch.Generator().manual_seed(args.seed)
+    parts = [halves(cases, generator) for _ in range(SUBSETS)]
     pool = encoded["train"].flatten()
     at_random = pool[torch.randint(len(pool), (count, *encoded["train"].shape[1:]), generator=generator)]
 
-    features = distances.Features().fit(train)
-    size = min(len(train) // 2, len(images["test"]), count)
+    device = drawer.device
+    features = distances.Features().to(device).fit(train.to(device))
+    size = min(len(images["test"]), count, *(len(half) for pair in parts for half in pair))
     reconstructed = {split: drawer.decode(codes) for split, codes in encoded.items()}
     sets = {
         "test, real": images["test"], "test, reconstructed": reconstructed["test"],
         "training, reconstructed": reconstructed["train"], "drawn from the prior": drawn,
         "codes drawn independently": drawer.decode(at_random),
     }  # fmt: skip
-    rows = measure({name: features(some) for name, some in sets.items()}, features(train), list(cases), size)
+    seen = {name: features(some.to(device)) for name, some in {**sets, "training": train}.items()}
+    rows = measure({name: seen[name] for name in sets}, seen["training"], parts, size)
     for row in rows[1:]:
         if (value := distances.inception_distance(sets[row["set"]], train)) is not None:
             row["inception"] = value
     held_out = torch.cat([reconstructed["validate"], reconstructed["test"]])
-    copies = audit(drawn, held_out, train, features, list(cases))
+    copies = audit(*(some.to(device) for some in (drawn, held_out, train)), features, list(cases))
 
     result = {"settings": how(args), "drawn": count, "slices_a_side": size, "training_slices": len(train)}
     result |= {"cases": len(set(cases)), "distances": rows, "audit": copies}

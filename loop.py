@@ -221,6 +221,7 @@ def train_epoch(run: Run, train: Split, bar: tqdm, interrupted: list[int]) -> in
     left, steps = batches[run.steps_done :], args["epochs"] * len(batches)
     shares = [batch.tensor_split(process_count())[process_rank()] for batch in left]
     start = time.perf_counter() - run.seconds
+    run.share = max(0, run.epochs_done * len(batches) + run.steps_done - 1) / steps  # where no step is left
     for whole, share, batch in zip(left, shares, train.batches(shares, run.device), strict=True):
         step = run.epochs_done * len(batches) + run.steps_done
         # Whatever the losses draw: anew each step, and otherwise in each process.

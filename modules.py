@@ -409,6 +409,7 @@ class PatchDiscriminator(nn.Module):
 
     def hinge_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """What the discriminator is trained by (arXiv 1705.02894): (B, 1, H, W) twice -> (); 2: it sees nothing."""
+        images = images.to(reconstructions.dtype)  # rounding must not tell one from the other
         return F.relu(1 - self(images)).mean() + F.relu(1 + self(reconstructions)).mean()
 
 
@@ -562,14 +563,17 @@ class CodeGrid(nn.Module):
         before: (B, height/2, width/2), the codes of the grid before. position, view: (B,), as for CodePrior.
         """
         if self.by_place:
-            table = self.bias[self.part(position)].unflatten(1, (self.height, self.width))
+            table = F.embedding(self.part(position), self.bias.flatten(1)).view(
+                -1, self.height, self.width, len(self.embedding)
+            )
             for bit, axis in ((1, 1), (2, 2)):  # a mirrored slice has its places mirrored
                 table = torch.where((view & bit > 0).view(-1, 1, 1, 1), table.flip(axis), table)
             return table
         if before is None:
             before = view.new_zeros(len(view), self.height // 2, self.width // 2)
-        table = self.bias[before]  # (B, height/2, width/2, 4, K)
-        return table.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        # Not by indexing, whose gradient adds up in another order each time, so that a resumed run would differ.
+        table = F.embedding(before, self.bias.flatten(1))  # (B, height/2, width/2, 4 K)
+        return table.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def likeness(self, x: Tensor, bias: Tensor) -> Tensor:
         """(..., C), what is told of a code -> logits (..., K) float32, by likeness to each embedding."""
@@ -586,7 +590,7 @@ class CodePrior(nn.Module):
     drawn with the one before in sight, on all sides of a code, as in arXiv 1906.00446.
 
     num_embeddings, embedding_dim, height, width: of the codebook and the code grid. num_grids: 3 with two outlines, 1
-    with none; height and width divisible by 2 to that power. num_outlines: how many levels of brightness they tell.
+    with none; height divisible by 2 to that power, width by twice that. num_outlines: how many levels of brightness they tell.
     channels, num_layers, num_heads, dropout: of the transformer.
     """
 
@@ -644,7 +648,7 @@ class CodePrior(nn.Module):
                 sums.index_add_(0, which.flatten(), means)
                 counts.index_add_(0, which.flatten(), torch.ones(which.numel()))
             parts = [part - part.mean(0) for part in (sums / counts[:, None], coarse.brightness[:, None])]
-            coarse.take(torch.cat([part / part.std() for part in parts], 1), coarse.brightness.clone())
+            coarse.take(torch.cat([part / part.std().clamp_min(1e-6) for part in parts], 1), coarse.brightness.clone())
             fine.count(codes, outline, position)
             codes = outline
         self.grids[0].count(codes, None, position)
@@ -659,7 +663,7 @@ class CodePrior(nn.Module):
     @staticmethod
     def _means(grid: CodeGrid, codes: Tensor) -> Tensor:
         """How bright each 2 x 2 codes are: (B, h, w) -> (B, h/2, w/2)."""
-        return F.avg_pool2d(grid.brightness[codes], 2)
+        return F.avg_pool2d(grid.brightness[codes][:, None], 2)[:, 0]
 
     @staticmethod
     def _nearest(outline: CodeGrid, means: Tensor) -> Tensor:
@@ -702,7 +706,7 @@ class CodePrior(nn.Module):
         position = position.nan_to_num(0.0)[:, None]
         angles = position * math.pi * torch.arange(1, 1 + self.FREQUENCIES, device=position.device)
         known = torch.cat([torch.ones_like(position), position, angles.sin(), angles.cos()], 1)
-        return self.places(known.masked_fill(unknown[:, None], 0.0)) + self.views[view]
+        return self.places(known.masked_fill(unknown[:, None], 0.0)) + F.embedding(view, self.views)
 
     @torch.no_grad()
     def walk(self, position: Tensor, view: Tensor, choose, progress=iter) -> Tensor:
@@ -766,7 +770,7 @@ class CodePrior(nn.Module):
                 return kept[number][:, row, column]
             if temperature == 0:
                 return logits.argmax(1)
-            logits, order = torch.sort(logits.double().cpu() / temperature, dim=1, descending=True, stable=True)
+            logits, order = torch.sort(logits.cpu().double() / temperature, dim=1, descending=True, stable=True)
             probabilities = logits.softmax(1)
             if top_k:
                 probabilities[:, top_k:] = 0

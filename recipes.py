@@ -30,7 +30,7 @@ RECIPES = {
     "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
     "gan":                 (False,      False,    None,                   "an adversarial loss: sharper, less ssim"),
     "gan_weight":          (0.3,        0.3,      ANY,                    "its gradient over the reconstruction's"),
-    "gan_start":           (0.5,        0.5,      (0, 1),                 "share of steps before it, without"),
+    "gan_start":           (0.5,        0.5,      (0, 0.99),                 "share of steps before it, without"),
     "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
     "codebook_init":       ("kmeans",   "kmeans", ["kmeans", "uniform"],  "from data; uniform collapses"),
     "ema_decay":           (0.99,       0.99,     (0, 1),                 "of an ema codebook's averages"),
@@ -153,12 +153,12 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
 def saved_arguments(folder: Path, given: dict, resumable: set[str]) -> dict:
     """A run's arguments, as its config.json has them. Raises UserError where `given` would make it another run."""
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no run to go on with; start one without --resume, or check --name")
+        raise UserError(f"{folder} holds no run to go on with; start one without --resume, or name another")
     saved = utils.load_json(folder / "config.json").get("arguments", {})
     changed = sorted(key for key in given.keys() - resumable if given[key] != saved.get(key))
     if changed:
         told = ", ".join(f"{flag_name(key)} {given[key]} (it has {saved.get(key)})" for key in changed)
-        raise UserError(f"{folder} can't go on with {told}; leave that out, or start a new run with another --name")
+        raise UserError(f"{folder} can't go on with {told}; leave that out, or start another run")
     return saved
 
 
@@ -167,7 +167,7 @@ def unfinished_checkpoint(folder: Path, args: dict) -> dict | None:
     checkpoint = last_checkpoint(folder)
     if checkpoint and checkpoint["epochs_done"] >= args["epochs"]:
         done = checkpoint["epochs_done"]
-        raise UserError(f"{folder} has finished {done} epochs; give --epochs more than that, or a new --name")
+        raise UserError(f"{folder} has finished {done} epochs; give --epochs more than that, or start another run")
     return checkpoint
 
 

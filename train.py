@@ -130,7 +130,8 @@ class Run(loop.Run):
 
     def is_best(self, row: dict) -> bool:
         """With --gan, no epoch before the discriminator took part: those reconstruct better, and are not what it is."""
-        return super().is_best(row) and not (self.args["gan"] and self.share < self.args["gan_start"])
+        begun = self.share >= self.args["gan_start"] or row["epoch"] == self.args["epochs"]
+        return super().is_best(row) and (begun or not self.args["gan"])
 
     def validate(self, validation: dataset.Slices) -> dict:
         scores, counts, loss = metrics.evaluate(self.model, validation, self.args["batch_size"], self.device)

@@ -3,7 +3,7 @@
     python train_prior.py                            # for the newest run of train.py, on the data it was trained on
     python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # a GPU, thousands of slices
     python train_prior.py --resume                   # go on with it
-    torchrun --nproc-per-node 4 train_prior.py ...   # several processes
+    torchrun --nproc-per-node 2 train_prior.py ...   # several processes, by which --batch-size must divide
 
 The run's training slices are encoded once, also mirrored; a causal transformer (modules.CodePrior) learns how likely
 each code is after those before it. Writes to <run>/prior/: config.json, metrics.csv, best.pt (by bits per code on the
@@ -43,7 +43,7 @@ FLAGS = {
     "dropout":       (0.0,    SHARE,   "share of activations dropped in training"),
     "mirrored":      (0.5,    (0, 1),  "share of training slices that are mirrored, which the prior is told"),
     "num_grids":     (2,       (1, 3), "2: an outline before the codes; 3: one before that; 1: none, fewest bits"),
-    "num_outlines":  (32,      (2, 1e9), "levels of brightness that outlines tell"),
+    "num_outlines":  (32,      (2, 1024), "levels of brightness that outlines tell"),
     "channels":      (128,    SOME,    "width of the transformer; 512 for a GPU and thousands of slices"),
     "num_layers":    (4,      SOME,    "its layers; for a GPU 12"),
     "num_heads":     (4,      SOME,    "its attention heads; for a GPU 8"),
@@ -105,7 +105,6 @@ class Codes:
 
     def __init__(self, codes: Tensor, positions: Tensor, brightness: Tensor):
         self.codes, self.positions, self.brightness = codes, positions, brightness
-        self.fingerprint = hashlib.sha256(codes.numpy().tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -162,14 +161,14 @@ class Run(loop.Run):
         torch.manual_seed(args["seed"])
         quantizer = vqvae.vector_quantization
         shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train.codes.shape[-2:])
-        try:
-            known = inspect.signature(CodePrior).parameters
-            model = CodePrior(*shape, **{key: args[key] for key in known if key in FLAGS})
-        except ValueError as error:
-            raise UserError(str(error)) from None
         generator = torch.Generator().manual_seed(args["seed"])
         embedding, codes = quantizer.embedding.weight.detach().cpu(), train.codes[:, 0].long()
-        model.initialize(embedding, train.brightness, codes, train.positions, generator)
+        known = inspect.signature(CodePrior).parameters
+        try:
+            model = CodePrior(*shape, **{key: args[key] for key in known if key in FLAGS})
+            model.initialize(embedding, train.brightness, codes, train.positions, generator)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         blocks = [2**n for n in reversed(range(1, args["num_grids"]))]  # coarse to fine, as the model's grids
         self.LOSSES = (*(f"train_outline_{block}" for block in blocks), "train_codes")
         self.SHOWN = len(self.LOSSES)
@@ -267,14 +266,14 @@ def main(argv: list[str] | None = None) -> int:
     print(f"model: {vqvae_run / 'best.pt'}")
     if (count := vqvae.vector_quantization.num_codebooks) > 1:
         raise UserError(f"{vqvae_run} has {count} codebooks; a prior is for one: train with --num-codebooks 1")
-    splits = []
     with utils.first_process_first():
-        for split, mirrors in (("train", MIRRORS), ("validate", MIRRORS[:1])):
-            slices, root = load_run_data(vqvae_run, split, args["data"], args["cache_dir"])
-            splits.append(encode(vqvae, slices, mirrors))
-    train, validation = splits
-    args["data"] = root
-    run = Run(vqvae_run / "prior", args, f"{train.fingerprint} {validation.fingerprint}", vqvae, train)
+        loaded = [load_run_data(vqvae_run, split, args["data"], args["cache_dir"]) for split in ("train", "validate")]
+    slices, args["data"] = [split for split, _ in loaded], loaded[0][1]
+    train, validation = (encode(vqvae, *some) for some in zip(slices, (MIRRORS, MIRRORS[:1]), strict=True))
+    # Of slices and codebook, not of the codes: another device may round one of millions to another code.
+    codebook = hashlib.sha256(vqvae.vector_quantization.embedding.weight.detach().cpu().numpy().tobytes()).hexdigest()
+    fingerprint = " ".join([*(split.fingerprint for split in slices), codebook[:16]])
+    run = Run(vqvae_run / "prior", args, fingerprint, vqvae, train)
     if checkpoint:
         run.restore(checkpoint)
 
@@ -285,9 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     loop.announce(run, train, "prior")
     config = {"slices": {"train": len(train), "validate": len(validation)}, "vqvae": str(vqvae_run / "best.pt")}
     resume = utils.command("train_prior.py", "--resume", "--run", vqvae_run)
+    first = utils.process_rank() == 0  # asked while there are others
     if (code := loop.carry_out(run, train, validation, config, resume)) or args["dry_run"]:
         return code
-    if utils.process_rank() == 0:
+    if first:
         utils.save_json(run.folder / "metrics.json", report(run, train, validation) | {"versions": utils.versions()})
         print(f"the plots are in {run.folder}; next, slices drawn from it:")
         print("    " + utils.command("generate.py", "--run", vqvae_run))

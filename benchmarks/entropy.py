@@ -68,7 +68,7 @@ def decode(prior: CodePrior, streams: list[np.ndarray]) -> Tensor:
 
 def _probabilities(logits: Tensor) -> np.ndarray:
     """(B, K) float32."""
-    return logits.double().softmax(1).float().cpu().numpy()
+    return logits.cpu().double().softmax(1).float().numpy()
 
 
 def _walk(prior: CodePrior, count: int, choose, what: str) -> Tensor:

@@ -52,7 +52,7 @@ def start(flags: str) -> Path:
     return Path("runs/a/generated")
 
 
-def pixels(folder: Path, name="slice") -> np.ndarray:
+def pixels(folder: Path, name="drawn") -> np.ndarray:
     return np.stack([nib.load(path).get_fdata()[..., 0] for path in sorted(folder.glob(f"{name}_*.nii.gz"))])
 
 
@@ -60,15 +60,24 @@ def test_drawing_leaves_a_picture_and_slices_to_open(run, capsys):
     folder = start("--count 3")
     assert folder == run.relative_to(Path.cwd()) / "generated"
     assert (folder / "slices.png").stat().st_size > 5000 and len(list(folder.iterdir())) == 4
-    nifti = nib.load(folder / "slice_002.nii.gz")
-    assert nifti.shape == (256, 128, 1) and nifti.get_data_dtype() == np.int16
+    nifti = nib.load(folder / "drawn_002.nii.gz")
+    assert nifti.shape == (256, 128, 1) and nifti.get_data_dtype() == np.float32
     assert nifti.header["descrip"] == b"" and nifti.header.get_xyzt_units()[0] == "mm"
     source = dataset.find_splits(Path("data"))
     train = dataset.load_split(source, "train")
     np.testing.assert_allclose(nifti.affine, train.affine)
     images = pixels(folder)
-    assert (images >= 0).all() and images.mean() == pytest.approx(train.mean.mean(), rel=0.5)
+    assert images.mean() == pytest.approx(train.mean.mean(), rel=0.5)
     assert "models: runs/a/best.pt, runs/a/prior/best.pt" in capsys.readouterr().out
+
+
+def test_more_slices_than_a_picture_holds(run, monkeypatch):
+    """A hundred are drawn; the picture shows the first 64."""
+    zeros = torch.zeros(70, 64, 32, dtype=torch.long)
+    monkeypatch.setattr(generate.Drawer, "draw", lambda self, position, *given: zeros[: len(position)])
+    assert len(pixels(start("--count 70"))) == 70
+    path = Path("data/keras_slices_test/case_040_week_0_slice_1.nii.gz")
+    assert len(pixels(start(f"--count 70 --complete {path}"), "completion")) == 70
 
 
 def test_equal_flags_draw_equal_slices_and_others_do_not(run):
@@ -184,6 +193,7 @@ def test_halves_share_no_case():
         ("--top-p 0", "--top-p is 0.0; expected 1e-09 to 1"),
         ("--top-k -1", "--top-k is -1"),
         ("--position 1.5", "--position is 1.5; expected 0 to 1"),
+        ("--keep right", "--keep says which half of a slice is given: it needs --complete"),
         ("--evaluate --complete x.nii.gz", "--evaluate and --complete are two different things"),
         ("--complete nowhere.nii.gz", r"nowhere.nii.gz can't be read \(No such file"),
         ("--complete runs/a/config.json", "is not a NIfTI file"),

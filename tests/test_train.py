@@ -387,7 +387,7 @@ def test_a_discriminator_takes_part_in_the_second_half(tmp_path, run_here, monke
 
 
 def test_until_it_takes_part_training_is_as_without(tmp_path, run_here):
-    run_here("--epochs 2 --name with --gan --gan-start 1")
+    run_here("--epochs 2 --name with --gan --gan-start 0.99")
     run_here("--epochs 2 --name without")
     assert_equal_weights(*(weights(tmp_path / "runs" / name / "last.pt") for name in ("with", "without")))
 
@@ -612,7 +612,7 @@ def test_validation_slices_that_are_all_constant(run_here, data, write_nifti):
         ("--hidden-channels 1", "--hidden-channels is 1; expected 2 to"),
         ("--seed 99999999999999", "--seed is"),
         ("--planes 300", "--planes is 300; expected 1 to 256"),
-        ("--gan --gan-start 2", "--gan-start is 2.0; expected 0 to 1"),
+        ("--gan --gan-start 2", "--gan-start is 2.0; expected 0 to 0.99"),
         ("--gan --gan-weight -1", "--gan-weight is -1.0; expected 0 to"),
         ("--gan --compile", "--compile is for training without --gan"),
     ],
