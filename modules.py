@@ -590,8 +590,8 @@ class CodePrior(nn.Module):
     drawn with the one before in sight, on all sides of a code, as in arXiv 1906.00446.
 
     num_embeddings, embedding_dim, height, width: of the codebook and the code grid. num_grids: 3 with two outlines, 1
-    with none; height divisible by 2 to that power, width by twice that. num_outlines: how many levels of brightness they tell.
-    channels, num_layers, num_heads, dropout: of the transformer.
+    with none; height divisible by 2 to that power, width by twice that. num_outlines: how many levels of brightness
+    they tell. channels, num_layers, num_heads, dropout: of the transformer.
     """
 
     VIEWS = 4  # as it is, mirrored left-right, up-down, both

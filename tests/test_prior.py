@@ -429,7 +429,7 @@ def test_killed_between_epochs_its_command_goes_on(tmp_path, run):
 
 
 def test_two_processes_train_as_one_does(tmp_path, run):
-    """Where nothing is drawn at random: equal measures. 5 slices by 4: the second has none of the last; 3 validation."""
+    """Where nothing is drawn at random: equal measures. 5 slices by 4: of the last, one has none; 3 validation."""
     (tmp_path / "data" / "keras_slices_train" / "case_004_week_0_slice_5.nii.gz").unlink()
     flags = FLAGS + "--epochs 2 --dropout 0 --mirrored 0 --plot-every 9"
     script = tmp_path / "exact.py"  # places are hidden at random, in each process its own
