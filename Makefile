@@ -31,7 +31,8 @@ drawings: .venv/dev         ## the sample with and without a discriminator, its 
 	$(BIN)/python benchmarks/sharpness.py --runs runs/sample_plain runs/sample_gan
 	$(BIN)/python train_prior.py --run runs/sample_gan
 	$(BIN)/python generate.py --run runs/sample_gan --evaluate
-	$(BIN)/python generate.py --run runs/sample_gan --complete sample_data/keras_slices_test/case_040_week_0_slice_10.nii.gz
+	$(BIN)/python generate.py --run runs/sample_gan --temperature 0.8
+	$(BIN)/python generate.py --run runs/sample_gan --temperature 0.8 --complete sample_data/keras_slices_test/case_040_week_0_slice_10.nii.gz
 	for f in slices closest completion; do cp runs/sample_gan/generated/$$f.png resources/sample_drawn_$$f.png; done
 	cp runs/sample_gan/prior/metrics.json benchmarks/results/prior_sample_data.json
 	cp runs/sample_gan/generated/evaluation.json benchmarks/results/drawn_sample_data.json

@@ -275,6 +275,9 @@ def main(argv: list[str] | None = None) -> int:
     fingerprint = " ".join([*(split.fingerprint for split in slices), codebook[:16]])
     run = Run(vqvae_run / "prior", args, fingerprint, vqvae, train)
     if checkpoint:
+        if checkpoint["fingerprint"].split()[-1] != codebook[:16]:
+            raise UserError(f"{run.folder} is of other codes than those of {vqvae_run / 'best.pt'}, which has changed "
+                            "since; move the prior away to train another")  # fmt: skip
         run.restore(checkpoint)
 
     print(
