@@ -89,7 +89,7 @@ class Drawer:
     """A run's VQ-VAE and its prior, and how to draw from them."""
 
     def __init__(self, run: Path, args: argparse.Namespace):
-        self.args, self.device = args, utils.pick_device(args.device)
+        self.args, self.run, self.device = args, run, utils.pick_device(args.device)
         self.vqvae = VQVAE.from_checkpoint(run / "best.pt", self.device)
         self.prior = CodePrior.from_checkpoint(run / "prior" / "best.pt", self.device)
         embedding = self.vqvae.vector_quantization.embedding.weight
@@ -168,6 +168,9 @@ def shown_half(image: Tensor) -> Tensor:
 def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, folder: Path) -> None:
     """Keep half of a slice's codes, and draw the other half several times."""
     half, view = args.keep or "left", KEEP[args.keep or "left"]
+    config = drawer.run / "prior" / "config.json"
+    if view and config.exists() and not utils.load_json(config).get("arguments", {}).get("mirrored", 1):
+        raise UserError(f"{config.parent} has seen no mirrored slice (--mirrored 0), and can only --keep left")
     image = dataset.read_slice(args.complete, train.fit)
     count, place = args.count or COUNTS["complete"], math.nan if args.position is None else args.position
     turned = image.flip(-2) if view else image  # (1, 256, 128), its first rows given

@@ -30,7 +30,14 @@ import dataset
 import loop
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
-from recipes import check_run_arguments, load_run_data, newest_run, saved_arguments, unfinished_checkpoint
+from recipes import (
+    check_run_arguments,
+    last_checkpoint,
+    load_run_data,
+    newest_run,
+    saved_arguments,
+    unfinished_checkpoint,
+)  # fmt: skip
 from utils import UserError, process_count
 
 SOME, SHARE = (1, 1e9), (0, 0.99)
@@ -83,15 +90,28 @@ def parse_arguments(argv: list[str] | None = None) -> dict:
 
 def open_prior(given: dict) -> tuple[Path, dict, dict | None]:
     """The VQ-VAE's run, the arguments, and the checkpoint to go on from (None: from the start)."""
-    run = Path(given["run"]) if "run" in given else newest_run(Path(given.get("runs_dir", "runs")))
+    runs_dir = Path(given.get("runs_dir", "runs"))
+    if "run" in given:
+        run = Path(given["run"])
+    else:
+        run = newest_begun(runs_dir) if given.get("resume") else newest_run(runs_dir)
     folder = run / "prior"
     if given.get("resume"):
-        saved = saved_arguments(folder, given, RESUMABLE)
-        args = DEFAULTS | saved | given
+        args = DEFAULTS | saved_arguments(folder, given, RESUMABLE) | given
+        if not (folder / "metrics.json").exists():  # perhaps all epochs are done, and not yet their report
+            return run, args, last_checkpoint(folder)
         return run, args, unfinished_checkpoint(folder, args)
     if (folder / "config.json").exists():
         raise UserError(f"{folder} exists; add --resume to go on with it, or move it away to train another")
     return run, DEFAULTS | FIXED | given, None
+
+
+def newest_begun(runs_dir: Path) -> Path:
+    """The run whose prior was begun last."""
+    configs = list(runs_dir.glob("*/prior/config.json"))
+    if not configs:
+        raise UserError(f"no prior to go on with in {runs_dir}; start one without --resume, or name its run with --run")
+    return max(configs, key=lambda path: path.stat().st_mtime).parents[1]
 
 
 # ---------------------------------------------------------------- codes

@@ -122,6 +122,14 @@ def test_completions_keep_the_given_half(run, half):
     assert not np.array_equal(others[0, :110] if half == "left" else others[0, 146:], kept[0])
 
 
+def test_a_prior_that_saw_no_mirrored_slice_keeps_the_left_half_alone(run):
+    utils.save_json(run / "prior" / "config.json", {"arguments": {"mirrored": 0.0}})
+    path = Path("data/keras_slices_test/case_040_week_0_slice_1.nii.gz")
+    with pytest.raises(UserError, match="has seen no mirrored slice"):
+        start(f"--complete {path} --keep right")
+    assert len(pixels(start(f"--complete {path} --count 1"), "completion")) == 1
+
+
 def test_nothing_of_the_hidden_half_reaches_the_encoder():
     """Neither what is there nor, by z-scoring, how bright it is."""
     half, shown = torch.rand(1, 128, 128, generator=torch.Generator().manual_seed(0)), []

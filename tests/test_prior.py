@@ -455,6 +455,19 @@ def test_a_dry_run_writes_nothing(run, capsys):
     assert "dry run" in capsys.readouterr().out and not (run / "prior").exists()
 
 
+def test_a_report_that_a_kill_prevented_is_made_up_for(run):
+    """All epochs are done, metrics.json is missing; and without --run, the prior that was begun last is meant."""
+    start(run, "--epochs 1")
+    report = json.loads((run / "prior" / "metrics.json").read_text())
+    (run / "prior" / "metrics.json").unlink()
+    assert train_prior.main(["--resume"]) == 0
+    assert json.loads((run / "prior" / "metrics.json").read_text()) == report
+    with pytest.raises(UserError, match="has finished 1 epochs"):
+        train_prior.main(["--resume"])
+    with pytest.raises(UserError, match="no prior to go on with in nowhere"):
+        train_prior.main(["--resume", "--runs-dir", "nowhere"])
+
+
 # ---------------------------------------------------------------- mistakes
 
 
