@@ -28,7 +28,7 @@ import dataset
 import distances
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
-from recipes import load_run_data
+from recipes import check_bounds, load_run_data, newest_run
 from utils import UserError
 
 COUNTS = {"draw": 16, "complete": 4}
@@ -64,22 +64,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse, before any work, the values that could only fail later."""
     bounds = {"temperature": (0, 100), "top_k": (0, 1e9), "top_p": (1e-9, 1), "seed": (0, 2**40), "position": (0, 1)}
-    for name, (low, high) in (bounds | {"count": (2 if args.evaluate else 1, 1e6)}).items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected {low} to {high:g}")
+    check_bounds(vars(args), bounds | {"count": (2 if args.evaluate else 1, 1e6)})
     if args.keep and not args.complete:
         raise UserError("--keep says which half of a slice is given: it needs --complete FILE")
     if args.evaluate and args.complete:
         raise UserError("--evaluate and --complete are two different things to do; give one")
-
-
-def newest_prior(runs_dir: Path) -> Path:
-    """The run whose prior's best.pt is newest."""
-    checkpoints = list(runs_dir.glob("*/prior/best.pt"))
-    if not checkpoints:
-        raise UserError(f"no run with a prior in {runs_dir}; train one with train_prior.py, or name one with --run")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parents[1]
 
 
 # ---------------------------------------------------------------- drawing
@@ -210,7 +199,7 @@ def measure(sets: dict[str, Tensor], train: Tensor, parts: list[tuple[Tensor, Te
     Five subsets of each: mean, and half the range. The first row is of `parts`, pairs of halves of the training slices.
     """
     generator = torch.Generator().manual_seed(0)
-    directions = distances.main_directions(train)[:, : max(1, size // 4)].to(train)
+    directions = distances.main_directions(train, min(64, size // 4)).to(train)
     rows = []
     for name, features in {"training, two halves": None, **sets}.items():
         values = []
@@ -285,7 +274,7 @@ def evaluate(args: argparse.Namespace, drawer: Drawer, run: Path, folder: Path) 
         if (value := distances.inception_distance(sets[row["set"]], train)) is not None:
             row["inception"] = value
     held_out = torch.cat([reconstructed["validate"], reconstructed["test"]])
-    copies = audit(*(some.to(device) for some in (drawn, held_out, train)), features, list(cases))
+    copies = audit(*(some.to(device) for some in (drawn, held_out, train)), features, cases)
 
     result = {"settings": how(args), "drawn": count, "slices_a_side": size, "training_slices": len(train)}
     result |= {"cases": len(set(cases)), "distances": rows, "audit": copies}
@@ -340,7 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     check_arguments(args)
     utils.keep_freed_memory()
-    run = Path(args.run) if args.run else newest_prior(Path(args.runs_dir))
+    missing = f"no run with a prior in {args.runs_dir}; train one with train_prior.py, or name one with --run"
+    run = Path(args.run) if args.run else newest_run(Path(args.runs_dir), "prior/best.pt", missing)
     drawer = Drawer(run, args)
     folder = Path(args.out) if args.out else run / "generated"
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,6 @@ SEED_STEP = 1_000_003  # between the seeds of two runs, more than a run has step
 class Split(Protocol):
     """What a run is trained on: dataset.Slices, or train_prior.Codes."""
 
-    fingerprint: str
-
     def __len__(self) -> int: ...
 
     def batches(self, groups: Sequence[Tensor], device: torch.device):

@@ -75,12 +75,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     flag("--name", help="the run's folder in --runs-dir (time and recipe)")
     flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
     flag("--resume", action="store_true", help="go on with --name, or with the newest unfinished run")
-    flag("--dry-run", action="store_true", help="print data, model, steps and expected time; train nothing")
     flag("--plot-every", type=int, metavar="N", help="panels each N epochs, and at the first and the last (10)")
-    flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it (auto)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: a minute once (on a GPU)")
-    flag("--seed", type=int, help="start of everything random (0)")
+    add_training_flags(flag)
     group = parser.add_argument_group("recipe", "defaults: tuned | document")
     for name, (document, tuned, allowed, text) in RECIPES.items():
         options = {"type": type(tuned), "metavar": "X"}
@@ -90,6 +86,15 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
             options = {"choices": allowed, "type": type(tuned)}
         group.add_argument(flag_name(name), help=f"{text} ({tuned} | {document})", **options)
     return vars(parser.parse_args(argv))
+
+
+def add_training_flags(flag) -> None:
+    """Those of every script that trains; flag: a parser's `add_argument`."""
+    flag("--dry-run", action="store_true", help="print data, model, steps and expected time; train nothing")
+    flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it (auto)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: a minute once (on a GPU)")
+    flag("--seed", type=int, help="start of everything random (0)")
 
 
 def flag_name(argument: str) -> str:
@@ -120,11 +125,16 @@ def check_arguments(args: dict, processes: int) -> None:
         raise UserError("--restart-below needs --codebook ema: a gradient codebook keeps no counts of use")
 
 
+def check_bounds(args: dict, bounds: dict[str, tuple]) -> None:
+    """Refuse what is not between {argument: (lowest, highest)}; None is not given."""
+    for name, (low, high) in bounds.items():
+        if args[name] is not None and not low <= args[name] <= high:
+            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
+
+
 def check_run_arguments(args: dict, bounds: dict[str, tuple], processes: int) -> None:
     """The part of it that is every script's which trains; bounds: {argument: (lowest, highest)}."""
-    for name, (low, high) in (bounds | {"plot_every": SOME, "seed": (0, 2**40)}).items():
-        if not low <= args[name] <= high:
-            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
+    check_bounds(args, bounds | {"plot_every": SOME, "seed": (0, 2**40)})
     if args["batch_size"] % processes:
         raise UserError(f"--batch-size is {args['batch_size']}; expected a multiple of the {processes} processes")
     if args["compile"] and processes > 1:
@@ -191,12 +201,13 @@ def newest_unfinished(runs_dir: Path) -> Path:
 # ---------------------------------------------------------------- a trained run, and its data
 
 
-def newest_run(runs_dir: Path) -> Path:
-    """The run whose best.pt is newest, finished or not."""
-    checkpoints = list(runs_dir.glob("*/best.pt"))
-    if not checkpoints:
-        raise UserError(f"no run with a best.pt in {runs_dir}; train one with train.py, or name one with --run")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path:
+    """The run whose best.pt, or other file, is newest, finished or not. UserError, with `missing`, if none has it."""
+    found = list(runs_dir.glob(f"*/{file}"))
+    if not found:
+        missing = missing or f"no run with a best.pt in {runs_dir}; train one with train.py, or name one with --run"
+        raise UserError(missing)
+    return runs_dir / max(found, key=lambda path: path.stat().st_mtime).relative_to(runs_dir).parts[0]
 
 
 def load_run_data(

@@ -31,6 +31,7 @@ import loop
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
 from recipes import (
+    add_training_flags,
     check_run_arguments,
     last_checkpoint,
     load_run_data,
@@ -79,12 +80,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict:
         kind = int if isinstance(default, int) else float
         flag("--" + name.replace("_", "-"), type=kind, metavar="X", help=f"{text} ({default})")
     flag("--resume", action="store_true", help="go on with the run's prior")
-    flag("--dry-run", action="store_true", help="print data, model, steps and expected time; train nothing")
     flag("--plot-every", type=int, metavar="N", help="draw four slices each N epochs, at the first and the last (10)")
-    flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it (auto)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: a minute once (on a GPU)")
-    flag("--seed", type=int, help="start of everything random (0)")
+    add_training_flags(flag)
     return vars(parser.parse_args(argv))
 
 
@@ -93,8 +90,11 @@ def open_prior(given: dict) -> tuple[Path, dict, dict | None]:
     runs_dir = Path(given.get("runs_dir", "runs"))
     if "run" in given:
         run = Path(given["run"])
+    elif given.get("resume"):
+        advice = "start one without --resume, or name its run with --run"
+        run = newest_run(runs_dir, "prior/config.json", f"no prior to go on with in {runs_dir}; {advice}")
     else:
-        run = newest_begun(runs_dir) if given.get("resume") else newest_run(runs_dir)
+        run = newest_run(runs_dir)
     folder = run / "prior"
     if given.get("resume"):
         args = DEFAULTS | saved_arguments(folder, given, RESUMABLE) | given
@@ -104,14 +104,6 @@ def open_prior(given: dict) -> tuple[Path, dict, dict | None]:
     if (folder / "config.json").exists():
         raise UserError(f"{folder} exists; add --resume to go on with it, or move it away to train another")
     return run, DEFAULTS | FIXED | given, None
-
-
-def newest_begun(runs_dir: Path) -> Path:
-    """The run whose prior was begun last."""
-    configs = list(runs_dir.glob("*/prior/config.json"))
-    if not configs:
-        raise UserError(f"no prior to go on with in {runs_dir}; start one without --resume, or name its run with --run")
-    return max(configs, key=lambda path: path.stat().st_mtime).parents[1]
 
 
 # ---------------------------------------------------------------- codes
@@ -197,14 +189,11 @@ class Run(loop.Run):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Weight decay pulls at matrices alone, as is usual, not at biases, of which some are tables of frequencies."""
-        named = list(self.model.named_parameters())
-        chosen = [
-            [p for name, p in named if (p.ndim > 1 and not name.endswith("bias")) == yes] for yes in (True, False)
-        ]
-        groups = [
-            {"params": some, "weight_decay": w}
-            for some, w in zip(chosen, (self.args["weight_decay"], 0.0), strict=True)
-        ]
+        matrices, others = [], []
+        for name, parameter in self.model.named_parameters():
+            (matrices if parameter.ndim > 1 and not name.endswith("bias") else others).append(parameter)
+        groups = [{"params": matrices, "weight_decay": self.args["weight_decay"]}]
+        groups.append({"params": others, "weight_decay": 0.0})
         return torch.optim.AdamW(groups, lr=self.args["learning_rate"], betas=(0.9, 0.95), fused=True)
 
     def eager_losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
