@@ -42,6 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("which run").add_argument
     flag("--run", metavar="DIR", help="folder of the run (the one in --runs-dir whose prior is newest)")
     flag("--runs-dir", metavar="DIR", default="runs", help="where runs are kept (runs)")
+    flag("--prior", metavar="FILE", help="its checkpoint: last.pt is of the last epoch (<run>/prior/best.pt)")
     flag("--data", metavar="DIR", help="folder of slices or volumes (the run's own)")
     flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
     flag = parser.add_argument_group("drawing").add_argument
@@ -80,13 +81,12 @@ class Drawer:
     def __init__(self, run: Path, args: argparse.Namespace):
         self.args, self.run, self.device = args, run, utils.pick_device(args.device)
         self.vqvae = VQVAE.from_checkpoint(run / "best.pt", self.device)
-        self.prior = CodePrior.from_checkpoint(run / "prior" / "best.pt", self.device)
+        prior = Path(args.prior) if args.prior else run / "prior" / "best.pt"
+        self.prior = CodePrior.from_checkpoint(prior, self.device)
         embedding = self.vqvae.vector_quantization.embedding.weight
         if not self.prior.is_of(embedding):
-            raise UserError(
-                f"{run / 'prior'} was trained on other codes than those of {run / 'best.pt'}; train it again"
-            )
-        print(f"models: {run / 'best.pt'}, {run / 'prior' / 'best.pt'}")
+            raise UserError(f"{prior} was trained on other codes than those of {run / 'best.pt'}; train it again")
+        print(f"models: {run / 'best.pt'}, {prior}")
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
