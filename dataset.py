@@ -18,6 +18,7 @@ Pixels are cached as int16: integers spanning at most 65,535 steps are exact; of
 off by more than half a step, (max - min) / 131,070 of that slice.
 """
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -27,7 +28,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -43,11 +46,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
+import utils
+
 SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
 STD_FLOOR = 0.05  # of the split's median deviation: a nearly empty slice must not have its noise blown up
+MAX_VOXELS = 1 << 27  # of a file: 512 x 512 x 512; a header may claim any number
 POOL_FROM = 500  # slices: starting processes costs more than decoding fewer than this
 CACHE_FORMAT = 1  # raise it when what is written to the cache changes
 
@@ -100,6 +107,8 @@ def parse_name(path: str | Path) -> SliceName:
     folder, name = os.path.split(path)
     folder = os.path.basename(folder)
     stem = _NIFTI.sub("", folder if _NIFTI.search(folder) else name)
+    # Names stand in tables, figures and terminals: no control characters, and no bytes that are no text.
+    stem = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in stem)
     match = _NAME.match(stem)
     if not match:
         return SliceName(stem, "", 0, stem)
@@ -202,12 +211,16 @@ def _list(folder: Path) -> tuple[list[Path], list[Path]]:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             path, is_nifti = folder / entry.name, _NIFTI.search(entry.name)
-            if entry.is_dir() and is_nifti:
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link that leads to itself: reading it will say so
+                is_folder = False
+            if is_folder and is_nifti:
                 inside = [n for n in os.listdir(path) if _NIFTI.search(n) and not n.startswith(".")]
                 path = path / inside[0] if len(inside) == 1 else path
             if is_nifti and not _MASK.match(entry.name):
                 files.append(path)
-            elif not is_nifti and entry.is_dir():
+            elif not is_nifti and is_folder:
                 folders.append(path)
     return folders, files
 
@@ -295,6 +308,8 @@ def _describe(root: Path) -> list[str]:
         lines.append(f"  {len(files)} NIfTI image(s), masks not counted, and {len(subfolders)} folder(s)")
         for sub in subfolders[:10]:
             lines.append(f"  {sub.name}/: {len(_list(sub)[1])} NIfTI image(s)")
+        if pairs := sum(len(list(where.glob("*.hdr"))) for where in [root, *subfolders[:10]]):
+            lines.append(f"  {pairs} .hdr file(s): pairs of .hdr and .img aren't read; convert them to .nii or .nii.gz")
     except OSError:
         pass  # the search has noted it already
     return lines
@@ -318,34 +333,75 @@ class _Preprocessing:
     planes: int  # central coronal planes of a volume; 1 in the 2D form
 
 
-def _open(path: Path) -> tuple[type[nib.Nifti1Image], nib.Nifti1Header, bytes]:
-    """A NIfTI file's kind, header and bytes, compressed or not whatever its name says. ValueError: why it can't be."""
+def _inflate(data: bytes, most: int) -> bytes:
+    """Up to `most` bytes of a gzip file's contents: a small file may hold terabytes. Raises zlib.error, EOFError."""
+    parts, left = [], most
+    while left > 0 and data:
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)  # with header, length and checksum
+        parts.append(member.decompress(data, left))
+        left -= len(parts[-1])
+        if left > 0 and not member.eof:
+            raise EOFError("it ends too early")
+        data = member.unused_data.lstrip(b"\0")  # a file may be several, one after the other
+    return b"".join(parts)
+
+
+def _open(path: Path) -> tuple[nib.Nifti1Header, bytes]:
+    """A NIfTI file's header and bytes, compressed or not whatever its name says. ValueError: why it can't be.
+
+    Never more bytes than the header says that there are, and those within MAX_VOXELS.
+    """
     try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise ValueError("is a folder, expected exactly one .nii or .nii.gz in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is no regular file, but a pipe, a socket or a device")  # reading it may never end
+        if status.st_size > MAX_VOXELS * 16:
+            raise ValueError(f"has {status.st_size:,} bytes, expected at most {MAX_VOXELS * 16:,}")
         data = path.read_bytes()
     except OSError as error:
-        folder = "is a folder, expected exactly one .nii or .nii.gz in it"
-        raise ValueError(folder if path.is_dir() else f"can't be read ({error.strerror})") from error
+        raise ValueError(f"can't be read ({error.strerror})") from error
     if not data:
         raise ValueError("is empty (zero bytes)")
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"is truncated or damaged gzip ({error})") from error
-    is_2 = 540 in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big"))  # the header's size
-    kind = nib.Nifti2Image if is_2 else nib.Nifti1Image
+    compressed = data[:2] == b"\x1f\x8b"
     try:
-        header = kind.header_class.from_fileobj(BytesIO(data))
+        start = _inflate(data, 1024) if compressed else data[:1024]
+        header = _header(start)
+        offset, size = header.get_data_offset(), math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        if compressed:
+            data = _inflate(data, offset + size + 65536)  # some more, to reach the checksum at the end
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"is truncated or damaged gzip ({error})") from error
+    if len(data) < offset + size:
+        raise ValueError(f"is truncated or damaged: its header tells of {offset + size:,} bytes, it has {len(data):,}")
+    return header, data
+
+
+def _header(start: bytes) -> nib.Nifti1Header:
+    """From a file's first bytes. ValueError where it isn't one, or not one of real numbers within MAX_VOXELS."""
+    is_2 = 540 in (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big"))  # the header's size
+    kind = nib.Nifti2Header if is_2 else nib.Nifti1Header
+    try:
+        header = kind(start[: kind.template_dtype.itemsize])  # extensions are never read
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        header.get_slope_inter()
     except Exception as error:  # nibabel raises many kinds
         raise ValueError(f"is not a NIfTI file ({error})") from error
-    if header.get_data_dtype().kind not in "iuf":
-        raise ValueError(f"holds {header.get_data_dtype()} values, expected one real number a pixel")
-    return kind, header, data
+    if not header["magic"].item().startswith(b"n+"):
+        raise ValueError("is the header of a pair of files (.hdr, .img), expected a single .nii or .nii.gz file")
+    if dtype.kind not in "iuf":
+        raise ValueError(f"holds {dtype} values, expected one real number a pixel")
+    if not shape or min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
+        raise ValueError(f"has shape {' x '.join(map(str, shape))}, expected at most {MAX_VOXELS:,} voxels, and some")
+    if not 0 <= offset <= 1 << 24:
+        raise ValueError(f"has its pixels at byte {offset:,}, expected them soon after the header")
+    return header
 
 
 def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
     """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't."""
-    kind, header, data = _open(path)
+    header, data = _open(path)
     dimensions, found = int(recipe.form[0]), header.get_data_shape()
     shape = found
     while len(shape) > dimensions and shape[-1] == 1:
@@ -356,16 +412,28 @@ def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarra
             f"{'slice' if dimensions == 2 else 'volume'} of at least 8 pixels a side"
         )
     try:
+        with np.errstate(all="ignore"):  # what a scale factor makes infinite is told later
+            voxels = header.data_from_fileobj(BytesIO(data)).reshape(shape)
         if dimensions == 3:  # axes become right, anterior, superior: axis 1 cuts coronally
-            voxels = np.asanyarray(nib.as_closest_canonical(kind.from_bytes(data)).dataobj)
-        else:  # without an image around it: that takes as long as reading the pixels
-            voxels = header.data_from_fileobj(BytesIO(data))
+            voxels = nib.orientations.apply_orientation(voxels, _orientation(header))
+        else:
+            voxels = voxels[:, None]
     except (OSError, ValueError) as error:
         raise ValueError(f"is truncated or damaged ({str(error).splitlines()[0]})") from error
-    voxels = voxels.reshape(shape[0], 1, shape[1]) if dimensions == 2 else voxels.reshape(voxels.shape[:3])
     first = max(0, (voxels.shape[1] - recipe.planes) // 2)
     for plane in range(first, min(first + recipe.planes, voxels.shape[1])):
         yield plane, voxels[:, plane]
+
+
+def _orientation(header: nib.Nifti1Header) -> np.ndarray:
+    """(3, 2): which way the axes run, as nibabel has it. ValueError where the affine doesn't tell."""
+    try:
+        affine = header.get_best_affine()
+        if np.abs(affine).max() < 1e9 and not np.isnan(turn := nib.orientations.io_orientation(affine)).any():
+            return turn
+    except (ValueError, np.linalg.LinAlgError):
+        pass
+    raise ValueError("has an affine that does not say which way its axes run")
 
 
 def _cut(shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -443,12 +511,14 @@ def slice_affine(path: str | Path, form: str = "2D", fit: str = "resize") -> np.
     Raises DataError where the file can't be read.
     """
     try:
-        _, header, _ = _open(Path(path))
+        header, _ = _open(Path(path))
+        turn, shape = _orientation(header), header.get_data_shape()
+        if len(shape) < int(form[0]):
+            raise ValueError(f"has shape {' x '.join(map(str, shape))}, expected {form}")
     except ValueError as error:
         raise DataError(f"{path} {error}; expected a NIfTI file.") from error
-    shape, affine = header.get_data_shape(), header.get_best_affine()
+    affine = header.get_best_affine()
     if form == "3D":
-        turn = nib.orientations.io_orientation(affine)
         affine = affine @ nib.orientations.inv_ornt_aff(turn, shape[:3])  # right, anterior, superior
         shape = [shape[int(np.flatnonzero(turn[:, 0] == axis)[0])] for axis in (0, 2)]
         affine = affine[:, [0, 2, 1, 3]]
@@ -471,9 +541,10 @@ def read_slice(path: str | Path, fit: str = "resize") -> torch.Tensor:
 
 def write_slice(path: Path, image: torch.Tensor, affine: np.ndarray) -> None:
     """A slice (1, 256, 128) in the scanner's intensities as a NIfTI file of float32, (256, 128, 1), lengths in mm."""
-    nifti = nib.Nifti1Image(image[0].float().cpu().numpy()[..., None], affine)
+    nifti = nib.Nifti1Image(image[0].float().cpu().numpy()[..., None], affine)  # a header of its own, nobody's fields
     nifti.header.set_xyzt_units("mm")
-    nib.save(nifti, path)
+    content = gzip.compress(nifti.to_bytes(), 6, mtime=0)
+    utils.write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 # ------------------------------------------------------------------------------------------- cache
@@ -494,8 +565,8 @@ def _cache_name(source: Source, split: str, recipe: _Preprocessing) -> tuple[str
     key, skip = hashlib.sha256(), len(str(source.root)) + 1
     for path in map(str, source.splits[split]):
         try:
-            stat = os.stat(path)
-            state = f"{stat.st_size} {stat.st_mtime_ns}"
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
         except OSError:  # reading the file will say why
             state = "unreadable"
         key.update(os.fsencode(f"{path[skip:]}\0{state}\n"))
@@ -519,17 +590,17 @@ def _cached(source: Source, split: str, recipe: _Preprocessing, root: Path, work
     """`_open_cache` of a split, built first where it is missing, out of date or damaged."""
     files = source.splits[split]
     name, place = _cache_name(source, split, recipe)
+    if cache := _current_cache(root / name, files, recipe):
+        return cache
     temporary = root / f"{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    if cache := _open_cache(root / name):
-        # Bad files are looked at again each time: permissions and networks recover without changing the key.
-        if all(_decode(files[i], recipe)[1] for i in cache[2]["file"]):
-            return cache
-        del cache
-        shutil.rmtree(root / name, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _build(temporary, source, split, recipe, workers, progress)
-        _publish(temporary, root / name)
+        root.mkdir(parents=True, exist_ok=True)
+        with _building(root / f"{place}lock", split):
+            if cache := _current_cache(root / name, files, recipe):  # another run has just built it
+                return cache
+            temporary.mkdir()
+            _build(temporary, source, split, recipe, workers, progress)
+            _publish(temporary, root / name)
     except OSError as error:
         raise DataError(
             f"can't write the cache of decoded slices in {root}: {error.strerror or error}.\n"
@@ -540,6 +611,35 @@ def _cached(source: Source, split: str, recipe: _Preprocessing, root: Path, work
         shutil.rmtree(temporary, ignore_errors=True)
     _tidy(root, place, name)
     return _open_cache(root / name)
+
+
+def _current_cache(folder: Path, files: list[Path], recipe: _Preprocessing):
+    """`_open_cache`, or None also where a file that was bad can be read by now; it is then deleted."""
+    cache = _open_cache(folder)
+    # Bad files are looked at again each time: permissions and networks recover without changing the key.
+    if cache and not all(_decode(files[i], recipe)[1] for i in cache[2]["file"]):
+        del cache
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return cache
+
+
+@contextlib.contextmanager
+def _building(path: Path, split: str) -> Iterator[None]:
+    """Alone among the processes that would build this cache, as far as the file system knows locks."""
+    lock = FileLock(path)  # let go when the process ends, however it does
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another run, which is preparing the {split} slices", flush=True)
+            lock.acquire()
+    except NotImplementedError:
+        pass  # the work is done twice, and the first result stands
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(folder: Path, source: Source, split: str, recipe: _Preprocessing, workers: int | None, progress: bool):
@@ -569,8 +669,7 @@ def _run(tasks: list[tuple], workers: int) -> Iterator[tuple]:
     if workers == 1:
         yield from ((task[1], _convert(*task)) for task in tasks)
         return
-    # One thread each: OpenMP's threads don't survive a fork, and every core has its process already.
-    pool = ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
     try:
         futures = {pool.submit(_convert, *task): task[1] for task in tasks}
         for future in as_completed(futures):
@@ -582,6 +681,19 @@ def _run(tasks: list[tuple], workers: int) -> Iterator[tuple]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int) -> None:
+    """One thread: OpenMP's don't survive a fork, and every core has its process. It ends when its parent was killed."""
+    torch.set_num_threads(1)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # waiting for work would go on forever
+
+    if os.name != "nt":  # there a parent's number stays when it has ended
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _reserve(path: Path, rows: int) -> None:
@@ -613,7 +725,8 @@ def _tidy(root: Path, place: str, keep: str) -> None:
     """Delete caches of the same files before they changed, and what runs killed over a day ago left."""
     for old in root.glob(f"{place}*"):
         try:
-            if old.name != keep and (".tmp-" not in old.name or time.time() - old.stat().st_mtime > 86400):
+            used = ".tmp-" in old.name and time.time() - old.stat().st_mtime < 86400
+            if old.is_dir() and old.name != keep and not used:
                 shutil.rmtree(old)
         except OSError:
             pass  # another run was first, or is using it (Windows)
