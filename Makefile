@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint figures drawings speed clean
+.PHONY: train test lint figures drawings faults fuzz test-pythons speed clean
 
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
@@ -37,11 +37,24 @@ drawings: .venv/dev         ## the sample with and without a discriminator, its 
 	cp runs/sample_gan/prior/metrics.json benchmarks/results/prior_sample_data.json
 	cp runs/sample_gan/generated/evaluation.json benchmarks/results/drawn_sample_data.json
 
+faults: .venv/dev           ## 50 kills at random moments, and what was lost: ten minutes
+	$(BIN)/python benchmarks/faults.py
+
+fuzz: .venv/dev             ## 28,000 damaged files, each of which must end in a slice or the one error: two minutes
+	$(BIN)/python benchmarks/fuzz.py
+
+test-pythons:               ## the tests on every Python of 3.10 to 3.13 that is here, each in its own environment
+	for version in 3.10 3.11 3.12 3.13; do \
+	    python$$version -c "" 2> /dev/null || { echo "python$$version is not here"; continue; }; \
+	    python$$version -m venv .venv-$$version && .venv-$$version/bin/pip install --quiet -r requirements-dev.txt || exit 1; \
+	    echo "python$$version" && .venv-$$version/bin/python -m pytest || exit 1; \
+	done
+
 speed: .venv/dev           ## speed beside the usual script and other libraries, about ten minutes on a CPU
 	$(BIN)/python benchmarks/speed.py
 
 clean:                     ## remove the environment, the sample data and caches; runs/ is kept
-	rm -rf .venv sample_data .sample_data-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* sample_data .sample_data-* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/runtime: requirements.txt

@@ -28,7 +28,7 @@ import dataset
 import distances
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
-from recipes import check_bounds, load_run_data, newest_run
+from recipes import check_bounds, load_run_data, newest_run, read_arguments
 from utils import UserError
 
 COUNTS = {"draw": 16, "complete": 4}
@@ -157,9 +157,9 @@ def shown_half(image: Tensor) -> Tensor:
 def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, folder: Path) -> None:
     """Keep half of a slice's codes, and draw the other half several times."""
     half, view = args.keep or "left", KEEP[args.keep or "left"]
-    config = drawer.run / "prior" / "config.json"
-    if view and config.exists() and not utils.load_json(config).get("arguments", {}).get("mirrored", 1):
-        raise UserError(f"{config.parent} has seen no mirrored slice (--mirrored 0), and can only --keep left")
+    prior = drawer.run / "prior"
+    if view and (prior / "config.json").exists() and read_arguments(prior, {"mirrored": 0.5}).get("mirrored") == 0:
+        raise UserError(f"{prior} has seen no mirrored slice (--mirrored 0), and can only --keep left")
     image = dataset.read_slice(args.complete, train.fit)
     count, place = args.count or COUNTS["complete"], math.nan if args.position is None else args.position
     turned = image.flip(-2) if view else image  # (1, 256, 128), its first rows given

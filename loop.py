@@ -7,9 +7,11 @@ stopped.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -23,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
-from modules import CHECKPOINT_FORMAT
+from dataset import SliceName
+from modules import CHECKPOINT_FORMAT, load_checkpoint
 from utils import UserError, process_count, process_rank, sum_over_processes
 
 UNCOMPILED = "the step can't be compiled here, and goes on uncompiled"
@@ -32,6 +35,8 @@ SEED_STEP = 1_000_003  # between the seeds of two runs, more than a run has step
 
 class Split(Protocol):
     """What a run is trained on: dataset.Slices, or train_prior.Codes."""
+
+    names: Sequence[SliceName]
 
     def __len__(self) -> int: ...
 
@@ -62,6 +67,9 @@ class Run:
         self.precision = utils.pick_precision(args["precision"], self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        if args["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what matrix products on GPUs need for it
+        torch.use_deterministic_algorithms(args["deterministic"])
         self.modules = {name: module.to(self.device) for name, module in modules.items()}
         self.model = self.modules["model"]
         self.optimizer = self.make_optimizer()
@@ -131,6 +139,7 @@ class Run:
         self.steps_done, self.seconds = 0, 0.0
         # Over this process's share, on the device: each loss, these examples, steps skipped; and the last such step.
         self.sums = torch.zeros(len(self.LOSSES) + 3, device=self.device)
+        self.lost = torch.zeros((), device=self.device)  # the first step since then whose loss was not finite, or 0
 
     def add(self, losses: Tensor, finite: Tensor, count: int, step: int) -> None:
         """To `sums`, what `train_step` returned for `count` examples."""
@@ -138,6 +147,7 @@ class Run:
         self.sums[-3] += finite * count
         self.sums[-2] += ~finite
         self.sums[-1] = torch.where(finite, self.sums[-1], step)
+        self.lost = torch.where((self.lost == 0) & ~losses.isfinite().all(), step, self.lost)
 
     def sums_of_all(self) -> Tensor:
         """`sums` over the examples of all processes, on the CPU."""
@@ -168,12 +178,18 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise UserError(f"{self.folder} was begun by an older version, which this one can't go on from; start anew")
-        if checkpoint["fingerprint"] != self.fingerprint:
+        if checkpoint.get("fingerprint") != self.fingerprint:
             data = self.args["data"]
             raise UserError(f"{self.folder} was trained on other slices than {data} holds; name the same with --data")
         if checkpoint["model_args"] != self.model.arguments:
             raise UserError(f"{self.folder} is of another version, whose recipe made another model; start a new run")
-        self.load(checkpoint)
+        try:
+            self.load(checkpoint)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / 'last.pt'} is damaged ({utils.first_line(error)}), and can't be gone on from; best.pt "
+                "beside it may still be whole; start a new run"
+            ) from None
 
 
 def epoch_order(train: Split, seed: int, epoch: int) -> Tensor:
@@ -233,9 +249,24 @@ def train_epoch(run: Run, train: Split, bar: tqdm, interrupted: list[int]) -> in
         run.seconds = time.perf_counter() - start
         if bar.update(len(whole)):  # a few times a second the bar is drawn anew: only then wait for the device
             bar.set_postfix(progress(run))
+            refuse_lost(run, train, batches)
         if sum_over_processes(torch.tensor(len(interrupted))):
             return interrupted[0] if interrupted else signal.SIGTERM
+    refuse_lost(run, train, batches)
     return 0
+
+
+def refuse_lost(run: Run, train: Split, batches: Sequence[Tensor]) -> None:
+    """Raises UserError, with the names of its slices, where the loss of a step of this epoch was not finite."""
+    if not (step := int(run.lost)):
+        return
+    share = batches[(step - 1) % len(batches)].tensor_split(process_count())[process_rank()]
+    last = run.folder / "last.pt"
+    kept = f"{last} keeps the epochs before it" if last.exists() else "no epoch was finished before it"
+    raise UserError(
+        f"the loss is not finite at step {step}, in epoch {run.epochs_done + 1}. It changed no weight, and {kept}"
+        f"\nIts slices: {', '.join(train.names[i].stem for i in share)}\nLook at them, or lower --learning-rate"
+    )
 
 
 def progress(run: Run) -> dict[str, str]:
@@ -328,8 +359,9 @@ def fit(run: Run, train: Split, validation: Split) -> int:
             raise KeyboardInterrupt  # a second Ctrl-C waits for nothing
         interrupted.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the last is what schedulers send before pre-emption
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), interrupt)
     done = run.epochs_done * len(train) + run.steps_done * run.args["batch_size"]
     first = process_rank() == 0
     with tqdm(total=epochs * len(train), initial=done, unit=" slices", smoothing=0.05, disable=not first) as bar:
@@ -360,19 +392,25 @@ def carry_out(run: Run, train: Split, validation: Split, config: dict, resume: s
         print(f"dry run: nothing trained, nothing written to {run.folder}")
         utils.leave_processes()
         return 0
-    if process_rank() == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        config = {"name": run.folder.name, "arguments": run.args, **config}
-        config |= {"device": utils.describe_device(run.device), "precision": run.precision}
-        utils.save_json(run.folder / "config.json", config | {"versions": utils.versions()})
-    try:
-        number = fit(run, train, validation)
-    except RuntimeError as error:
-        if not utils.lost_process(error):
-            raise
-        reason = utils.first_line(error)
-        raise UserError(f"another process of this run ended or hangs ({reason}); to go on from the last epoch's end, "
-                        f"with any number of processes:\n    {resume}") from None  # fmt: skip
+    with utils.alone_in(run.folder) if process_rank() == 0 else contextlib.nullcontext():
+        if process_rank() == 0:
+            last, done = run.folder / "last.pt", (run.epochs_done, run.steps_done)
+            found = load_checkpoint(last) if last.exists() else {"epochs_done": 0, "steps_done": 0}
+            if (found["epochs_done"], found["steps_done"]) != done:
+                raise UserError(f"another process has trained {run.folder} meanwhile; to go on:\n    {resume}")
+            config = {"name": run.folder.name, "arguments": run.args, **config}
+            config |= {"device": utils.describe_device(run.device), "precision": run.precision}
+            utils.save_json(run.folder / "config.json", config | {"versions": utils.versions()})
+        try:
+            number = fit(run, train, validation)
+        except RuntimeError as error:
+            if not utils.lost_process(error):
+                raise
+            reason = utils.first_line(error)
+            raise UserError(
+                f"another process of this run ended or hangs ({reason}); to go on from the last epoch's end, "
+                f"with any number of processes:\n    {resume}"
+            ) from None
     utils.leave_processes()
     if number:
         print(f"stopped in epoch {run.epochs_done + 1}; to go on:\n    {resume}")

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -789,10 +791,21 @@ class CodePrior(nn.Module):
 def _from_checkpoint(cls, path, device):
     checkpoint = load_checkpoint(path, device)
     try:
-        model = cls(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit this version's {cls.__name__}: {error}") from None
+        arguments, state = checkpoint["model_args"], checkpoint["model"]
+        most = {True: len(state), False: sum(tensor.numel() for tensor in state.values())}
+        for name, value in arguments.items():
+            if isinstance(value, int | float) and not -1 <= value <= most["layers" in name]:
+                raise ValueError(f"it asks for {value} {name}, and holds {most[False]:,} numbers")
+        # First without memory: what it asks for must be what it holds.
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in cls(**arguments).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in state.items()}:
+            raise ValueError("its tensors are not those of its arguments")
+        model = cls(**arguments)
+        model.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} does not fit this version's {cls.__name__}: {reason}") from None
     return model.to(device).eval()
 
 
@@ -803,10 +816,20 @@ class CheckpointError(ValueError):
 def load_checkpoint(path, device: str | torch.device = "cpu") -> dict:
     """A checkpoint's dictionary. Loads tensors and plain types only, never code. Raises `CheckpointError`."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch's older forms, and compressed ones, aren't written here
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise CheckpointError(f"{path} is compressed, which no checkpoint of this project is")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; train one with train.py") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        if found := re.search(r"(?i)unsupported (?:global|class|operand):?\s+(?:global )?(\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} names {found[1]:.80}, which is more than tensors and plain values and could be code; nothing "
+                "of it was run. Use a checkpoint of this project"
+            ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} can't be read as a checkpoint ({reason}); use another, or train again") from None
     if not isinstance(checkpoint, dict) or not {"format", "model_args", "model"} <= checkpoint.keys():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import dataset
 import utils
-from modules import load_checkpoint
+from modules import CheckpointError, load_checkpoint
 from utils import UserError
 
 # The recipes. "document" is the source document's training; its one departure is a codebook that starts from
@@ -49,7 +49,7 @@ RECIPES = {
 DEFAULTS = {
     "data": None, "fit": "resize", "planes": 60, "skip_bad_files": False, "cache_dir": None, "recipe": "tuned",
     "name": None, "runs_dir": "runs", "resume": False, "dry_run": False, "plot_every": 10, "device": "auto",
-    "precision": "auto", "compile": None, "seed": 0,
+    "precision": "auto", "compile": None, "deterministic": False, "seed": 0,
 }  # fmt: skip
 # What --resume may change; anything else would make it another run.
 RESUMABLE = {
@@ -94,6 +94,7 @@ def add_training_flags(flag) -> None:
     flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
     flag("--precision", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it (auto)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="a compiled step: a minute once (on a GPU)")
+    flag("--deterministic", action="store_true", help="on a GPU: equal runs give equal weights, at some speed (no)")
     flag("--seed", type=int, help="start of everything random (0)")
 
 
@@ -116,6 +117,9 @@ def check_arguments(args: dict, processes: int) -> None:
     """Refuse, before any work, the values that could only fail later."""
     bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
     check_run_arguments(args, bounds | {"planes": (1, 256)}, processes)
+    for name, (*_, allowed, _) in RECIPES.items():  # they may come from a config.json
+        if isinstance(allowed, list) and args[name] not in allowed:
+            raise UserError(f"{flag_name(name)} is {args[name]}; expected one of {', '.join(map(str, allowed))}")
     if args["crop"] % args["stride"] or 0 < args["crop"] < 16:
         stride = args["stride"]
         raise UserError(f"--crop is {args['crop']}; expected 0, or 16 to 128 and divisible by --stride {stride}")
@@ -155,21 +159,36 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
         return folder, args, None
 
     folder = runs_dir / given["name"] if "name" in given else newest_unfinished(runs_dir)
-    saved = saved_arguments(folder, given, RESUMABLE)
+    saved = saved_arguments(folder, given, RESUMABLE, with_defaults("tuned", {}))
     args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
     return folder, args, unfinished_checkpoint(folder, args)
 
 
-def saved_arguments(folder: Path, given: dict, resumable: set[str]) -> dict:
+def saved_arguments(folder: Path, given: dict, resumable: set[str], defaults: dict) -> dict:
     """A run's arguments, as its config.json has them. Raises UserError where `given` would make it another run."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no run to go on with; start one without --resume, or name another")
-    saved = utils.load_json(folder / "config.json").get("arguments", {})
+    saved = read_arguments(folder, defaults)
     changed = sorted(key for key in given.keys() - resumable if given[key] != saved.get(key))
     if changed:
         told = ", ".join(f"{flag_name(key)} {given[key]} (it has {saved.get(key)})" for key in changed)
         raise UserError(f"{folder} can't go on with {told}; leave that out, or start another run")
     return saved
+
+
+def read_arguments(run: Path, defaults: dict) -> dict:
+    """The `arguments` of its config.json, as far as `defaults` knows them. UserError where one is of another type."""
+    path = run / "config.json"
+    found = utils.load_json(path).get("arguments", {})
+    if not isinstance(found, dict):
+        raise UserError(f"{path} has arguments of type {type(found).__name__}; expected what train.py writes")
+    found = {name: value for name, value in found.items() if name in defaults}
+    for name, value in found.items():
+        usual = defaults[name]
+        kinds = (str, bool, type(None)) if usual is None else (int, float) if type(usual) is float else type(usual)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(usual, bool | None)):
+            raise UserError(f"{path} has {name} {value!r:.80}; expected a value such as {usual!r}, as train.py writes")
+    return found
 
 
 def unfinished_checkpoint(folder: Path, args: dict) -> dict | None:
@@ -184,7 +203,10 @@ def unfinished_checkpoint(folder: Path, args: dict) -> dict | None:
 def last_checkpoint(folder: Path) -> dict | None:
     """None where the run was ended before its first epoch was."""
     path = folder / "last.pt"
-    return load_checkpoint(path) if path.exists() else None
+    checkpoint = load_checkpoint(path) if path.exists() else None
+    if checkpoint and not isinstance(checkpoint.get("epochs_done"), int):
+        raise CheckpointError(f"{path} does not say how many epochs it has done; start a new run")
+    return checkpoint
 
 
 def newest_unfinished(runs_dir: Path) -> Path:
@@ -192,7 +214,7 @@ def newest_unfinished(runs_dir: Path) -> Path:
     configs = sorted(runs_dir.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for config in configs:
         checkpoint = last_checkpoint(config.parent)
-        epochs = utils.load_json(config).get("arguments", {}).get("epochs", 0)
+        epochs = read_arguments(config.parent, {"epochs": 0}).get("epochs", 0)
         if not checkpoint or checkpoint["epochs_done"] < epochs:
             return config.parent
     raise UserError(f"no unfinished run in {runs_dir} ({len(configs)} runs there); start one without --resume")
@@ -214,7 +236,7 @@ def load_run_data(
     run: Path, split: str, data: str | None = None, cache_dir: str | None = None, skip_bad_files: bool = False
 ) -> tuple[dataset.Slices, str]:
     """A split, prepared as the run's training data was, and the folder that it is in: `data`, or the run's own."""
-    trained_with = utils.load_json(run / "config.json").get("arguments", {})
+    trained_with = read_arguments(run, with_defaults("tuned", {}))
     root, line = dataset.find_data(data or trained_with.get("data"))
     if root is None:
         raise UserError(f"{run / 'config.json'} names no data; say where the slices are with --data")

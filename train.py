@@ -9,8 +9,8 @@
     torchrun --nproc-per-node 4 train.py --data ...     # several processes: one a GPU, or on a CPU
 
 A run writes to runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png, plots/.
-It can be killed at any moment: --resume goes on from the last epoch's end (after SIGTERM or Ctrl-C: from the
-last step), to the same weights as if nothing had happened.
+It can be killed at any moment: --resume goes on from the last epoch's end (after SIGTERM, SIGUSR1 or Ctrl-C:
+from the last step), to the same weights as if nothing had happened.
 """
 
 from __future__ import annotations

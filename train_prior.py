@@ -58,7 +58,7 @@ FLAGS = {
 }  # fmt: skip
 DEFAULTS = {name: row[0] for name, row in FLAGS.items()} | {
     "data": None, "cache_dir": None, "resume": False, "dry_run": False, "plot_every": 10,
-    "device": "auto", "precision": "auto", "compile": None, "seed": 0,
+    "device": "auto", "precision": "auto", "compile": None, "deterministic": False, "seed": 0,
 }  # fmt: skip
 FIXED = {"warmup": 0.05, "schedule": "cosine", "clip_grad_norm": 1.0}  # what `loop` reads besides
 RESUMABLE = {"run", "runs_dir", "data", "cache_dir", "resume", "dry_run", "plot_every", "device", "compile", "epochs"}
@@ -97,7 +97,7 @@ def open_prior(given: dict) -> tuple[Path, dict, dict | None]:
         run = newest_run(runs_dir)
     folder = run / "prior"
     if given.get("resume"):
-        args = DEFAULTS | saved_arguments(folder, given, RESUMABLE) | given
+        args = DEFAULTS | saved_arguments(folder, given, RESUMABLE, DEFAULTS | FIXED) | given
         if not (folder / "metrics.json").exists():  # perhaps all epochs are done, and not yet their report
             return run, args, last_checkpoint(folder)
         return run, args, unfinished_checkpoint(folder, args)
@@ -113,10 +113,11 @@ class Codes:
     """The codes of a split's N slices and of their mirror images, and where each slice lies in its volume.
 
     codes: (N, V, h, w) int32, V of MIRRORS. positions: (N,). brightness: (K,), of the slices where each code stands.
+    names: the N slices'.
     """
 
-    def __init__(self, codes: Tensor, positions: Tensor, brightness: Tensor):
-        self.codes, self.positions, self.brightness = codes, positions, brightness
+    def __init__(self, codes: Tensor, positions: Tensor, brightness: Tensor, names: Sequence[dataset.SliceName]):
+        self.codes, self.positions, self.brightness, self.names = codes, positions, brightness, names
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -142,7 +143,7 @@ def encode(model: VQVAE, slices: dataset.Slices, mirrors: Sequence[tuple]) -> Co
         for total, values in zip(sums, (bright, torch.ones_like(bright)), strict=True):
             total.index_add_(0, views[:, 0].flatten(), values.flatten())
         codes.append(views.int().cpu())
-    return Codes(torch.cat(codes), slices.positions, (sums[0] / sums[1].clamp_min(1)).cpu())
+    return Codes(torch.cat(codes), slices.positions, (sums[0] / sums[1].clamp_min(1)).cpu(), slices.names)
 
 
 def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[str, float]:
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     fingerprint = " ".join([*(split.fingerprint for split in slices), codebook[:16]])
     run = Run(vqvae_run / "prior", args, fingerprint, vqvae, train)
     if checkpoint:
-        if checkpoint["fingerprint"].split()[-1] != codebook[:16]:
+        if str(checkpoint.get("fingerprint")).split()[-1:] != [codebook[:16]]:
             raise UserError(f"{run.folder} is of other codes than those of {vqvae_run / 'best.pt'}, which has changed "
                             "since; move the prior away to train another")  # fmt: skip
         run.restore(checkpoint)

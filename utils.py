@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import io
 import json
 import os
 import shlex
@@ -17,10 +18,13 @@ import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 matplotlib.use("Agg")  # files only: works without a screen
 import matplotlib.pyplot as plt
+
+plt.rcParams["text.parse_math"] = False  # $ in a file's name is a dollar
 
 
 class UserError(Exception):
@@ -240,27 +244,60 @@ def versions() -> dict[str, str]:
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary path)`, then rename: a crash leaves the old file or the new one, never half of one."""
+    """Call `write(temporary path)`, then rename: a crash leaves the old file or the new one, never half of one.
+
+    Raises OSError where it can't be written, and nothing is left of it then.
+    """
     temporary = path.with_name(f".{path.name}.tmp")  # the dot first: `write` may look at the suffix
-    write(temporary)
-    with open(temporary, "r+b") as file:  # Windows syncs only what may be written
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as file:  # Windows syncs only what may be written
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        kept = "; what was there before is as it was" if path.exists() else ""
+        advice = "make room, or let the folder be written, and run the command again (train.py with --resume)"
+        raise OSError(f"can't write {path} ({error.strerror or error}){kept}; {advice}") from error
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    content = io.BytesIO()  # torch's own writing doesn't tell a full disk from a mistake in the program
+    torch.save(checkpoint, content)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """Refuse, with UserError, where another process is in such a block for the same folder, which is created.
+
+    The lock is let go when a process ends, however it does. On file systems that know no locks, nothing is refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training {folder}; wait until it ends, or give another --name") from None
+    except NotImplementedError:
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
 
 
 def load_json(path: Path) -> dict:
     """A dictionary from a JSON file; raises `UserError` where it can't be read."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error}); expected the JSON file that train.py writes") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}; expected the JSON object that train.py writes")
@@ -271,7 +308,7 @@ def save_csv(path: Path, rows: list[dict]) -> None:
     """Rows with equal keys, the keys as header."""
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

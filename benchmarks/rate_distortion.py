@@ -40,6 +40,7 @@ import metrics
 import utils
 from metrics import SCORE_NAMES, SSIM_NAMES
 from modules import VQVAE, CheckpointError, CodePrior
+from recipes import read_arguments
 from utils import UserError
 
 try:
@@ -309,7 +310,7 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
 def measure_run(run: Path, originals: Originals, device: torch.device, entropy_coded: bool) -> list[dict]:
     """The row of a run's best.pt; where it has a prior and its codes are to be entropy-coded, a second one."""
     model = VQVAE.from_checkpoint(run / "best.pt", device)
-    trained_with = utils.load_json(run / "config.json").get("arguments", {})
+    trained_with = read_arguments(run, {"recipe": "tuned"})
     mean, std = originals.mean.half().float(), originals.std.half().float()
     batches = ((originals.images - mean) / std).split(16)
     with torch.no_grad():

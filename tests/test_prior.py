@@ -370,7 +370,7 @@ def test_views_are_drawn_as_asked(run, monkeypatch):
     vqvae = train_prior.VQVAE.from_checkpoint(run / "best.pt")
     codes = torch.arange(4, dtype=torch.int32).view(1, 4, 1, 1).expand(2000, 4, 64, 32)  # a code tells its view
     data = train_prior.Codes(
-        torch.randint(16, (2000, 4, 64, 32), dtype=torch.int32), torch.zeros(2000), torch.randn(16)
+        torch.randint(16, (2000, 4, 64, 32), dtype=torch.int32), torch.zeros(2000), torch.randn(16), []
     )
     for share in (0.0, 0.6):
         args = train_prior.DEFAULTS | train_prior.FIXED | {"mirrored": share, "device": "cpu"}
