@@ -517,7 +517,7 @@ def test_a_run_of_an_older_format_is_not_gone_on_with(tmp_path, run_here):
     run_here("--epochs 1 --name a")
     path = tmp_path / "runs" / "a" / "last.pt"
     torch.save(load_checkpoint(path) | {"format": 2}, path)
-    with pytest.raises(UserError, match="begun by an older version.*start anew"):
+    with pytest.raises(UserError, match=r"begun by an older version.*start anew"):
         run_here("--epochs 2 --name a --resume")
 
 
