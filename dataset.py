@@ -20,15 +20,13 @@ off by more than half a step, (max - min) / 131,070 of that slice.
 
 import contextlib
 import errno
-import gzip
 import hashlib
-import logging
 import math
+import multiprocessing
 import os
 import re
 import secrets
 import shutil
-import stat
 import sys
 import threading
 import time
@@ -39,7 +37,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
@@ -50,11 +47,10 @@ from filelock import FileLock, Timeout
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-import utils
+import nifti
 
 SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
 STD_FLOOR = 0.05  # of the split's median deviation: a nearly empty slice must not have its noise blown up
-MAX_VOXELS = 1 << 27  # of a file: 512 x 512 x 512; a header may claim any number
 POOL_FROM = 500  # slices: starting processes costs more than decoding fewer than this
 CACHE_FORMAT = 1  # raise it when what is written to the cache changes
 
@@ -74,9 +70,6 @@ _SLICE = np.dtype([
     ("constant", "?"), ("height", "i8"), ("width", "i8"),
 ])  # fmt: skip
 _BAD = np.dtype([("file", "i8"), ("reason", "U200")])
-
-# nibabel logs every odd but harmless header field: thousands of lines for one data set.
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
 class DataError(Exception):
@@ -107,13 +100,22 @@ def parse_name(path: str | Path) -> SliceName:
     folder, name = os.path.split(path)
     folder = os.path.basename(folder)
     stem = _NIFTI.sub("", folder if _NIFTI.search(folder) else name)
-    # Names stand in tables, figures and terminals: no control characters, and no bytes that are no text.
-    stem = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in stem)
+    stem = printable(stem)
     match = _NAME.match(stem)
     if not match:
         return SliceName(stem, "", 0, stem)
     case, week, number = match.groups()
     return SliceName(f"{int(case):03d}", week or "", int(number or 0), stem)
+
+
+def printable(text: str) -> str:
+    """A name as tables, figures and terminals can bear it: control characters and bytes that are no text, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is a segmentation, by its name or its folder's: never an image."""
+    return bool(_MASK.match(path.name)) or path.parent.name.lower().startswith(("keras_slices_seg", "semantic_labels"))
 
 
 def _natural(entry: os.DirEntry) -> list:
@@ -149,9 +151,9 @@ def find_data(data: str | Path | None) -> tuple[Path | None, str]:
     path = Path(given).expanduser()
     try:
         os.stat(path if str(given).strip() else "")  # Path("") would be the current folder
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"can't open the data that {by} names, '{given}': {error.strerror}.\n"
+            f"can't open the data that {by} names, '{given}': {getattr(error, 'strerror', error)}.\n"
             "Give an existing folder, or leave both --data and $HIPMRI_DATA out."
         ) from error
     return path, f"data: {path}, from {by}"
@@ -318,7 +320,7 @@ def _describe(root: Path) -> list[str]:
 def _listing(lines: list[str], most: int = 100) -> str:
     """Lines, indented; after `most` of them only how many more there are."""
     more = [f"... and {len(lines) - most:,} more"] if len(lines) > most else []
-    return "\n".join("  " + line for line in lines[:most] + more)
+    return "\n".join("  " + printable(line) for line in lines[:most] + more)
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -333,107 +335,12 @@ class _Preprocessing:
     planes: int  # central coronal planes of a volume; 1 in the 2D form
 
 
-def _inflate(data: bytes, most: int) -> bytes:
-    """Up to `most` bytes of a gzip file's contents: a small file may hold terabytes. Raises zlib.error, EOFError."""
-    parts, left = [], most
-    while left > 0 and data:
-        member = zlib.decompressobj(zlib.MAX_WBITS | 16)  # with header, length and checksum
-        parts.append(member.decompress(data, left))
-        left -= len(parts[-1])
-        if left > 0 and not member.eof:
-            raise EOFError("it ends too early")
-        data = member.unused_data.lstrip(b"\0")  # a file may be several, one after the other
-    return b"".join(parts)
-
-
-def _open(path: Path) -> tuple[nib.Nifti1Header, bytes]:
-    """A NIfTI file's header and bytes, compressed or not whatever its name says. ValueError: why it can't be.
-
-    Never more bytes than the header says that there are, and those within MAX_VOXELS.
-    """
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ValueError("is a folder, expected exactly one .nii or .nii.gz in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is no regular file, but a pipe, a socket or a device")  # reading it may never end
-        if status.st_size > MAX_VOXELS * 16:
-            raise ValueError(f"has {status.st_size:,} bytes, expected at most {MAX_VOXELS * 16:,}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"can't be read ({error.strerror})") from error
-    if not data:
-        raise ValueError("is empty (zero bytes)")
-    compressed = data[:2] == b"\x1f\x8b"
-    try:
-        start = _inflate(data, 1024) if compressed else data[:1024]
-        header = _header(start)
-        offset, size = header.get_data_offset(), math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-        if compressed:
-            data = _inflate(data, offset + size + 65536)  # some more, to reach the checksum at the end
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"is truncated or damaged gzip ({error})") from error
-    if len(data) < offset + size:
-        raise ValueError(f"is truncated or damaged: its header tells of {offset + size:,} bytes, it has {len(data):,}")
-    return header, data
-
-
-def _header(start: bytes) -> nib.Nifti1Header:
-    """From a file's first bytes. ValueError where it isn't one, or not one of real numbers within MAX_VOXELS."""
-    is_2 = 540 in (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big"))  # the header's size
-    kind = nib.Nifti2Header if is_2 else nib.Nifti1Header
-    try:
-        header = kind(start[: kind.template_dtype.itemsize])  # extensions are never read
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-        header.get_slope_inter()
-    except Exception as error:  # nibabel raises many kinds
-        raise ValueError(f"is not a NIfTI file ({error})") from error
-    if not header["magic"].item().startswith(b"n+"):
-        raise ValueError("is the header of a pair of files (.hdr, .img), expected a single .nii or .nii.gz file")
-    if dtype.kind not in "iuf":
-        raise ValueError(f"holds {dtype} values, expected one real number a pixel")
-    if not shape or min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
-        raise ValueError(f"has shape {' x '.join(map(str, shape))}, expected at most {MAX_VOXELS:,} voxels, and some")
-    if not 0 <= offset <= 1 << 24:
-        raise ValueError(f"has its pixels at byte {offset:,}, expected them soon after the header")
-    return header
-
-
 def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
     """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't."""
-    header, data = _open(path)
-    dimensions, found = int(recipe.form[0]), header.get_data_shape()
-    shape = found
-    while len(shape) > dimensions and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != dimensions or min(shape[0], shape[-1]) < 8:
-        raise ValueError(
-            f"has shape {' x '.join(map(str, found))}, expected a {recipe.form} "
-            f"{'slice' if dimensions == 2 else 'volume'} of at least 8 pixels a side"
-        )
-    try:
-        with np.errstate(all="ignore"):  # what a scale factor makes infinite is told later
-            voxels = header.data_from_fileobj(BytesIO(data)).reshape(shape)
-        if dimensions == 3:  # axes become right, anterior, superior: axis 1 cuts coronally
-            voxels = nib.orientations.apply_orientation(voxels, _orientation(header))
-        else:
-            voxels = voxels[:, None]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"is truncated or damaged ({str(error).splitlines()[0]})") from error
-    first = max(0, (voxels.shape[1] - recipe.planes) // 2)
-    for plane in range(first, min(first + recipe.planes, voxels.shape[1])):
-        yield plane, voxels[:, plane]
-
-
-def _orientation(header: nib.Nifti1Header) -> np.ndarray:
-    """(3, 2): which way the axes run, as nibabel has it. ValueError where the affine doesn't tell."""
-    try:
-        affine = header.get_best_affine()
-        if np.abs(affine).max() < 1e9 and not np.isnan(turn := nib.orientations.io_orientation(affine)).any():
-            return turn
-    except (ValueError, np.linalg.LinAlgError):
-        pass
-    raise ValueError("has an affine that does not say which way its axes run")
+    stored, scaled = nifti.planes(*nifti.open_nifti(path), int(recipe.form[0]), "coronal")
+    first = max(0, (len(stored) - recipe.planes) // 2)
+    for plane in range(first, min(first + recipe.planes, len(stored))):
+        yield plane, scaled(stored[plane])
 
 
 def _cut(shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -511,8 +418,8 @@ def slice_affine(path: str | Path, form: str = "2D", fit: str = "resize") -> np.
     Raises DataError where the file can't be read.
     """
     try:
-        header, _ = _open(Path(path))
-        turn, shape = _orientation(header), header.get_data_shape()
+        header, _ = nifti.open_nifti(Path(path))
+        turn, shape = nifti.orientation(header), header.get_data_shape()
         if len(shape) < int(form[0]):
             raise ValueError(f"has shape {' x '.join(map(str, shape))}, expected {form}")
     except ValueError as error:
@@ -537,14 +444,6 @@ def read_slice(path: str | Path, fit: str = "resize") -> torch.Tensor:
     if constant:
         raise DataError(f"{path} is of one value; give a slice that shows something.")
     return torch.from_numpy(((steps + 32768.0) * scale + low - mean) / std).float()[None]
-
-
-def write_slice(path: Path, image: torch.Tensor, affine: np.ndarray) -> None:
-    """A slice (1, 256, 128) in the scanner's intensities as a NIfTI file of float32, (256, 128, 1), lengths in mm."""
-    nifti = nib.Nifti1Image(image[0].float().cpu().numpy()[..., None], affine)  # a header of its own, nobody's fields
-    nifti.header.set_xyzt_units("mm")
-    content = gzip.compress(nifti.to_bytes(), 6, mtime=0)
-    utils.write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 # ------------------------------------------------------------------------------------------- cache
@@ -634,8 +533,8 @@ def _building(path: Path, split: str) -> Iterator[None]:
         except Timeout:
             print(f"waiting for another run, which is preparing the {split} slices", flush=True)
             lock.acquire()
-    except NotImplementedError:
-        pass  # the work is done twice, and the first result stands
+    except (OSError, NotImplementedError):
+        pass  # no locks here: the work may be done twice, and the first result stands
     try:
         yield
     finally:
@@ -669,7 +568,7 @@ def _run(tasks: list[tuple], workers: int) -> Iterator[tuple]:
     if workers == 1:
         yield from ((task[1], _convert(*task)) for task in tasks)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
         futures = {pool.submit(_convert, *task): task[1] for task in tasks}
         for future in as_completed(futures):
@@ -683,17 +582,15 @@ def _run(tasks: list[tuple], workers: int) -> Iterator[tuple]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker() -> None:
     """One thread: OpenMP's don't survive a fork, and every core has its process. It ends when its parent was killed."""
     torch.set_num_threads(1)
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)  # waiting for work would go on forever
 
-    if os.name != "nt":  # there a parent's number stays when it has ended
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _reserve(path: Path, rows: int) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import dataset
 import distances
+import nifti
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
 from recipes import check_bounds, load_run_data, newest_run, read_arguments
@@ -126,7 +127,8 @@ def write_slices(folder: Path, name: str, images: Tensor, train: dataset.Slices,
     for old in folder.glob(f"{name}_*.nii.gz"):
         old.unlink()
     for number, image in enumerate(images):
-        dataset.write_slice(folder / f"{name}_{number:03d}.nii.gz", image * std + mean, affine)
+        voxels = (image[0] * std + mean).float().cpu().numpy()[..., None]  # (256, 128, 1)
+        utils.write_bytes(folder / f"{name}_{number:03d}.nii.gz", nifti.nifti_bytes(voxels, affine))
 
 
 def draw_slices(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, folder: Path) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import inspect
 import math
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -67,9 +66,6 @@ class Run:
         self.precision = utils.pick_precision(args["precision"], self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if args["deterministic"]:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what matrix products on GPUs need for it
-        torch.use_deterministic_algorithms(args["deterministic"])
         self.modules = {name: module.to(self.device) for name, module in modules.items()}
         self.model = self.modules["model"]
         self.optimizer = self.make_optimizer()
@@ -165,6 +161,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for key in self.PROGRESS:
             setattr(self, key, state[key])
+        if state["sums"].shape != self.sums.shape:
+            raise ValueError(f"{len(state['sums'])} sums of losses, not {len(self.sums)}")
         self.sums = state["sums"].to(self.device)
         if process_rank():  # what was summed is the first process's, also where others had a part in it
             self.sums[:-2] = 0
@@ -184,12 +182,23 @@ class Run:
         if checkpoint["model_args"] != self.model.arguments:
             raise UserError(f"{self.folder} is of another version, whose recipe made another model; start a new run")
         try:
+            check_progress(checkpoint, {"epoch", "train_loss", "val_loss", self.BEST})
             self.load(checkpoint)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.folder / 'last.pt'} is damaged ({utils.first_line(error)}), and can't be gone on from; best.pt "
                 "beside it may still be whole; start a new run"
             ) from None
+
+
+def check_progress(state: dict, columns: set[str]) -> None:
+    """Raises ValueError, or what Python raises of other types, where Run.PROGRESS is not what a run writes."""
+    counts, history = [state["epochs_done"], state["steps_done"]], state["history"]
+    if any(type(count) is not int or count < 0 for count in counts) or len(history) != counts[0]:
+        raise ValueError(f"{counts} epochs and steps, {len(history)} rows")
+    values = [state["best"], state["seconds"], *(row[name] for row in history for name in columns)]
+    if not all(isinstance(value, int | float) for value in values):
+        raise ValueError("its history is not of numbers")
 
 
 def epoch_order(train: Split, seed: int, epoch: int) -> Tensor:
@@ -251,6 +260,7 @@ def train_epoch(run: Run, train: Split, bar: tqdm, interrupted: list[int]) -> in
             bar.set_postfix(progress(run))
             refuse_lost(run, train, batches)
         if sum_over_processes(torch.tensor(len(interrupted))):
+            refuse_lost(run, train, batches)
             return interrupted[0] if interrupted else signal.SIGTERM
     refuse_lost(run, train, batches)
     return 0
@@ -263,9 +273,10 @@ def refuse_lost(run: Run, train: Split, batches: Sequence[Tensor]) -> None:
     share = batches[(step - 1) % len(batches)].tensor_split(process_count())[process_rank()]
     last = run.folder / "last.pt"
     kept = f"{last} keeps the epochs before it" if last.exists() else "no epoch was finished before it"
+    names, among = ", ".join(train.names[i].stem for i in share), "Among its" if process_count() > 1 else "Its"
     raise UserError(
-        f"the loss is not finite at step {step}, in epoch {run.epochs_done + 1}. It changed no weight, and {kept}"
-        f"\nIts slices: {', '.join(train.names[i].stem for i in share)}\nLook at them, or lower --learning-rate"
+        f"the loss is not finite at step {step}, in epoch {run.epochs_done + 1}. It changed no weight, and {kept}.\n"
+        f"{among} slices: {names}\nLook at them, or lower --learning-rate"
     )
 
 

@@ -10,6 +10,7 @@ Shapes: B slices, K codes (`num_embeddings`) of D numbers each (`embedding_dim`)
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -380,6 +381,14 @@ class VQVAE(nn.Module):
         """log2 K bits a code of fixed length, over the pixels that one code position covers."""
         quantizer = self.vector_quantization
         return quantizer.num_codebooks * math.log2(quantizer.num_embeddings) / self.stride**2
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any weight: what codes belong to."""
+        content = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()[:16]
 
     @classmethod
     def from_checkpoint(cls, path, device: str | torch.device = "cpu") -> VQVAE:
@@ -793,6 +802,8 @@ def _from_checkpoint(cls, path, device):
     try:
         arguments, state = checkpoint["model_args"], checkpoint["model"]
         most = {True: len(state), False: sum(tensor.numel() for tensor in state.values())}
+        if any(tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes() for tensor in state.values()):
+            raise ValueError("its tensors claim more numbers than it holds")
         for name, value in arguments.items():
             if isinstance(value, int | float) and not -1 <= value <= most["layers" in name]:
                 raise ValueError(f"it asks for {value} {name}, and holds {most[False]:,} numbers")

@@ -104,6 +104,8 @@ def flag_name(argument: str) -> str:
 
 def with_defaults(recipe: str, given: dict) -> dict:
     """All arguments: what is given, over the recipe's values, over the other defaults."""
+    if recipe not in ("document", "tuned"):
+        raise UserError(f"the recipe is {recipe!r:.80}; expected document or tuned")
     column = ("document", "tuned").index(recipe)
     args = DEFAULTS | {name: row[column] for name, row in RECIPES.items()} | {"recipe": recipe} | given
     if args["codebook"] == "gradient" and "restart_below" not in given:
@@ -154,7 +156,7 @@ def open_run(given: dict) -> tuple[Path, dict, dict | None]:
     if not given.get("resume"):
         args = with_defaults(given.get("recipe", DEFAULTS["recipe"]), given)
         folder = runs_dir / (args["name"] or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args['recipe']}")
-        if (folder / "config.json").exists():
+        if (folder / "config.json").exists() or (folder / "last.pt").exists():
             raise UserError(f"{folder} exists; add --resume to go on with it, or choose another --name")
         return folder, args, None
 
@@ -185,8 +187,12 @@ def read_arguments(run: Path, defaults: dict) -> dict:
     found = {name: value for name, value in found.items() if name in defaults}
     for name, value in found.items():
         usual = defaults[name]
-        kinds = (str, bool, type(None)) if usual is None else (int, float) if type(usual) is float else type(usual)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(usual, bool | None)):
+        kinds = (int, float) if type(usual) is float else type(usual)
+        if usual is None:
+            kinds = (bool, type(None)) if name == "compile" else (str, type(None))
+        if not isinstance(value, kinds) or (
+            isinstance(value, bool) and not (isinstance(usual, bool) or name == "compile")
+        ):
             raise UserError(f"{path} has {name} {value!r:.80}; expected a value such as {usual!r}, as train.py writes")
     return found
 

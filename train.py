@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     folder, args, checkpoint = open_run(given)
     folder = utils.from_first_process(folder)  # its name may hold the second
     check_arguments(args, process_count())
+    utils.be_deterministic(args["deterministic"])
     utils.keep_freed_memory()
     with utils.first_process_first():
         train, validation = load_data(args, given)

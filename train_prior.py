@@ -271,6 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     vqvae_run, args, checkpoint = open_prior(given)
     bounds = {name: row[1] for name, row in FLAGS.items()}
     check_run_arguments(args, bounds, process_count())
+    utils.be_deterministic(args["deterministic"])
     utils.keep_freed_memory()
     vqvae = VQVAE.from_checkpoint(vqvae_run / "best.pt", utils.pick_device(args["device"]))
     print(f"model: {vqvae_run / 'best.pt'}")

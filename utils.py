@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import glob
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -24,8 +26,6 @@ from torch import Tensor
 matplotlib.use("Agg")  # files only: works without a screen
 import matplotlib.pyplot as plt
 
-plt.rcParams["text.parse_math"] = False  # $ in a file's name is a dollar
-
 
 class UserError(Exception):
     """A mistake of the person's: the message says what was found, what was expected, and what to do."""
@@ -37,6 +37,8 @@ def run_script(main, *user_errors: type[Exception]) -> None:
     That is a `UserError`, one of `user_errors`, an OSError (a full disk, a folder that can't be written), or that
     another process of the run has ended, which has its own message.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text; stderr does it anyway
     try:
         sys.exit(main())
     except (UserError, OSError, RuntimeError, *user_errors) as error:
@@ -172,6 +174,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def be_deterministic(asked: bool) -> None:
+    """For --deterministic, before anything is computed: on a GPU, equal runs give equal weights."""
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what matrix products on GPUs need for it
+    torch.use_deterministic_algorithms(asked)
+
+
 def describe_device(device: torch.device) -> str:
     """For people and result files: which machine computed this, and by how many processes if by several."""
     several = f"{process_count()} processes, " if process_count() > 1 else ""
@@ -248,14 +257,19 @@ def write_atomically(path: Path, write) -> None:
 
     Raises OSError where it can't be written, and nothing is left of it then.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # the dot first: `write` may look at the suffix
+    # The dot first: `write` may look at the suffix. The number: another process may be writing the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by processes that were killed
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink()
         write(temporary)
         with open(temporary, "r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         kept = "; what was there before is as it was" if path.exists() else ""
@@ -266,7 +280,11 @@ def write_atomically(path: Path, write) -> None:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     content = io.BytesIO()  # torch's own writing doesn't tell a full disk from a mistake in the program
     torch.save(checkpoint, content)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
+    write_bytes(path, content.getbuffer())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 @contextlib.contextmanager
@@ -280,8 +298,8 @@ def alone_in(folder: Path):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"another process is training {folder}; wait until it ends, or give another --name") from None
-    except NotImplementedError:
+        raise UserError(f"another process is training {folder}; wait until it ends, or train another run") from None
+    except (OSError, NotImplementedError):
         pass
     try:
         yield
@@ -330,6 +348,11 @@ def _upright(image: Tensor) -> np.ndarray:
     return image[0].float().cpu().numpy().T[::-1]
 
 
+def _plain(text: str) -> str:
+    """For titles that hold names of files: a dollar in them begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def _window(original: Tensor) -> dict:
     """The grey window of a slice and of its reconstruction: the original's 0.5 and 99.5 percentiles."""
     low, high = torch.quantile(original.float().flatten().cpu(), torch.tensor([0.005, 0.995])).tolist()
@@ -347,14 +370,14 @@ def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor,
         axes[0, column].imshow(_upright(originals[column]), **grey)
         axes[1, column].imshow(_upright(reconstructions[column]), **grey)
         shown = axes[2, column].imshow(_upright(errors[column]), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes[0, column].set_title(title, fontsize=8)
+        axes[0, column].set_title(_plain(title), fontsize=8)
     for row, label in zip(axes, ("original", "reconstruction", "error"), strict=True):
         row[0].set_ylabel(label)
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
     figure.colorbar(shown, ax=axes[2], label="standard deviations", fraction=0.03, pad=0.01)
-    figure.suptitle(heading, fontsize=10)
+    figure.suptitle(_plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -373,8 +396,8 @@ def plot_slices(path: Path, images: Tensor, titles: list[str], heading: str, col
         axis.set_axis_off()
     for axis, (image, grey, title) in zip(axes.flat, pictures, strict=False):
         axis.imshow(_upright(image), **grey)
-        axis.set_title(title, fontsize=7)
-    figure.suptitle(heading, fontsize=10)
+        axis.set_title(_plain(title), fontsize=7)
+    figure.suptitle(_plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -390,7 +413,7 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
     right.set(xlabel="epoch", ylabel=column.replace("val_", "validation "))
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(heading, fontsize=10)
+    figure.suptitle(_plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -405,7 +428,7 @@ def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str
         axis.set(xlabel=name)
         axis.legend(fontsize=8)
     np.atleast_1d(axes)[0].set_ylabel("slices")
-    figure.suptitle(heading, fontsize=10)
+    figure.suptitle(_plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -417,7 +440,7 @@ def plot_code_use(path: Path, counts: Tensor, heading: str) -> None:
     axis.axhline(100 / len(share), color="C3", linewidth=1, label="all codes alike")
     axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
     axis.legend()
-    figure.suptitle(heading, fontsize=10)
+    figure.suptitle(_plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -435,5 +458,5 @@ def plot_code_map(path: Path, original: Tensor, reconstruction: Tensor, indices:
     for axis, label in zip(axes, ("original", f"its {size} codes", "reconstruction"), strict=True):
         axis.set_title(label, fontsize=9)
         axis.set_axis_off()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_plain(title), fontsize=10)
     save_figure(figure, path)

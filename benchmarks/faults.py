@@ -80,25 +80,22 @@ def kill_when(process: subprocess.Popen, begun: Callable[[], bool], delay: float
     return alive
 
 
-def broken_files(folder: Path) -> list[str]:
-    """Of all files with a final name (not the hidden temporary ones), those that are not whole."""
-    broken = []
-    for path in sorted(folder.rglob("*")):
-        if path.name.startswith(".") or not path.is_file():
-            continue
+def broken_files(folder: Path) -> tuple[list[str], int]:
+    """Of the files with a final name (hidden and `.tmp-` ones have none), those that are not whole; and how many."""
+    readers = {".pt": load_checkpoint, ".json": lambda path: json.loads(path.read_text()), ".csv": read_table,
+               ".png": utils.plt.imread, ".npy": np.load, ".npz": lambda path: dict(np.load(path))}  # fmt: skip
+    broken, files = [], sorted(path for path in final_files(folder) if path.suffix in readers)
+    for path in files:
         try:
-            if path.suffix == ".pt":
-                load_checkpoint(path)
-            elif path.suffix == ".json":
-                json.loads(path.read_text())
-            elif path.suffix == ".png":
-                utils.plt.imread(path)
-            elif path.suffix == ".csv":
-                lengths = {len(row) for row in csv.reader(path.read_text().splitlines())}
-                assert len(lengths) == 1 and path.read_text().endswith("\n")
+            readers[path.suffix](path)
         except Exception as error:
             broken.append(f"{path.name}: {error!r:.200}")
-    return broken
+    return broken, len(files)
+
+
+def read_table(path: Path) -> None:
+    lengths = {len(row) for row in csv.reader(path.read_text().splitlines())}
+    assert len(lengths) == 1 and path.read_text().endswith("\n")
 
 
 def workers_left(process: subprocess.Popen, seconds: float = 5) -> bool:
@@ -160,17 +157,18 @@ class Tally:
     def __init__(self, kind: str):
         self.row = {"killed": kind, "kills": 0, "within a write": 0, "resumes": 0, "restarts": 0, "files checked": 0,
                     "lost files": [], "workers left": 0, "runs compared": 0, "different": 0}  # fmt: skip
+        self.begun = 0.0  # when the last process was, which leaves younger files than those before it
 
     def killed(self, process: subprocess.Popen, folder: Path, before: set[Path], temporary: str) -> None:
         """After a kill: are all files whole, and those there that were there before?"""
         row = self.row
         row["kills"] += 1
-        row["within a write"] += any(
-            path.name.startswith(".") or ".tmp-" in path.name for path in folder.glob(temporary)
-        )
+        unfinished = [path for path in folder.glob(temporary) if path.stat().st_mtime >= self.begun]
+        row["within a write"] += bool(unfinished)
         row["workers left"] += workers_left(process)
-        row["lost files"] += broken_files(folder) + [f"{path.name}: gone" for path in before if not path.exists()]
-        row["files checked"] += sum(path.is_file() for path in folder.rglob("*"))
+        broken, count = broken_files(folder)
+        row["lost files"] += broken + [f"{path.name}: gone" for path in before if not path.exists()]
+        row["files checked"] += count
 
     def compare(self, same: bool) -> None:
         self.row["runs compared"] += 1
@@ -200,12 +198,15 @@ def kill_cache(tally: Tally, chance: random.Random, work: Path, data: Path, kill
         time.sleep(0.001)
     seconds = time.perf_counter() - begun
     assert process.wait() == 0, (whole / "log").read_text()
-    for number in range(kills):
+    for number in itertools.count():
+        if tally.row["kills"] == kills:
+            return
         folder = work / f"killed_{number}"
         folder.mkdir()
-        process = start(folder, *command)
-        if kill_when(process, functools.partial(building, folder), chance.uniform(0, seconds)):
-            tally.killed(process, folder / "cache", set(), "*.tmp-*")
+        tally.begun, process = time.time(), start(folder, *command)
+        if not kill_when(process, functools.partial(building, folder), chance.uniform(0, seconds)):
+            continue  # it had reached its end
+        tally.killed(process, folder / "cache", set(), "*.tmp-*")
         finish(folder, *command)
         tally.row["restarts"] += 1
         tally.compare(equal(cache_content(folder), cache_content(whole)))
@@ -228,8 +229,8 @@ def kill_run(tally: Tally, chance: random.Random, work: Path, data: Path, kills:
     """Chains of up to five kills, each gone on from."""
     pattern, times, longest = {
         "training": ("config.json", 1, 3.0),  # at any moment of the seconds that it takes
-        "checkpoint": (".*.pt.tmp", 5, 0.03),
-        "plot": ("**/.*.png.tmp", 5, 0.1),
+        "checkpoint": (".*.pt.*.tmp", 5, 0.004),
+        "plot": ("**/.*.png.*.tmp", 5, 0.03),
     }[tally.row["killed"]]
     fresh = ["--data", data, "--name", "x", *FLAGS]
     for chain in itertools.count():
@@ -238,7 +239,8 @@ def kill_run(tally: Tally, chance: random.Random, work: Path, data: Path, kills:
         folder, command = work / f"chain_{chain}", fresh
         folder.mkdir()
         for _ in range(min(5, kills - tally.row["kills"])):
-            process, before = start(folder, "train.py", *command), final_files(folder)
+            tally.begun, before = time.time(), final_files(folder)
+            process = start(folder, "train.py", *command)
             sight = Sight(folder / "runs" / "x", pattern, chance.randint(1, times))
             if not kill_when(process, sight, chance.uniform(0, longest)):
                 break  # it reached its end before
@@ -264,12 +266,14 @@ def kill_prediction(tally: Tally, chance: random.Random, kills: int, whole: Path
     before = time.perf_counter()
     finish(folder, *command)
     seconds, expected = time.perf_counter() - before, prediction_content(whole)
-    for number in range(kills):
-        files, process = final_files(whole), start(folder, *command)
-        first = number % 2 == 0
+    while tally.row["kills"] < kills:
+        first = tally.row["kills"] % 2 == 0
+        tally.begun, files = time.time(), final_files(whole)
+        process = start(folder, *command)
         begun = (lambda: any((whole / "test").glob(".*.tmp"))) if first else (lambda: True)
-        if kill_when(process, begun, chance.uniform(0, 1.0 if first else seconds)):
-            tally.killed(process, whole, files, "test/.*.tmp")
+        if not kill_when(process, begun, chance.uniform(0, 1.0 if first else seconds)):
+            continue  # it had reached its end
+        tally.killed(process, whole, files, "test/.*.tmp")
         finish(folder, *command)
         tally.row["restarts"] += 1
         tally.compare(equal(prediction_content(whole), expected))

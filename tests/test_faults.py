@@ -1,14 +1,17 @@
+# ruff: noqa: E402 (what is not on every system is looked for first)
 """Faults by real processes: kills, full disks, two runs at once, folders that can't be written. benchmarks/faults.py is
 the long form of the first."""
 
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+resource = pytest.importorskip("resource", reason="limits of files and memory are Unix's")
 
 import dataset
 import loop
@@ -18,7 +21,7 @@ from modules import VQVAE, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import faults  # noqa: E402
+import faults
 
 
 @pytest.fixture
@@ -75,10 +78,11 @@ def test_what_the_long_form_counts_as_lost(tmp_path):
     utils.save_json(tmp_path / "b.json", {"a": 1})
     utils.save_csv(tmp_path / "c.csv", [{"a": 1, "b": 2}, {"a": 3, "b": 4}])
     utils.plot_curves(tmp_path / "d.png", [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "ssim": 0.5}], "ssim", "x")
-    assert faults.broken_files(tmp_path) == []
+    np.save(tmp_path / "e.npy", np.arange(99))
+    assert faults.broken_files(tmp_path) == ([], 5)
     for path in sorted(tmp_path.iterdir()):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert [line[:1] for line in faults.broken_files(tmp_path)] == ["a", "b", "c", "d"]
+    assert [line[:1] for line in faults.broken_files(tmp_path)[0]] == ["a", "b", "c", "d", "e"]
 
 
 # ---------------------------------------------------------------- full disks
@@ -153,25 +157,29 @@ def test_a_run_that_another_has_gone_on_with_is_refused(tmp_path, run_here, monk
     assert load_checkpoint(last)["epochs_done"] == 2
 
 
-def test_two_runs_that_need_one_cache_build_it_once(tmp_path, data):
-    """The second waits, and says so."""
-    root = faults.write_data(tmp_path / "many", faults.MANY | {"train": 499})
-    code = (
-        "import sys, time, dataset\n"
-        "build = dataset._build\n"
-        "def slow(*args):\n"
-        "    print('building', flush=True); time.sleep(1); build(*args)\n"
-        "dataset._build = slow\n"
-        f"source = dataset.find_splits({str(root)!r})\n"
-        f"print(len(dataset.load_split(source, 'train', cache_dir={str(tmp_path / 'cache')!r}, progress=False)))\n"
-    )
+def test_two_runs_that_need_one_cache_build_it_once(tmp_path):
+    """The second waits, and says so; only then the first one is let go on."""
+    root = faults.write_data(tmp_path / "many", faults.MANY | {"train": 99})
+    code = f"""
+import dataset, pathlib, time
+build = dataset._build
+def slow(*args):
+    print('building', flush=True)
+    while not pathlib.Path({str(tmp_path / "go")!r}).exists():
+        time.sleep(0.01)
+    build(*args)
+dataset._build = slow
+source = dataset.find_splits({str(root)!r})
+print(len(dataset.load_split(source, 'train', cache_dir={str(tmp_path / "cache")!r}, progress=False)))
+"""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = sorted(process.communicate()[0] for process in both)
-    assert outputs == ["building\n499\n", "waiting for another run, which is preparing the train slices\n499\n"]
+    both = []
+    for said in ("building", "waiting for another run, which is preparing the train slices"):
+        command = [sys.executable, "-c", code]
+        both.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        assert both[-1].stdout.readline().strip() == said
+    (tmp_path / "go").touch()
+    assert [process.communicate()[0] for process in both] == ["99\n", "99\n"]
 
 
 # ---------------------------------------------------------------- folders that can't be written
