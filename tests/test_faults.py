@@ -133,7 +133,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, start):
         time.sleep(0.01)
     before = config.read_bytes()
     code, text = told(tmp_path, start("--epochs 400 --name a --resume", log="second"), "second")
-    assert code == 2 and "another process is training" in text and "another --name" in text
+    assert code == 2 and "another process is training" in text and "train another run" in text
     assert config.read_bytes() == before and first.poll() is None
     first.kill()
     first.wait()
