@@ -1,16 +1,13 @@
-"""Find, check, normalise and cache 2D MRI slices: what `train.py` and `predict.py` read.
+"""Read, check, normalise and cache 2D MRI slices: what `train.py` and `predict.py` learn from and measure on.
 
-    path, line = find_data(args.data)                       # --data, else $HIPMRI_DATA, else None: the sample
-    source = find_splits(path)                              # which files are in train, validate and test
+    source = sources.find_source(path)                      # which files are in train, validate and test
     train = load_split(source, "train")                     # decoded once, memory-mapped from then on
     images = train.batch(torch.randperm(len(train))[:16])   # (16, 1, 256, 128), z-scored
     train.place(device)                                     # into a GPU's memory, if they fit
     for images in train.batches(order.split(16), device):   # on the device
 
-It knows HipMRI's 2D form (`keras_slices_{train,validate,test}`), its 3D form (`semantic_MRs_anon`) and
-plain `train/ validate/ test/` folders of 2D NIfTI slices; masks are never read as images. What is wrong with
-the data is a `DataError`: what was found, what was expected, what to do. What is merely worth knowing stands
-in `Source.notes` and `Slices.notes`, for the script to print.
+What is wrong with the data is a `DataError`: what was found, what was expected, what to do. What is merely worth
+knowing stands in `Slices.notes`, for the script to print.
 
 `crop_at_random` and `flip_at_random` vary training batches.
 
@@ -24,7 +21,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -32,39 +28,40 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 import nifti
+from sources import (
+    EXPECTED,
+    HIPMRI_CASES,
+    DataError,
+    SliceName,
+    Source,
+    describe,
+    listing,
+    mask_of,
+    parse_name,
+    subject_of,
+)  # fmt: skip
 
 SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
 STD_FLOOR = 0.05  # of the split's median deviation: a nearly empty slice must not have its noise blown up
 POOL_FROM = 500  # slices: starting processes costs more than decoding fewer than this
-CACHE_FORMAT = 1  # raise it when what is written to the cache changes
+CACHE_FORMAT = 2  # raise it when what is written to the cache changes
 
-HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
-EXPECTED = """expected one of
-  keras_slices_train/ keras_slices_validate/ keras_slices_test/   (HipMRI's 2D form)
-  semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...                (HipMRI's 3D form)
-  train/ validate/ test/                                          (your own 2D .nii or .nii.gz slices)"""
-
-_SPLIT_OF = {"train": "train", "training": "train", "val": "validate", "valid": "validate", "validate": "validate"}
-_SPLIT_OF |= {"validation": "validate", "test": "test", "testing": "test"}
-_NIFTI = re.compile(r"\.nii(?:\.gz)?$", re.I)
-_MASK = re.compile(r"seg_|.*semantic", re.I)
-_NAME = re.compile(r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I)
 _SLICE = np.dtype([
     ("row", "i8"), ("file", "i8"), ("plane", "i8"), ("scale", "f8"), ("low", "f8"), ("mean", "f8"), ("std", "f8"),
     ("constant", "?"), ("height", "i8"), ("width", "i8"),
@@ -72,293 +69,60 @@ _SLICE = np.dtype([
 _BAD = np.dtype([("file", "i8"), ("reason", "U200")])
 
 
-class DataError(Exception):
-    """A mistake in the data or in how it was named; the message is for the person at the keyboard."""
-
-
-# ------------------------------------------------------------------------------------------- names
-
-
-@dataclass(frozen=True)
-class SliceName:
-    """Whose slice it is, and its file's name without the ending, for titles and tables."""
-
-    case: str  # "004"; the stem where the name follows no known pattern
-    week: str  # "0"; "" where the name has none
-    slice: int  # 12; 0 where the name has none
-    stem: str  # "case_004_week_0_slice_12"
-
-    def __str__(self) -> str:
-        return f"case {self.case} week {self.week} slice {self.slice}" if self.week else self.stem
-
-
-def parse_name(path: str | Path) -> SliceName:
-    """Read case, week and slice from `case_004_week_0_slice_12.nii.gz` or `Case_004_Week0_LFOV.nii.gz`.
-
-    Any other name is a case of its own. A file inside a folder called `x.nii.gz` takes the folder's name.
-    """
-    folder, name = os.path.split(path)
-    folder = os.path.basename(folder)
-    stem = _NIFTI.sub("", folder if _NIFTI.search(folder) else name)
-    stem = printable(stem)
-    match = _NAME.match(stem)
-    if not match:
-        return SliceName(stem, "", 0, stem)
-    case, week, number = match.groups()
-    return SliceName(f"{int(case):03d}", week or "", int(number or 0), stem)
-
-
-def printable(text: str) -> str:
-    """A name as tables, figures and terminals can bear it: control characters and bytes that are no text, escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def is_mask(path: Path) -> bool:
-    """Whether a file is a segmentation, by its name or its folder's: never an image."""
-    return bool(_MASK.match(path.name)) or path.parent.name.lower().startswith(("keras_slices_seg", "semantic_labels"))
-
-
-def _natural(entry: os.DirEntry) -> list:
-    """Sort key under which slice_2 comes before slice_10."""
-    parts = re.split(r"(\d+)", entry.name.lower())
-    parts[1::2] = map(int, parts[1::2])
-    return parts
-
-
-# ----------------------------------------------------------------------------------------- finding
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files of each split, found by `find_splits`."""
-
-    root: Path  # the folder that was used in the end
-    form: str  # "2D": a file is a slice; "3D": a file is a volume
-    splits: dict[str, list[Path]]  # of "train", "validate", "test" those that have files, in natural order
-    notes: list[str]  # to print
-
-
-def find_data(data: str | Path | None) -> tuple[Path | None, str]:
-    """The data folder: `data` (--data), else $HIPMRI_DATA, else None, which means the sample.
-
-    Also returns the line to print that says which it is and why. Raises DataError where a path was given,
-    by either, and is missing: a mistyped path must never end in training on the sample.
-    """
-    environment = os.environ.get("HIPMRI_DATA") or None
-    given, by = (data, "--data") if data is not None else (environment, "$HIPMRI_DATA")
-    if given is None:
-        return None, "data: the sample, as neither --data nor $HIPMRI_DATA is given"
-    path = Path(given).expanduser()
-    try:
-        os.stat(path if str(given).strip() else "")  # Path("") would be the current folder
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"can't open the data that {by} names, '{given}': {getattr(error, 'strerror', error)}.\n"
-            "Give an existing folder, or leave both --data and $HIPMRI_DATA out."
-        ) from error
-    return path, f"data: {path}, from {by}"
-
-
-def find_splits(root: str | Path) -> Source:
-    """Find the splits in `root`, one level below, two below, or (where `root` is one of the parts) one above.
-
-    Raises DataError where there are none, several at one level, or a folder that can't be read.
-    """
-    root = Path(os.path.abspath(Path(root).expanduser()))
-    if not root.is_dir():
-        raise DataError(f"{root} is {'a file' if root.exists() else 'missing'}; {EXPECTED}\nGive the folder.")
-    folders, unreadable = [root], []
-    for where in ("", "one level below", "two levels below", "one level above"):
-        if where == "one level above":
-            is_part = _split_of(root) or root.name.lower().startswith(("keras_slices_", "semantic_"))
-            folders = [root.parent] if is_part else []
-        found, below = [], []
-        for folder in folders:
-            try:
-                subfolders, files = _list(folder)
-            except OSError as error:  # not a mistake unless nothing is found elsewhere
-                unreadable.append(f"  {folder} can't be read: {error.strerror}")
-                continue
-            found += _recognise(folder, subfolders, files)
-            below += subfolders
-        if found:
-            return _only(found, root, f" ({where} the folder given)" if where else "")
-        folders = below
-    raise DataError(
-        "\n".join(
-            [
-                f"no slices found in {root}:",
-                *_describe(root),
-                *unreadable,
-                EXPECTED,
-                "Rename the folders, or point --data at the one that holds them.",
-            ]
-        )
-    )
-
-
-def _split_of(folder: Path) -> str | None:
-    return _SPLIT_OF.get(folder.name.lower().removeprefix("keras_slices_"))
-
-
-def _list(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Subfolders and NIfTI images of a folder in natural order, without junk and masks. Raises OSError.
-
-    Some copies of HipMRI hold folders called `x.nii.gz` with the .nii inside: the file inside is listed. If
-    there isn't exactly one, the folder itself is, to be reported with the other bad files.
-    """
-    folders, files = [], []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=_natural):
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            path, is_nifti = folder / entry.name, _NIFTI.search(entry.name)
-            try:
-                is_folder = entry.is_dir()
-            except OSError:  # a link that leads to itself: reading it will say so
-                is_folder = False
-            if is_folder and is_nifti:
-                inside = [n for n in os.listdir(path) if _NIFTI.search(n) and not n.startswith(".")]
-                path = path / inside[0] if len(inside) == 1 else path
-            if is_nifti and not _MASK.match(entry.name):
-                files.append(path)
-            elif not is_nifti and is_folder:
-                folders.append(path)
-    return folders, files
-
-
-def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[Source]:
-    """The data sets that `folder` holds: none, one, or (a mistake that `_only` reports) several."""
-    parts: dict[str, list[Path]] = {}
-    no_volumes = _split_of(folder) or "label" in folder.name.lower()  # slices, or masks whatever their names
-    volumes = [(folder, files)] if not no_volumes and any(map(_is_volume, files)) else []
-    for sub in subfolders:
-        split, is_3d = _split_of(sub), sub.name.lower().startswith("semantic_mrs")
-        if not split and not is_3d:
-            continue
-        try:
-            images = _list(sub)[1]
-        except OSError as error:
-            raise DataError(f"{sub} can't be read: {error.strerror}. Expected a readable folder.") from error
-        if images and is_3d:
-            volumes.append((sub, images))
-        elif images and split in parts:
-            raise DataError(
-                f"{folder} holds two folders for the {split} split, of which {sub.name} is one; "
-                "expected one. Move the other away."
-            )
-        elif images:
-            parts[split] = images
-    found = [_volumes_by_case(*volume) for volume in volumes]
-    if parts:
-        splits = {split: parts[split] for split in HIPMRI_CASES if split in parts}
-        found.append(Source(folder, "2D", splits, []))
-    return found
-
-
-def _is_volume(path: Path) -> bool:
-    """Whether a file is named as HipMRI's volumes are: case and week, no slice."""
-    match = _NAME.match(_NIFTI.sub("", path.name))
-    return bool(match and match[2] and not match[3])
-
-
-def _volumes_by_case(folder: Path, files: list[Path]) -> Source:
-    """Split volumes by case as HipMRI's 2D form is. Volumes whose case is in no range are a DataError."""
-    splits: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
-    others = []
-    for file in files:
-        case = parse_name(file).case
-        found = [s for s, cases in HIPMRI_CASES.items() if case.isdecimal() and int(case) in cases]
-        splits[found[0]].append(file) if found else others.append(file.name)
-    if others:
-        raise DataError(
-            f"{len(others)} of the {len(files)} volumes in {folder} are in no split:\n"
-            f"{_listing(others)}\nexpected HipMRI's cases, 004-035 train, 036-039 validate, "
-            "040-042 test.\nMove others away, or cut them into slices in train/ validate/ test/."
-        )
-    note = (
-        "volumes (3D form) are cut into coronal slices here: these are not the course's 12,660 slices, "
-        "and scores on them can't be set against published ones"
-    )
-    return Source(folder, "3D", {split: files for split, files in splits.items() if files}, [note])
-
-
-def _only(found: list[Source], root: Path, where: str) -> Source:
-    """The one data set found, with notes of what was chosen and of shared cases. Several are a DataError."""
-    if len(found) > 1:
-        names = "\n".join(f"  {source.root} ({source.form} form)" for source in found)
-        raise DataError(f"{root} holds {len(found)} data sets, expected one:\n{names}\nPoint --data at one.")
-    source = found[0]
-    counts = ", ".join(f"{split} {len(files):,}" for split, files in source.splits.items())
-    unit = "slices" if source.form == "2D" else "volumes"
-    notes = [f"{source.root}{where}: {counts} {unit}", *source.notes]
-    cases = {split: {parse_name(file).case for file in files} for split, files in source.splits.items()}
-    for one, other in combinations(cases, 2):
-        if both := sorted(cases[one] & cases[other]):
-            notes.append(
-                f"warning: {len(both)} case(s) in both {one} and {other} ({', '.join(both[:5])}"
-                f"{', ...' * (len(both) > 5)}): if these are the same patients, scores are too good"
-            )
-    return replace(source, notes=notes)
-
-
-def _describe(root: Path) -> list[str]:
-    """What is in a folder where no data was recognised, for the error message."""
-    lines = []
-    try:
-        subfolders, files = _list(root)
-        lines.append(f"  {len(files)} NIfTI image(s), masks not counted, and {len(subfolders)} folder(s)")
-        for sub in subfolders[:10]:
-            lines.append(f"  {sub.name}/: {len(_list(sub)[1])} NIfTI image(s)")
-        if pairs := sum(len(list(where.glob("*.hdr"))) for where in [root, *subfolders[:10]]):
-            lines.append(f"  {pairs} .hdr file(s): pairs of .hdr and .img aren't read; convert them to .nii or .nii.gz")
-    except OSError:
-        pass  # the search has noted it already
-    return lines
-
-
-def _listing(lines: list[str], most: int = 100) -> str:
-    """Lines, indented; after `most` of them only how many more there are."""
-    more = [f"... and {len(lines) - most:,} more"] if len(lines) > most else []
-    return "\n".join("  " + printable(line) for line in lines[:most] + more)
-
-
 # ---------------------------------------------------------------------------------------- decoding
+
+
+_DIMENSIONS = {"2D": 2, "3D": 3, "scans": None}  # of a file, by Source.form; scans are of either
 
 
 @dataclass(frozen=True)
 class _Preprocessing:
     """What is done to a file's pixels; part of the cache's key."""
 
-    form: str  # "2D" or "3D"
+    form: str  # a key of _DIMENSIONS
     fit: str  # "resize" or "crop"
-    planes: int  # central coronal planes of a volume; 1 in the 2D form
+    planes: int  # at most, of a volume, its central ones; 1 in the 2D form
+    axis: str | int = "coronal"  # along which volumes are cut, as nifti.planes has it
+    size: tuple[int, int] = SIZE  # rows and columns that slices are brought to
 
 
 def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
-    """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't."""
-    stored, scaled = nifti.planes(*nifti.open_nifti(path), int(recipe.form[0]), "coronal")
-    first = max(0, (len(stored) - recipe.planes) // 2)
+    """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't.
+
+    Of scans, slices that show next to nothing are left out: those of which under 5 % of the pixels are above a tenth
+    of the way from the scan's 1st percentile to its 99th.
+    """
+    stored, scaled = nifti.planes(*nifti.open_nifti(path), _DIMENSIONS[recipe.form], recipe.axis)
+    first, level = max(0, (len(stored) - recipe.planes) // 2), -np.inf
+    if recipe.form == "scans" and len(stored) > 1:
+        low, high = np.percentile(scaled(stored[:: max(1, len(stored) // 32)]), (1, 99))
+        level = low + 0.1 * (high - low)
+    shown = 0
     for plane in range(first, min(first + recipe.planes, len(stored))):
-        yield plane, scaled(stored[plane])
+        image = scaled(stored[plane])
+        if not (image > level).mean() < 0.05:
+            shown += 1
+            yield plane, image
+    if not shown:
+        raise ValueError("has no slice that shows anything")
 
 
-def _cut(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the largest centre of SIZE's proportions in (rows, columns)."""
-    (rows, columns), ratio = shape, SIZE[0] / SIZE[1]
+def _cut(shape: Sequence[int], size: tuple[int, int] = SIZE) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest centre of size's proportions in (rows, columns)."""
+    (rows, columns), ratio = shape, size[0] / size[1]
     height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
-def _fit(image: np.ndarray, fit: str) -> np.ndarray:
-    """Bring a slice to SIZE, float64: "resize" squeezes, "crop" first cuts out the centre in proportion."""
+def _fit(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
+    """Bring a slice to `size`, float64: "resize" squeezes, "crop" first cuts out the centre in proportion."""
     if fit == "crop":
-        top, left, height, width = _cut(image.shape)
+        top, left, height, width = _cut(image.shape, size)
         image = image[top : top + height, left : left + width]
     image = image.astype(np.float64)
-    if image.shape == SIZE:
+    if image.shape == size:
         return image
-    return resize(torch.from_numpy(image)[None], list(SIZE), antialias=True)[0].numpy()
+    return resize(torch.from_numpy(image)[None], list(size), antialias=True)[0].numpy()
 
 
 def _quantise(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, float]:
@@ -372,11 +136,11 @@ def _quantise(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, f
     return (np.rint((image - low) / scale) - 32768).astype(np.int16), scale
 
 
-def _encode(image: np.ndarray, fit: str) -> tuple[np.ndarray, tuple]:
+def _encode(image: np.ndarray, recipe: _Preprocessing) -> tuple[np.ndarray, tuple]:
     """Fit and quantise a slice: its int16 pixels, and (scale, low, mean, std, constant, height, width)."""
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise ValueError(f"has {np.count_nonzero(~np.isfinite(image)):,} NaN or infinite pixels")
-    fitted = _fit(image, fit)
+    fitted = _fit(image, recipe.fit, recipe.size)
     low, high = float(fitted.min()), float(fitted.max())
     largest = max(abs(low), abs(high))
     if largest > 1e30:
@@ -389,7 +153,7 @@ def _encode(image: np.ndarray, fit: str) -> tuple[np.ndarray, tuple]:
 def _decode(path: Path, recipe: _Preprocessing) -> tuple[list[tuple], str]:
     """[(plane, pixels, numbers)] of a file and "", or [] and why the file can't be used."""
     try:
-        return [(plane, *_encode(image, recipe.fit)) for plane, image in _planes(path, recipe)], ""
+        return [(plane, *_encode(image, recipe)) for plane, image in _planes(path, recipe)], ""
     except ValueError as error:
         return [], str(error)
     except Exception as error:  # one odd file must not end the reading of the others
@@ -412,32 +176,38 @@ def _convert(pixels_path: Path, jobs: list[tuple[int, Path]], recipe: _Preproces
     return good, bad
 
 
-def slice_affine(path: str | Path, form: str = "2D", fit: str = "resize") -> np.ndarray:
-    """The affine, (4, 4), of a slice of this file (of a volume: a coronal one) brought to SIZE, its centre at 0 mm.
+def slice_affine(
+    path: str | Path, form: str = "2D", fit: str = "resize", axis: str | int = "coronal", size: tuple[int, int] = SIZE
+) -> np.ndarray:
+    """The affine, (4, 4), of a slice of this file, cut and brought to `size` as `load_split` does, its centre at 0 mm.
 
     Raises DataError where the file can't be read.
     """
     try:
         header, _ = nifti.open_nifti(Path(path))
         turn, shape = nifti.orientation(header), header.get_data_shape()
-        if len(shape) < int(form[0]):
-            raise ValueError(f"has shape {' x '.join(map(str, shape))}, expected {form}")
+        dimensions = _DIMENSIONS[form] or nifti.dimensions_of(shape)
+        if len(shape) < dimensions:
+            raise ValueError(f"has shape {' x '.join(map(str, shape))}, expected {dimensions} dimensions")
     except ValueError as error:
         raise DataError(f"{path} {error}; expected a NIfTI file.") from error
-    affine = header.get_best_affine()
-    if form == "3D":
-        affine = affine @ nib.orientations.inv_ornt_aff(turn, shape[:3])  # right, anterior, superior
-        shape = [shape[int(np.flatnonzero(turn[:, 0] == axis)[0])] for axis in (0, 2)]
-        affine = affine[:, [0, 2, 1, 3]]
-    rows, columns = _cut(shape[:2])[2:] if fit == "crop" else shape[:2]
-    affine = affine @ np.diag([rows / SIZE[0], columns / SIZE[1], 1, 1])
-    affine[:3, 3] = -affine[:3, :2] @ (np.array(SIZE) - 1) / 2
+    affine, order = header.get_best_affine(), [0, 1, 2]
+    if dimensions == 3:
+        if isinstance(axis, str):  # axes become right, anterior, superior
+            affine = affine @ nib.orientations.inv_ornt_aff(turn, shape[:3])
+            shape = [shape[int(np.flatnonzero(turn[:, 0] == i)[0])] for i in range(3)]
+        through = nifti.AXES[axis] if isinstance(axis, str) else axis
+        order = [*(i for i in range(3) if i != through), through]
+        affine, shape = affine[:, [*order, 3]], [shape[i] for i in order]
+    rows, columns = _cut(shape[:2], size)[2:] if fit == "crop" else shape[:2]
+    affine = affine @ np.diag([rows / size[0], columns / size[1], 1, 1])
+    affine[:3, 3] = -affine[:3, :2] @ (np.array(size) - 1) / 2
     return affine
 
 
-def read_slice(path: str | Path, fit: str = "resize") -> torch.Tensor:
-    """One 2D NIfTI file, fitted and z-scored as `Slices` does: (1, 256, 128) float32. Raises DataError."""
-    slices, reason = _decode(Path(path), _Preprocessing("2D", fit, 1))
+def read_slice(path: str | Path, fit: str = "resize", size: tuple[int, int] = SIZE) -> torch.Tensor:
+    """One 2D NIfTI file, fitted and z-scored as `Slices` does: (1, *size) float32. Raises DataError."""
+    slices, reason = _decode(Path(path), _Preprocessing("2D", fit, 1, size=size))
     if reason:
         raise DataError(f"{path} {reason}; give a 2D NIfTI slice.")
     _, steps, (scale, low, mean, std, constant, *_) = slices[0]
@@ -460,7 +230,7 @@ def _cache_root(cache_dir: str | Path | None) -> Path:
 
 def _cache_name(source: Source, split: str, recipe: _Preprocessing) -> tuple[str, str]:
     """The cache folder's name, and its beginning, which stays the same when files change."""
-    place = hashlib.sha256(os.fsencode(f"{source.root} {recipe} {SIZE} {CACHE_FORMAT}")).hexdigest()[:10]
+    place = hashlib.sha256(os.fsencode(f"{source.root} {recipe} {CACHE_FORMAT}")).hexdigest()[:10]
     key, skip = hashlib.sha256(), len(str(source.root)) + 1
     for path in map(str, source.splits[split]):
         try:
@@ -472,7 +242,7 @@ def _cache_name(source: Source, split: str, recipe: _Preprocessing) -> tuple[str
     return f"{split}-{place}-{key.hexdigest()[:20]}", f"{split}-{place}-"
 
 
-def _open_cache(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _open_cache(folder: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """(pixels memory map, _SLICE records, _BAD records); None where there is no cache or it is damaged."""
     try:
         pixels = np.load(folder / "pixels.npy", mmap_mode="r")
@@ -481,7 +251,7 @@ def _open_cache(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | Non
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
     types = (pixels.dtype, pixels.shape[1:], slices.dtype, bad.dtype)
-    whole = types == (np.int16, SIZE, _SLICE, _BAD) and slices["row"].max() < len(pixels)
+    whole = types == (np.int16, size, _SLICE, _BAD) and slices["row"].max() < len(pixels)
     return (pixels, slices, bad) if whole else None
 
 
@@ -499,7 +269,7 @@ def _cached(source: Source, split: str, recipe: _Preprocessing, root: Path, work
                 return cache
             temporary.mkdir()
             _build(temporary, source, split, recipe, workers, progress)
-            _publish(temporary, root / name)
+            _publish(temporary, root / name, recipe.size)
     except OSError as error:
         raise DataError(
             f"can't write the cache of decoded slices in {root}: {error.strerror or error}.\n"
@@ -509,12 +279,12 @@ def _cached(source: Source, split: str, recipe: _Preprocessing, root: Path, work
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _tidy(root, place, name)
-    return _open_cache(root / name)
+    return _open_cache(root / name, recipe.size)
 
 
 def _current_cache(folder: Path, files: list[Path], recipe: _Preprocessing):
     """`_open_cache`, or None also where a file that was bad can be read by now; it is then deleted."""
-    cache = _open_cache(folder)
+    cache = _open_cache(folder, recipe.size)
     # Bad files are looked at again each time: permissions and networks recover without changing the key.
     if cache and not all(_decode(files[i], recipe)[1] for i in cache[2]["file"]):
         del cache
@@ -544,7 +314,7 @@ def _building(path: Path, split: str) -> Iterator[None]:
 def _build(folder: Path, source: Source, split: str, recipe: _Preprocessing, workers: int | None, progress: bool):
     """Decode a split into pixels.npy and slices.npz. Raises DataError where not one file is good."""
     files, pixels = list(enumerate(source.splits[split])), folder / "pixels.npy"
-    _reserve(pixels, len(files) * recipe.planes)
+    _reserve(pixels, len(files) * recipe.planes, recipe.size)
     chunk = 64 if recipe.form == "2D" else 1
     tasks = [(pixels, files[i : i + chunk], recipe) for i in range(0, len(files), chunk)]
     slices, bad, total = [], [], len(files) * recipe.planes
@@ -593,12 +363,12 @@ def _start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _reserve(path: Path, rows: int) -> None:
+def _reserve(path: Path, rows: int, size: tuple[int, int]) -> None:
     """Create the memory map with its disk space: a full disk or quota is an error now, not a crash later."""
-    needed, free = rows * SIZE[0] * SIZE[1] * 2, shutil.disk_usage(path.parent).free
+    needed, free = rows * math.prod(size) * 2, shutil.disk_usage(path.parent).free
     if free < needed * 1.02:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
-    np.lib.format.open_memmap(path, "w+", np.int16, (rows, *SIZE)).flush()
+    np.lib.format.open_memmap(path, "w+", np.int16, (rows, *size)).flush()
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             try:
@@ -608,12 +378,12 @@ def _reserve(path: Path, rows: int) -> None:
                     raise  # any other: a file system that can't reserve
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def _publish(temporary: Path, final: Path, size: tuple[int, int]) -> None:
     """Name a finished cache. If another run was first, its result stands; a damaged one is replaced."""
     try:
         temporary.rename(final)
     except OSError:
-        if _open_cache(final) is None:
+        if _open_cache(final, size) is None:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
 
@@ -636,16 +406,16 @@ class Slices(torch.utils.data.Dataset):
     """One split, memory-mapped: N slices of 256 x 128, each z-scored by its own mean and deviation.
 
     names: N SliceName. mean, std: (N,) float32 in the scanner's intensities, std not below 5 % of the split's
-    median. constant: (N,) bool, slices of one single value; they come out as zeros. notes: lines to print.
-    example: arguments of `slice_affine` for the first one's file; `fit`, the last of them.
+    median. constant: (N,) bool, slices of one single value; they come out as zeros. notes: lines to print. files: N, in
+    which each slice is. size: rows and columns, 256 x 128 unless another was asked for.
     """
 
     def __init__(
         self, split: str, names: list[SliceName], pixels: np.ndarray, records: np.ndarray, notes: list[str],
-        example: tuple[Path, str, str],
+        files: list[Path], recipe: _Preprocessing,
     ):  # fmt: skip
-        self.split, self.names, self.notes, self._example = split, names, notes, example
-        self.fit = example[2]
+        self.split, self.names, self.notes, self.files, self._recipe = split, names, notes, files, recipe
+        self.fit, self.size, self._planes = recipe.fit, recipe.size, records["plane"]
         self._pixels, self._rows = pixels, records["row"]
         self._placed: tuple[torch.Tensor, ...] | None = None  # pixels, gain and bias in a GPU's memory
         varied = ~records["constant"]
@@ -666,7 +436,37 @@ class Slices(torch.utils.data.Dataset):
     @property
     def affine(self) -> np.ndarray:
         """(4, 4), the first slice's, see `slice_affine`."""
-        return slice_affine(*self._example)
+        recipe = self._recipe
+        return slice_affine(self.files[0], recipe.form, recipe.fit, recipe.axis, recipe.size)
+
+    @property
+    def description(self) -> dict:
+        """Size, voxels' size in mm between rows and between columns, and the axis that volumes were cut along."""
+        spacing = nib.affines.voxel_sizes(self.affine)[:2].tolist()
+        return {"size": list(self.size), "spacing": spacing, "axis": self._recipe.axis}
+
+    def labels(self) -> torch.Tensor | None:
+        """Segmentations, (N, 256, 128) uint8, 0 where a slice has none beside it; None where no slice has one.
+
+        For measuring alone: nothing in training reads them.
+        """
+        masks = [mask_of(file) for file in self.files]
+        if not any(masks):
+            return None
+        labels, recipe = torch.zeros(len(self), *self.size, dtype=torch.uint8), self._recipe
+        for i, (mask, plane) in enumerate(zip(masks, self._planes.tolist(), strict=True)):
+            if mask:
+                try:
+                    stored, scaled = nifti.planes(*nifti.open_nifti(mask), _DIMENSIONS[recipe.form], recipe.axis)
+                    image = scaled(stored[plane]).astype(np.uint8)
+                except (ValueError, IndexError) as error:
+                    raise DataError(f"{mask} {error}; expected a segmentation like its image, or none.") from error
+                if self.fit == "crop":
+                    top, left, height, width = _cut(image.shape, self.size)
+                    image = image[top : top + height, left : left + width]
+                image = torch.from_numpy(np.ascontiguousarray(image))[None]
+                labels[i] = resize(image, list(self.size), InterpolationMode.NEAREST_EXACT)[0]
+        return labels
 
     @property
     def positions(self) -> torch.Tensor:
@@ -699,10 +499,10 @@ class Slices(torch.utils.data.Dataset):
 
         Returns a line that says where they are.
         """
-        needed, free = len(self) * math.prod(SIZE) * 2, _free_memory(device)
+        needed, free = len(self) * math.prod(self.size) * 2, _free_memory(device)
         if needed > share * free:
             return f"{self.split}: {needed / 1e9:.2f} GB, over {share:.0%} of {device}'s free memory: read as it goes"
-        pixels = torch.empty(len(self), *SIZE, dtype=torch.int16, device=device)
+        pixels = torch.empty(len(self), *self.size, dtype=torch.int16, device=device)
         for part in torch.arange(len(self)).split(1024):  # bounds what lies in the computer's own memory meanwhile
             pixels[part[0] : part[-1] + 1] = self._stored(part)[0].to(device)
         self._placed = (pixels, self._gain.to(device), self._bias.to(device))
@@ -768,26 +568,29 @@ def load_split(
     *,
     cache_dir: str | Path | None = None,
     fit: str = "resize",
-    planes: int = 60,
+    planes: int | None = None,
+    axis: str | int | None = None,
+    size: Sequence[int] | None = None,
     skip_bad_files: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> Slices:
     """Load "train", "validate" or "test" of a `Source`, decoding it into the cache if it isn't there yet.
 
-    fit: "resize" squeezes slices of another size to 256 x 128; "crop" first cuts out their centre in
-    proportion. planes: how many central coronal planes of a volume are taken, 1 to 256. workers: processes
-    that decode; by default one a core, or none where there is little to do. Raises DataError where the split
-    is missing, where files are bad (all are listed; `skip_bad_files` goes on without them) and where the
-    cache can't be written.
+    fit: "resize" squeezes slices of another size; "crop" first cuts out their centre in proportion. planes: how many
+    central planes of a volume are taken, 1 to 256 (60 of HipMRI's, all of others). axis: along which scans are cut,
+    see `nifti.planes`. size: rows and columns, (256, 128) or, of scans, most slices' own, in multiples of 16. workers:
+    processes that decode; by default one a core, or none where there is little to do. Raises DataError where the split
+    is missing, where files are bad (all are listed; `skip_bad_files` goes on without them) and where the cache can't
+    be written.
     """
-    if split not in HIPMRI_CASES or fit not in ("resize", "crop") or not 1 <= planes <= 256:
+    if split not in HIPMRI_CASES or fit not in ("resize", "crop") or not 1 <= (60 if planes is None else planes) <= 256:
         raise DataError(
             f"split is {split!r}, fit {fit!r} and planes {planes}; expected a split of "
             "train, validate, test, a fit of resize, crop, and 1 to 256 planes."
         )
     if not source.splits.get(split):
-        found, cases = "\n".join(_describe(source.root)), HIPMRI_CASES[split]
+        found, cases = "\n".join(describe(source.root)), HIPMRI_CASES[split]
         advice = f"Name or fill the folder of {split} so"
         if source.form == "3D":
             advice = f"Add volumes of the cases {cases[0]:03d} to {cases[-1]:03d}, which are {split}"
@@ -795,21 +598,42 @@ def load_split(
             f"the {split} split of {source.root} is missing or empty. Found:\n{found}\n{EXPECTED}\n"
             f"{advice}, or point --data elsewhere."
         )
-    recipe = _Preprocessing(source.form, fit, planes if source.form == "3D" else 1)
+    axis = int(axis) if axis in ("0", "1", "2") else axis or "coronal"
+    if source.form == "scans":
+        planes = planes or max(nifti.plane_count(file, axis) for file in source.splits[split])
+        size = size or _usual_size(source.splits["train"], axis)
+    elif source.form == "2D":
+        planes = 1
+    recipe = _Preprocessing(source.form, fit, planes or 60, axis, tuple(size or SIZE))
     pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)
     if len(bad) and not skip_bad_files:
         raise _unusable(source, split, bad)
     names = [parse_name(source.splits[split][i]) for i in records["file"].tolist()]
-    if source.form == "3D":
+    if source.form == "scans":
+        names = [replace(name, case=subject_of(source.splits[split][i], source.root))
+                 for name, i in zip(names, records["file"].tolist(), strict=True)]  # fmt: skip
+    if source.form != "2D":
         taken = zip(names, records["plane"].tolist(), strict=True)
         names = [replace(name, slice=plane, stem=f"{name.stem}_slice_{plane}") for name, plane in taken]
-    example = (source.splits[split][records["file"][0]], source.form, fit)
-    return Slices(split, names, pixels, records, _notes(source, split, fit, names, records, bad), example)
+    files = [source.splits[split][i] for i in records["file"].tolist()]
+    notes = _notes(source, split, recipe, names, records, bad)
+    return Slices(split, names, pixels, records, notes, files, recipe)
+
+
+def _usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
+    """The most frequent slices' size among up to 50 files, to the nearest multiples of 16."""
+    found = Counter()
+    for file in files[:50]:
+        with contextlib.suppress(ValueError):  # reading it will say why
+            found[nifti.planes(*nifti.open_nifti(file), None, axis)[0].shape[1:]] += 1
+    (rows, columns), _ = found.most_common(1)[0] if found else (SIZE, 1)
+    rows, columns = (max(16, round(side / 16) * 16) for side in (rows, columns))
+    return rows, columns
 
 
 def _with_reasons(source: Source, split: str, bad: np.ndarray) -> str:
     files = source.splits[split]
-    return _listing([f"{files[i].relative_to(source.root)} {reason}" for i, reason in bad.tolist()], most=1000)
+    return listing([f"{files[i].relative_to(source.root)} {reason}" for i, reason in bad.tolist()], most=1000)
 
 
 def _unusable(source: Source, split: str, bad: np.ndarray) -> DataError:
@@ -828,34 +652,32 @@ def _unusable(source: Source, split: str, bad: np.ndarray) -> DataError:
 
 
 def _notes(
-    source: Source, split: str, fit: str, names: list[SliceName], records: np.ndarray, bad: np.ndarray
+    source: Source, split: str, recipe: _Preprocessing, names: list[SliceName], records: np.ndarray, bad: np.ndarray
 ) -> list[str]:
     """What is worth knowing about a split: skipped files, planes taken, changed proportions, constants."""
     notes = []
     if len(bad):
         reasons = _with_reasons(source, split, bad)
         notes.append(f"warning: {split}: {len(bad):,} bad file(s) skipped:\n{reasons}")
-    if source.form == "3D":
-        first, last = records["plane"].min(), records["plane"].max()
-        notes.append(
-            f"{split}: {len(records):,} slices, the central coronal planes (of {first}-{last}) of "
-            f"{len(np.unique(records['file'])):,} volume(s)"
-        )
+    if source.form != "2D":
+        first, last, volumes = records["plane"].min(), records["plane"].max(), len(np.unique(records["file"]))
+        which = "the central coronal planes" if source.form == "3D" else f"cut along {recipe.axis}, empty ones left out"
+        notes.append(f"{split}: {len(records):,} slices, {which} (of {first}-{last}) of {volumes:,} volume(s)")
+    rows, columns = recipe.size
     shapes, counts = np.unique(np.stack([records["height"], records["width"]], 1), axis=0, return_counts=True)
     for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
-        stretch = (height / SIZE[0]) / (width / SIZE[1])
+        stretch = (height / rows) / (width / columns)
         change = max(stretch, 1 / stretch) - 1
-        if change > 0.05 and fit == "crop":
+        if change > 0.05 and recipe.fit == "crop":
             notes.append(f"{split}: {count:,} slice(s) of {height} x {width} lose their edges to --fit crop")
         elif change > 0.05:
             notes.append(
-                f"{split}: {count:,} slice(s) of {height} x {width} are resized to {SIZE[0]} x "
-                f"{SIZE[1]}, which changes their proportions by {change:.1%}; --fit crop cuts their "
-                "edges off instead"
+                f"{split}: {count:,} slice(s) of {height} x {width} are resized to {rows} x {columns}, which changes "
+                f"their proportions by {change:.1%}; --fit crop cuts their edges off instead"
             )
     if records["constant"].any():
         stems = [names[i].stem for i in np.flatnonzero(records["constant"])]
-        notes.append(f"warning: {split}: {len(stems):,} slice(s) of one value:\n{_listing(stems, most=5)}")
+        notes.append(f"warning: {split}: {len(stems):,} slice(s) of one value:\n{listing(stems, most=5)}")
     return notes
 
 

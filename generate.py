@@ -27,6 +27,7 @@ from tqdm import tqdm
 import dataset
 import distances
 import nifti
+import sources
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
 from recipes import check_bounds, load_run_data, newest_run, read_arguments
@@ -162,7 +163,7 @@ def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, fo
     prior = drawer.run / "prior"
     if view and (prior / "config.json").exists() and read_arguments(prior, {"mirrored": 0.5}).get("mirrored") == 0:
         raise UserError(f"{prior} has seen no mirrored slice (--mirrored 0), and can only --keep left")
-    image = dataset.read_slice(args.complete, train.fit)
+    image = dataset.read_slice(args.complete, train.fit, train.size)
     count, place = args.count or COUNTS["complete"], math.nan if args.position is None else args.position
     turned = image.flip(-2) if view else image  # (1, 256, 128), its first rows given
     with torch.no_grad():
@@ -172,7 +173,9 @@ def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, fo
     images, given = drawer.decode(drawn), torch.full_like(turned, float(turned.min()))
     given[:, : turned.shape[1] // 2] = turned[:, : turned.shape[1] // 2]
     images, given = (x.flip(-2) if view else x for x in (images, given[None]))
-    write_slices(folder, "completion", images, train, dataset.slice_affine(args.complete, fit=train.fit))
+    write_slices(
+        folder, "completion", images, train, dataset.slice_affine(args.complete, fit=train.fit, size=train.size)
+    )
     titles = ["the slice", f"given: its {half} half", *(f"completion {n + 1}" for n in range(count))]
     heading = f"{Path(args.complete).name}, completed by {folder.parent.name}'s prior: {how(args)}"
     utils.plot_slices(folder / "completion.png", torch.cat([image[None], given, images])[:64], titles[:64], heading, 6)
@@ -346,4 +349,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, CheckpointError)
+    utils.run_script(main, sources.DataError, CheckpointError)

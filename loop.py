@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
-from dataset import SliceName
 from modules import CHECKPOINT_FORMAT, load_checkpoint
+from sources import SliceName
 from utils import UserError, process_count, process_rank, sum_over_processes
 
 UNCOMPILED = "the step can't be compiled here, and goes on uncompiled"

@@ -13,6 +13,7 @@ from utils import process_count, process_rank, sum_over_processes
 
 SSIM_NAMES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body")
 SCORE_NAMES = (*SSIM_NAMES, "psnr")
+ORGANS = ("background", "body", "bone", "bladder", "rectum", "prostate")  # by HipMRI's labels
 
 
 def rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -116,6 +117,35 @@ def slice_scores(originals: Tensor, reconstructions: Tensor, names: tuple[str, .
         scores["ssim_body"] = (quality * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
     if "psnr" in names:
         scores["psnr"] = -10 * (pair[0] - pair[1]).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+    return scores
+
+
+def organ_scores(originals: Tensor, reconstructions: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Fidelity inside each of ORGANS: {organ: {score: (B,)}}, NaN where a slice shows under 20 pixels of it.
+
+    (B, 1, H, W) twice, in one unit, and labels (B, H, W). psnr and ssim: of `slice_scores`' pictures and map, over the
+    organ's pixels. bias: the mean of reconstruction minus original there, in standard deviations of the slice.
+    """
+    originals, reconstructions = originals.float(), reconstructions.float()
+    pixels, labels = originals.flatten(1), labels[:, None]
+    pair = [rescale(x, pixels.amin(1), pixels.amax(1)) for x in (reconstructions, originals)]
+    squares = (pair[0] - pair[1]).square()
+    quality = ssim_map(*pair)
+    bias = (reconstructions - originals) / pixels.std(1, correction=0).clamp_min(1e-12).view(-1, 1, 1, 1)
+    scores = {}
+    for label, organ in enumerate(ORGANS[1:], start=1):
+        inside = labels == label
+        seen = inside.sum((1, 2, 3)) >= 20
+
+        def mean(values: Tensor, where: Tensor, seen: Tensor = seen) -> Tensor:
+            found = (values * where).sum((1, 2, 3)) / where.sum((1, 2, 3))
+            return found.masked_fill(~seen, torch.nan)
+
+        scores[organ] = {
+            "psnr": -10 * mean(squares, inside).clamp_min(1e-10).log10(),
+            "ssim": mean(quality, _inside(inside, quality)),
+            "bias": mean(bias, inside),
+        }
     return scores
 
 

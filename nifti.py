@@ -96,13 +96,39 @@ def orientation(header: nib.Nifti1Header) -> np.ndarray:
     raise ValueError("has an affine that does not say which way its axes run")
 
 
-def planes(header: nib.Nifti1Header, data: bytes, dimensions: int, axis: str | int) -> tuple[np.ndarray, Callable]:
+def dimensions_of(shape: tuple[int, ...]) -> int:
+    """2 for a slice, also one whose further dimensions are 1; else 3, of which `planes` will tell if it isn't."""
+    return 2 if all(size == 1 for size in shape[2:]) else 3
+
+
+def plane_count(path: Path, axis: str | int) -> int:
+    """How many slices `planes` will give of a file, by its header alone; 1 where that can't be told."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+            file.seek(0)
+            start = gzip.GzipFile(fileobj=file).read(1024) if start[:2] == b"\x1f\x8b" else start
+        header = _header(start)
+        shape = header.get_data_shape()
+        if dimensions_of(shape) == 2:
+            return 1
+        turned = isinstance(axis, int) or orientation(header)[:, 0] == AXES[axis]
+        return shape[axis] if isinstance(axis, int) else shape[int(np.flatnonzero(turned)[0])]
+    except (OSError, EOFError, ValueError, IndexError, zlib.error):
+        return 1
+
+
+def planes(
+    header: nib.Nifti1Header, data: bytes, dimensions: int | None, axis: str | int
+) -> tuple[np.ndarray, Callable]:
     """The stored numbers of a slice or volume as (N, rows, columns), and a function that scales some of them.
 
     axis: of AXES, by the affine: the planes' rows and columns then run to right, anterior or superior, in that order;
-    or 0, 1, 2, as the file is stored. No number is copied before it is scaled. ValueError: it has other dimensions.
+    or 0, 1, 2, as the file is stored. dimensions: 2, 3, or None for either; ValueError where it has others. No number
+    is copied before it is scaled.
     """
     found = shape = header.get_data_shape()
+    dimensions = dimensions or dimensions_of(shape)
     while len(shape) > dimensions and shape[-1] == 1:
         shape = shape[:-1]
     what, most = ("2D slice", MAX_PIXELS) if dimensions == 2 else ("3D volume", MAX_VOXELS)
@@ -140,6 +166,11 @@ class Scan:
     turn: np.ndarray | None  # (3, 2), from the stored axes to right, anterior, superior; None: not turned
 
     @property
+    def cut(self) -> str | int:
+        """The `axis` that `read_scan` was asked for."""
+        return self.axis if self.turn is None else list(AXES)[self.axis]
+
+    @property
     def spacing(self) -> tuple[float, float]:
         """mm between rows and between columns."""
         sizes = nib.affines.voxel_sizes(self.affine)
@@ -164,7 +195,7 @@ def read_scan(path: str | Path, axis: str | int | None = None) -> Scan:
     """A 2D or 3D file as slices, cut along `axis` as `planes` does; None: coronal. Raises ValueError."""
     header, data = open_nifti(Path(path))
     found = header.get_data_shape()
-    dimensions = 2 if len(found) == 2 or max(found[2:]) == 1 else 3
+    dimensions = dimensions_of(found)
     axis = "coronal" if axis is None else axis
     stored, scaled = planes(header, data, dimensions, axis)
     voxels, kind = scaled(stored), header.get_data_dtype().newbyteorder("=")

@@ -1,11 +1,19 @@
-"""Evaluate a trained VQ-VAE: how well it reconstructs the slices of the test split.
+"""Evaluate a trained VQ-VAE on a split, or reconstruct your own files.
 
-    python predict.py                          # the newest run, on its data's test split
+    python predict.py                               # the newest run, on its data's test split
     python predict.py --run runs/x --split validate
     python predict.py --run runs/x --data /data/other_slices
 
 Writes to <run>/<split>/: metrics.json, slices.csv (a row a slice), and the figures best_median_worst.png,
 ssim_histogram.png, code_use.png and code_map.png. The README says how to read the SSIM names.
+
+    python predict.py scan.nii.gz -o out            # by the newest run, or, before any training, by resources/pelvis.pt
+    python predict.py /data/scans -o out --axis axial --error-map --export-codes
+    python predict.py --from-codes out/scan_codes.npz -o again
+    python predict.py --export -o out               # encoder.onnx and decoder.onnx, for other programs
+
+Files and folders, slices and volumes, at their own size. Writes for each a NIfTI file of the same shape, affine and
+kind of number, a picture, and a row of scores.csv.
 """
 
 from __future__ import annotations
@@ -19,6 +27,9 @@ from tqdm import tqdm
 
 import dataset
 import metrics
+import report
+import scans
+import sources
 import utils
 from metrics import SCORE_NAMES, SSIM_NAMES
 from modules import VQVAE, CheckpointError
@@ -29,15 +40,42 @@ from utils import UserError
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
+    flag(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="your own NIfTI files, or folders of them; without, a split is evaluated",
+    )
     flag("--run", metavar="DIR", help="folder of the run (the newest in --runs-dir that has a best.pt)")
     flag("--runs-dir", metavar="DIR", default="runs", help="where runs are kept (runs)")
+    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    flag = parser.add_argument_group("a split").add_argument
     flag("--data", metavar="DIR", help="folder of slices or volumes (the run's own)")
     flag("--split", choices=("train", "validate", "test"), default="test", help="which split to evaluate (test)")
+    flag("--html", action="store_true", help="also <run>/report.html, all of the run on one page")
     flag("--batch-size", type=int, default=16, help="slices at a time; changes no figure (16)")
     flag("--skip-bad-files", action="store_true", help="go on without files that can't be used, and count them")
     flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
-    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    return parser.parse_args(argv)
+    flag = parser.add_argument_group("your own files").add_argument
+    flag("-o", "--out", metavar="DIR", help="where to write; needed with PATH")
+    axes = ("coronal", "sagittal", "axial", "0", "1", "2")
+    flag("--axis", choices=axes, help="which way volumes are cut: by the affine, or as they are stored (coronal)")
+    flag("--resize", action="store_true", help="bring slices to the size of the training slices, and back")
+    flag("--error-map", action="store_true", help="also |reconstruction - original|: edges, noise, odd scanners; "
+         "no map of anomalies, as lesions may be reproduced faithfully")  # fmt: skip
+    flag("--export-codes", action="store_true", help="also the codes, as .npz")
+    flag("--from-codes", action="store_true", help="PATH are .npz files of --export-codes: write what they stand for")
+    flag("--export", action="store_true", help="write encoder.onnx and decoder.onnx to --out; needs onnx, onnxscript")
+    args = parser.parse_args(argv)
+    of_files = ("axis", "resize", "error_map", "export_codes", "from_codes")
+    given = [name for name in of_files if getattr(args, name)] + ["out"] * bool(args.out and not args.export)
+    if given and not args.paths:
+        parser.error(f"--{given[0].replace('_', '-')} is for your own files: name them")
+    if (args.paths or args.export) and not args.out:
+        parser.error("say with -o where to write")
+    if args.paths and args.export:
+        parser.error("--export is of a model, without PATH")
+    return args
 
 
 def summarize(scores: dict[str, torch.Tensor], counts: torch.Tensor, data: dataset.Slices) -> dict:
@@ -77,6 +115,33 @@ def interval(values: list[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over cases: slices of one patient are not independent, cases are."""
     draws = np.random.default_rng(0).choice(values, size=(10_000, len(values))).mean(1)
     return tuple(np.percentile(draws, [2.5, 97.5]))
+
+
+@torch.no_grad()
+def score_organs(model: VQVAE, data: dataset.Slices, batch_size: int) -> dict[str, dict]:
+    """{organ: {score: mean and each case's mean}}, where segmentations lie beside the slices; {}: they don't."""
+    labels, device = data.labels(), next(model.parameters()).device
+    if labels is None:
+        return {}
+    found: list[dict] = []
+    groups = torch.arange(len(data)).split(batch_size)
+    for indices, images in zip(groups, data.batches(groups, device), strict=True):
+        found.append(metrics.organ_scores(images, model(images).reconstruction, labels[indices].to(device)))
+    cases, organs = np.array([name.case for name in data.names]), {}
+    for organ in found[0]:
+        values = {score: torch.cat([part[organ][score] for part in found]).cpu().numpy() for score in found[0][organ]}
+        seen = ~np.isnan(values["psnr"])
+        if seen.any():
+            organs[organ] = {score: metrics.mean_by_case(x[seen], cases[seen].tolist()) for score, x in values.items()}
+            organs[organ]["slices"] = int(seen.sum())
+    return organs
+
+
+def print_organs(organs: dict[str, dict]) -> None:
+    print(f"\n{'inside':14}{'slices':>8}{'ssim':>10}{'psnr (dB)':>12}{'bias (std)':>12}")
+    for organ, found in organs.items():
+        ssim, psnr, bias = (found[score]["mean"] for score in ("ssim", "psnr", "bias"))
+        print(f"{organ:14}{found['slices']:8}{ssim:10.4f}{psnr:12.2f}{bias:+12.4f}")
 
 
 def write_slices(path: Path, data: dataset.Slices, scores: dict[str, torch.Tensor]) -> None:
@@ -133,9 +198,13 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    utils.keep_freed_memory()
+    if args.paths:
+        return scans.reconstruct(args)
+    if args.export:
+        return scans.export(args)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; expected 1 or more")
-    utils.keep_freed_memory()
     run = Path(args.run) if args.run else newest_run(Path(args.runs_dir))
     device = utils.pick_device(args.device)
     model = VQVAE.from_checkpoint(run / "best.pt", device)
@@ -154,6 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     summary |= {"checkpoint": str(run / "best.pt"), "data": root}
     summary |= {"device": utils.describe_device(device), "versions": utils.versions()}
     print_table(summary, len(counts))
+    if organs := score_organs(model, data, args.batch_size):
+        summary["organs"] = organs
+        print_organs(organs)
 
     folder = run / args.split
     folder.mkdir(exist_ok=True)
@@ -162,8 +234,10 @@ def main(argv: list[str] | None = None) -> int:
     title = f"{run.name}, {args.split}, {model.bits_per_pixel:.4f} bits per pixel"
     draw(folder, model, data, scores, counts, title)
     print(f"written: {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    if args.html:
+        print(f"written: {report.write_report(run)}")
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, CheckpointError)
+    utils.run_script(main, sources.DataError, CheckpointError)

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import dataset
+import sources
 import utils
 from modules import CheckpointError, load_checkpoint
 from utils import UserError
@@ -47,10 +48,11 @@ RECIPES = {
     "refine_channels":     (0,          16,       ANY,                    "of one more, full-size convolution"),
 }  # fmt: skip
 DEFAULTS = {
-    "data": None, "fit": "resize", "planes": 60, "skip_bad_files": False, "cache_dir": None, "recipe": "tuned",
-    "name": None, "runs_dir": "runs", "resume": False, "dry_run": False, "plot_every": 10, "device": "auto",
-    "precision": "auto", "compile": None, "deterministic": False, "seed": 0,
+    "data": None, "axis": None, "split": None, "size": None, "fit": "resize", "planes": None, "skip_bad_files": False,
+    "cache_dir": None, "recipe": "tuned", "name": None, "runs_dir": "runs", "resume": False, "dry_run": False,
+    "plot_every": 10, "device": "auto", "precision": "auto", "compile": None, "deterministic": False, "seed": 0,
 }  # fmt: skip
+KINDS = {"compile": bool, "split": list, "size": list, "planes": int}  # of what has no default; all others: str
 # What --resume may change; anything else would make it another run.
 RESUMABLE = {
     "data", "cache_dir", "name", "runs_dir", "resume", "dry_run", "plot_every", "device", "compile", "epochs",
@@ -66,8 +68,12 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     )
     flag = parser.add_argument_group("data").add_argument
     flag("--data", metavar="DIR", help="folder of slices (2D) or volumes (3D); else $HIPMRI_DATA; else sample data")
-    flag("--fit", choices=("resize", "crop"), help="what is not 256 x 128: resize it, or centre-crop (resize)")
-    flag("--planes", type=int, help="3D data: how many central coronal planes of a volume are slices (60)")
+    axes = ("coronal", "sagittal", "axial", "0", "1", "2")
+    flag("--axis", choices=axes, help="scans of any kind, cut this way: by the affine, or as stored")
+    flag("--split", nargs="+", metavar="S", help="of scans: three shares of subjects, or a CSV file (0.8 0.1 0.1)")
+    flag("--size", nargs=2, type=int, metavar=("H", "W"), help="of slices (256 128; of scans, most slices' own)")
+    flag("--fit", choices=("resize", "crop"), help="what is of another size: resize it, or centre-crop (resize)")
+    flag("--planes", type=int, help="of volumes, how many central planes are slices (HipMRI 60, scans all)")
     flag("--skip-bad-files", action="store_true", help="go on without files that can't be used, and count them")
     flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
     flag = parser.add_argument_group("run").add_argument
@@ -119,6 +125,9 @@ def check_arguments(args: dict, processes: int) -> None:
     """Refuse, before any work, the values that could only fail later."""
     bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
     check_run_arguments(args, bounds | {"planes": (1, 256)}, processes)
+    size, stride = args["size"], args["stride"]
+    if size and not (len(size) == 2 and all(type(side) is int and side >= 32 and side % stride == 0 for side in size)):
+        raise UserError(f"--size is {' '.join(map(str, size))}; expected two numbers from 32 on, divisible by {stride}")
     for name, (*_, allowed, _) in RECIPES.items():  # they may come from a config.json
         if isinstance(allowed, list) and args[name] not in allowed:
             raise UserError(f"{flag_name(name)} is {args[name]}; expected one of {', '.join(map(str, allowed))}")
@@ -189,7 +198,7 @@ def read_arguments(run: Path, defaults: dict) -> dict:
         usual = defaults[name]
         kinds = (int, float) if type(usual) is float else type(usual)
         if usual is None:
-            kinds = (bool, type(None)) if name == "compile" else (str, type(None))
+            kinds = (KINDS.get(name, str), type(None))
         if not isinstance(value, kinds) or (
             isinstance(value, bool) and not (isinstance(usual, bool) or name == "compile")
         ):
@@ -243,12 +252,14 @@ def load_run_data(
 ) -> tuple[dataset.Slices, str]:
     """A split, prepared as the run's training data was, and the folder that it is in: `data`, or the run's own."""
     trained_with = read_arguments(run, with_defaults("tuned", {}))
-    root, line = dataset.find_data(data or trained_with.get("data"))
+    root, line = sources.find_data(data or trained_with.get("data"))
     if root is None:
         raise UserError(f"{run / 'config.json'} names no data; say where the slices are with --data")
     print(line if data else f"data: {root} (the run's own)")
-    source = dataset.find_splits(root)
-    options = {key: trained_with[key] for key in ("fit", "planes") if key in trained_with}
+    source = sources.find_source(
+        root, *(trained_with.get(key) for key in ("axis", "split")), trained_with.get("seed", 0)
+    )
+    options = {key: trained_with[key] for key in ("fit", "planes", "axis", "size") if key in trained_with}
     options["skip_bad_files"] = skip_bad_files or trained_with.get("skip_bad_files", False)
     slices = dataset.load_split(source, split, cache_dir=cache_dir or trained_with.get("cache_dir"), **options)
     for note in [*source.notes, *slices.notes]:

@@ -26,6 +26,8 @@ import dataset
 import loop
 import metrics
 import phantom
+import report
+import sources
 import utils
 from modules import VQVAE, CheckpointError, PatchDiscriminator
 from recipes import check_arguments, open_run, parse_arguments
@@ -38,7 +40,7 @@ SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
 
 def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
     """The training and validation splits; makes the sample data, and shortens the run, where no other is given."""
-    root, line = dataset.find_data(args["data"])
+    root, line = sources.find_data(args["data"])
     print(line)
     if root is None:
         root = SAMPLE_FOLDER
@@ -47,14 +49,15 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
         if "epochs" not in given:
             args["epochs"] = SAMPLE_EPOCHS
             print(f"training {SAMPLE_EPOCHS} epochs on it; --epochs trains longer")
-    source = dataset.find_splits(root)
-    options = {key: args[key] for key in ("cache_dir", "fit", "planes", "skip_bad_files")}
+    source = sources.find_source(root, args["axis"], args["split"], args["seed"])
+    options = {key: args[key] for key in ("cache_dir", "fit", "planes", "axis", "size", "skip_bad_files")}
     train, validation = (dataset.load_split(source, split, **options) for split in ("train", "validate"))
     for note in [*source.notes, *train.notes, *validation.notes]:
         print(f"note: {note}")
     if validation.constant.all():
         raise UserError(f"all {len(validation)} validation slices are constant: no checkpoint could be chosen by them")
-    args["data"] = str(Path(source.root).resolve())
+    args["data"] = str(Path(root if source.form == "scans" else source.root).resolve())
+    args["size"] = list(train.size)
     return train, validation
 
 
@@ -70,7 +73,9 @@ class Run(loop.Run):
         "psnr {val_psnr:.2f} dB, {codes_used} codes, {seconds:.1f} s"
     )
 
-    def __init__(self, folder: Path, args: dict, fingerprint: str):
+    def __init__(self, folder: Path, args: dict, fingerprint: str, slices: dict | None = None):
+        """slices: what the training slices are like, `dataset.Slices.description`, for `predict.py` of other files."""
+        self.slices = slices
         self.LOSSES = ("train_recon", "train_vq")
         if args["gan"]:
             self.LOSSES += ("train_adversarial", "train_discriminator", "adaptive_weight")
@@ -82,6 +87,9 @@ class Run(loop.Run):
             for module in modules.values():
                 module.to(memory_format=torch.channels_last)
         super().__init__(folder, args, fingerprint, **modules)
+
+    def state(self) -> dict:
+        return super().state() | {"slices": self.slices}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
@@ -95,7 +103,8 @@ class Run(loop.Run):
         With --gan also the adversarial and the discriminator's loss, and the weight of the former, (5,).
         """
         if self.args["crop"]:
-            images = dataset.crop_at_random(images, self.args["crop"])
+            side = min(self.args["crop"], *(side - side % 16 for side in images.shape[-2:]))  # of small slices less
+            images = dataset.crop_at_random(images, side)
         if self.args["augment"]:
             images = dataset.flip_at_random(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -183,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     utils.keep_freed_memory()
     with utils.first_process_first():
         train, validation = load_data(args, given)
-    run = Run(folder, args, f"{train.fingerprint} {validation.fingerprint}")
+    run = Run(folder, args, f"{train.fingerprint} {validation.fingerprint}", train.description)
     if run.device.type != "cpu":
         for slices in (train, validation):
             print(slices.place(run.device))
@@ -193,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
         start_codebook(run, train)
 
     rate = run.model.bits_per_pixel
-    print(f"data: {args['data']}: {len(train)} training and {len(validation)} validation slices of 256 x 128")
+    size = " x ".join(map(str, train.size))
+    print(f"data: {args['data']}: {len(train)} training and {len(validation)} validation slices of {size}")
     print(
         f"model: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
         f"{args['num_codebooks']} x {args['num_embeddings']} codes, {rate:.4f} bits per pixel (each slice's mean and "
@@ -202,12 +212,15 @@ def main(argv: list[str] | None = None) -> int:
     loop.announce(run, train, f"recipe {args['recipe']}{', with a discriminator' if args['gan'] else ''}")
     config = {"slices": {"train": len(train), "validate": len(validation)}, "bits_per_pixel": rate}
     resume = utils.command("train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name)
+    first = process_rank() == 0  # asked while there are others
     if (code := loop.carry_out(run, train, validation, config, resume)) or args["dry_run"]:
         return code
-    print(f"best validation ssim {run.best:.4f}; the plots are in {folder}; next, the test split:")
-    print("    " + utils.command("predict.py", "--run", folder))
+    if first:
+        page = report.write_report(folder)
+        print(f"best validation ssim {run.best:.4f}; all of it is in {page}; next, the test split:")
+        print("    " + utils.command("predict.py", "--run", folder))
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, CheckpointError)
+    utils.run_script(main, sources.DataError, CheckpointError)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import dataset
 import loop
+import sources
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
 from recipes import (
@@ -116,7 +117,7 @@ class Codes:
     names: the N slices'.
     """
 
-    def __init__(self, codes: Tensor, positions: Tensor, brightness: Tensor, names: Sequence[dataset.SliceName]):
+    def __init__(self, codes: Tensor, positions: Tensor, brightness: Tensor, names: Sequence[sources.SliceName]):
         self.codes, self.positions, self.brightness, self.names = codes, positions, brightness, names
 
     def __len__(self) -> int:
@@ -309,4 +310,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, CheckpointError)
+    utils.run_script(main, sources.DataError, CheckpointError)

@@ -39,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds t
 
 from rate_distortion import MS_SSIM_WEIGHTS
 
-import dataset
 import loop
 import modules
 import predict
 import recipes
+import sources
 import train
 import utils
 from modules import Decoder, Encoder, Quantized, ResidualLayer, ResidualStack, VectorQuantizer, ssim_loss
@@ -416,4 +416,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, modules.CheckpointError)
+    utils.run_script(main, sources.DataError, modules.CheckpointError)

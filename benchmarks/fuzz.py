@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dataset
 import loop
 import recipes
+import sources
 import train
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
@@ -192,9 +193,9 @@ def read_nifti(path: Path) -> bool:
         good |= bool(slices)
         for _, pixels, numbers in slices:
             assert pixels.shape == dataset.SIZE and np.isfinite([float(x) for x in numbers]).all()
-        with contextlib.suppress(dataset.DataError):
+        with contextlib.suppress(sources.DataError):
             assert np.isfinite(dataset.slice_affine(path, form)).all()
-    with contextlib.suppress(dataset.DataError):
+    with contextlib.suppress(sources.DataError):
         assert dataset.read_slice(path).isfinite().all()
     return good
 
@@ -221,8 +222,8 @@ def read_config(path: Path) -> bool:
         asked = {"resume": True, "name": path.parent.name, "runs_dir": str(path.parent.parent), "epochs": 10**6}
         _, arguments, _ = recipes.open_run(asked)
         recipes.check_arguments(arguments, 1)
-        dataset.find_data(recipes.read_arguments(path.parent, with_defaults("tuned", {})).get("data"))
-    except (UserError, CheckpointError, dataset.DataError):
+        sources.find_data(recipes.read_arguments(path.parent, with_defaults("tuned", {})).get("data"))
+    except (UserError, CheckpointError, sources.DataError):
         return False
     return True
 

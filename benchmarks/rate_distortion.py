@@ -37,6 +37,7 @@ import entropy
 
 import dataset
 import metrics
+import sources
 import utils
 from metrics import SCORE_NAMES, SSIM_NAMES
 from modules import VQVAE, CheckpointError, CodePrior
@@ -238,9 +239,9 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
     """The slices of the split or the volume, and how many constant ones were left out."""
     if args.volume:
         # Pixels count as square, and the centre of a plane is cropped to 2 : 1 before it is resized.
-        source = dataset.Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
+        source = sources.Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
     else:
-        source = dataset.find_splits(args.data)
+        source = sources.find_splits(args.data)
     data = dataset.load_split(source, args.split, fit="crop" if args.volume else "resize", planes=args.planes)
     for note in [*source.notes, *data.notes]:
         print(f"note: {note}")
@@ -442,4 +443,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, CheckpointError, ImportError)  # a build of imagecodecs may lack a codec
+    utils.run_script(main, sources.DataError, CheckpointError, ImportError)  # a build of imagecodecs may lack a codec

@@ -17,9 +17,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
 
-import dataset
 import metrics
 import recipes
+import sources
 import utils
 from distances import Features, kernel_distance
 from metrics import SCORE_NAMES
@@ -111,4 +111,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, CheckpointError)
+    utils.run_script(main, sources.DataError, CheckpointError)

@@ -44,6 +44,7 @@ import loop
 import metrics
 import phantom
 import recipes
+import sources
 import train
 import utils
 from modules import VQVAE, Decoder, Encoder
@@ -191,7 +192,7 @@ OF_CPUS = {"- freed memory handed back", "- compiled"}
 
 def load(data: Path) -> dataset.Slices:
     """The training split."""
-    return dataset.load_split(dataset.find_splits(data), "train", progress=False)
+    return dataset.load_split(sources.find_splits(data), "train", progress=False)
 
 
 def wait(device: torch.device) -> None:
@@ -248,7 +249,7 @@ def measure_first_batch(device: torch.device, data: Path) -> dict:
 
 def measure_cache(device: torch.device, data: Path, rounds: int) -> dict:
     """Seconds to decode a split into a new cache, over those of bare gzip inflation by as many processes."""
-    source = dataset.find_splits(data)
+    source = sources.find_splits(data)
     files = source.splits["train"]
     for file in files:
         file.read_bytes()  # the disk is not what is measured
@@ -498,4 +499,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, dataset.DataError, importlib.metadata.PackageNotFoundError)
+    utils.run_script(main, sources.DataError, importlib.metadata.PackageNotFoundError)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from torchvision.transforms.v2.functional import resize
 
 import dataset
 import nifti
-from dataset import DataError, SliceName, find_data, find_splits, parse_name
+import sources
+from sources import DataError, SliceName, find_data, find_splits, parse_name
 
 SHAPE = (256, 128)
 
@@ -368,7 +370,7 @@ def test_a_file_that_recovers_is_read_again(tmp_path, write_slices, load, monkey
 
 
 def test_long_lists_are_cut():
-    lines = dataset._listing([str(i) for i in range(250)]).splitlines()
+    lines = sources.listing([str(i) for i in range(250)]).splitlines()
     assert lines[99:] == ["  99", "  ... and 150 more"]
 
 
@@ -730,15 +732,17 @@ def test_small_jobs_start_no_processes(tmp_path, write_slices, load, monkeypatch
         load(source, "train", cache_dir=tmp_path / "other")
 
 
-def test_workers_can_be_spawned(tmp_path, write_slices):
-    """What a pool is given pickles, and a fresh interpreter can run it."""
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_workers_of_every_kind(tmp_path, write_slices, method):
+    """What a pool is given pickles, a fresh interpreter can run it, and workers know when their parent has ended."""
     files = list(enumerate(find_splits(write_slices(tmp_path / "d")).splits["train"]))
     task = (tmp_path / "pixels.npy", files, dataset._Preprocessing("2D", "resize", 1))
-    dataset._reserve(task[0], 4)
+    dataset._reserve(task[0], 4, dataset.SIZE)
     expected = dataset._convert(*pickle.loads(pickle.dumps(task)))
     pixels = np.load(task[0])
-    dataset._reserve(task[0], 4)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    dataset._reserve(task[0], 4, dataset.SIZE)
+    with ProcessPoolExecutor(1, multiprocessing.get_context(method), dataset._start_worker) as pool:
+        time.sleep(1)  # long enough for a worker that takes another process for its parent
         assert pool.submit(dataset._convert, *task).result() == expected
     assert np.array_equal(np.load(task[0]), pixels) and pixels.any()
 
@@ -863,7 +867,7 @@ def test_squares_are_turned_all_eight_ways():
 
 def test_batches_are_the_same_on_every_path(write_slices, tmp_path, monkeypatch):
     """As they are read, out of a device's memory, and read ahead by a thread; a last group may be small, or empty."""
-    split = dataset.load_split(dataset.find_splits(write_slices(tmp_path / "data", train=9, validate=1)), "train")
+    split = dataset.load_split(sources.find_splits(write_slices(tmp_path / "data", train=9, validate=1)), "train")
     groups = [
         *torch.randperm(9, generator=torch.Generator().manual_seed(0)).split(4),
         torch.tensor([], dtype=torch.long),
@@ -917,7 +921,7 @@ def test_positions_are_between_the_ends_of_each_volume(tmp_path, write_nifti):
     names = [f"case_004_week_0_slice_{n}" for n in (0, 5, 20)] + [f"case_004_week_1_slice_{n}" for n in (3, 7)]
     for name in [*names, "case_005_week_0_slice_4", "scan"]:
         write_nifti(tmp_path / "data" / "train" / f"{name}.nii.gz", image)
-    slices = dataset.load_split(dataset.find_splits(tmp_path / "data"), "train", progress=False)
+    slices = dataset.load_split(sources.find_splits(tmp_path / "data"), "train", progress=False)
     found = dict(zip((name.stem for name in slices.names), slices.positions.tolist(), strict=True))
     assert [found[name] for name in names] == [0, 0.25, 1, 0, 1]
     assert np.isnan(found["case_005_week_0_slice_4"]) and np.isnan(found["scan"])
@@ -927,7 +931,7 @@ def test_positions_are_between_the_ends_of_each_volume(tmp_path, write_nifti):
 def test_a_single_slice_is_read_as_the_data_set_reads_it(tmp_path, write_nifti, shape):
     image = np.random.default_rng(0).integers(0, 900, shape).astype(np.int16)
     path = write_nifti(tmp_path / "data" / "train" / "case_004_week_0_slice_0.nii.gz", image)
-    slices = dataset.load_split(dataset.find_splits(tmp_path / "data"), "train", progress=False)
+    slices = dataset.load_split(sources.find_splits(tmp_path / "data"), "train", progress=False)
     torch.testing.assert_close(dataset.read_slice(path), slices[0], rtol=1e-4, atol=1e-4)
 
 
@@ -935,9 +939,9 @@ def test_single_slices_that_cannot_be_read(tmp_path, write_nifti):
     flat = write_nifti(tmp_path / "flat.nii.gz", np.full((256, 128), 7, np.int16))
     volume = write_nifti(tmp_path / "volume.nii.gz", np.zeros((20, 20, 20), np.int16))
     for path, message in ((flat, "is of one value"), (volume, "has shape 20 x 20 x 20"), (tmp_path / "no", "No such")):
-        with pytest.raises(dataset.DataError, match=message):
+        with pytest.raises(sources.DataError, match=message):
             dataset.read_slice(path)
-    with pytest.raises(dataset.DataError, match="No such file"):
+    with pytest.raises(sources.DataError, match="No such file"):
         dataset.slice_affine(tmp_path / "no")
 
 

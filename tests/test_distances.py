@@ -12,6 +12,7 @@ import dataset
 import distances
 import phantom
 import recipes
+import sources
 import train
 from distances import FLIPS, SHIFT, Features, frechet_distance, kernel_distance, nearest_features, nearest_pixels
 
@@ -23,7 +24,7 @@ def slices(tmp_path_factory) -> torch.Tensor:
     """(10, 8, 1, 256, 128): eight slices of each of ten phantoms, z-scored."""
     folder = tmp_path_factory.mktemp("phantoms")
     phantom.write_phantom(folder / "data", volumes=(CASES, 1, 1), slices=8, progress=False)
-    source = dataset.find_splits(folder / "data")
+    source = sources.find_splits(folder / "data")
     split = dataset.load_split(source, "train", cache_dir=folder / "cache", progress=False)
     assert [name.case for name in split.names] == sorted(name.case for name in split.names)
     return split.batch(torch.arange(8 * CASES)).view(CASES, 8, 1, 256, 128)
@@ -186,6 +187,6 @@ def test_planted_reconstructions_are_ranked_first(slices, reconstruct):
 
 def test_planted_reconstructions_are_ranked_first_on_patients(real_data, tmp_path, reconstruct):
     """The model has seen phantoms alone: its reconstructions of patients are worse copies than a trained one's."""
-    source = dataset.find_splits(real_data / "prostatex")
+    source = sources.find_splits(real_data / "prostatex")
     splits = [dataset.load_split(source, split, cache_dir=tmp_path, progress=False) for split in ("train", "test")]
     check_planted(*(split.batch(torch.arange(len(split))) for split in splits), reconstruct)

@@ -15,6 +15,7 @@ resource = pytest.importorskip("resource", reason="limits of files and memory ar
 
 import dataset
 import loop
+import sources
 import train
 import utils
 from modules import VQVAE, load_checkpoint
@@ -169,7 +170,7 @@ def slow(*args):
         time.sleep(0.01)
     build(*args)
 dataset._build = slow
-source = dataset.find_splits({str(root)!r})
+source = sources.find_splits({str(root)!r})
 print(len(dataset.load_split(source, 'train', cache_dir={str(tmp_path / "cache")!r}, progress=False)))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -206,5 +207,5 @@ def test_workers_end_with_their_parent(tmp_path):
     process = faults.start(tmp_path / "a", "train.py", "--data", root, "--dry-run", "--device", "cpu")
     assert faults.kill_when(process, lambda: any((tmp_path / "a" / "cache").glob("train-*.tmp-*")), 0.05)
     assert not faults.workers_left(process)
-    source = dataset.find_splits(root)
+    source = sources.find_splits(root)
     assert len(dataset.load_split(source, "train", cache_dir=tmp_path / "a" / "cache", progress=False)) == 1500

@@ -23,6 +23,7 @@ import dataset
 import generate
 import predict
 import recipes
+import sources
 import train
 import train_prior
 from modules import VQVAE, CheckpointError, load_checkpoint
@@ -140,7 +141,7 @@ def test_special_files(tmp_path, name):
     with fuzz.bounds():
         fuzz.read_nifti(path)
         if message:
-            with pytest.raises(dataset.DataError) as error:
+            with pytest.raises(sources.DataError) as error:
                 dataset.read_slice(path)
             assert message in str(error.value) and "can't be decoded" not in str(error.value)
         else:
@@ -166,8 +167,8 @@ def test_what_is_no_file(tmp_path, write_slices, kind):
         "device": "is no regular file",
         "folder": "is a folder",
     }
-    with pytest.raises(dataset.DataError, match=f"odd.nii.gz.*{reasons[kind]}"):
-        dataset.load_split(dataset.find_splits(data), "train", cache_dir=tmp_path / "cache", progress=False)
+    with pytest.raises(sources.DataError, match=f"odd.nii.gz.*{reasons[kind]}"):
+        dataset.load_split(sources.find_splits(data), "train", cache_dir=tmp_path / "cache", progress=False)
 
 
 def test_pairs_of_hdr_and_img_are_told_what_to_do(tmp_path):
@@ -175,8 +176,8 @@ def test_pairs_of_hdr_and_img_are_told_what_to_do(tmp_path):
     folder.mkdir()
     for name in ("a.hdr", "a.img"):
         (folder / name).write_bytes(b"x")
-    with pytest.raises(dataset.DataError, match=r"no slices found(?s:.*)1 \.hdr file\(s\).*convert"):
-        dataset.find_splits(tmp_path)
+    with pytest.raises(sources.DataError, match=r"no slices found(?s:.*)1 \.hdr file\(s\).*convert"):
+        sources.find_splits(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, "\xff", '{"arguments": 3}',

@@ -12,6 +12,7 @@ import torch
 import dataset
 import generate
 import recipes
+import sources
 import utils
 from modules import CHECKPOINT_FORMAT, VQVAE, CodePrior
 from utils import UserError
@@ -63,7 +64,7 @@ def test_drawing_leaves_a_picture_and_slices_to_open(run, capsys):
     nifti = nib.load(folder / "drawn_002.nii.gz")
     assert nifti.shape == (256, 128, 1) and nifti.get_data_dtype() == np.float32
     assert nifti.header["descrip"] == b"" and nifti.header.get_xyzt_units()[0] == "mm"
-    source = dataset.find_splits(Path("data"))
+    source = sources.find_splits(Path("data"))
     train = dataset.load_split(source, "train")
     np.testing.assert_allclose(nifti.affine, train.affine)
     images = pixels(folder)
@@ -210,7 +211,7 @@ def test_halves_share_no_case():
     ],
 )
 def test_mistakes(run, flags, message):
-    with pytest.raises((UserError, dataset.DataError, ValueError), match=message):
+    with pytest.raises((UserError, sources.DataError, ValueError), match=message):
         start(flags)
     assert not (run / "generated" / "slices.png").exists()
 

@@ -9,6 +9,7 @@ import torch
 import dataset
 import metrics
 import predict
+import sources
 import train
 import utils
 from metrics import SCORE_NAMES
@@ -71,7 +72,7 @@ def test_figures_are_those_of_the_model_on_the_slices(trained):
     predict.main(["--split", "validate"])
     summary = json.loads((trained / "validate" / "metrics.json").read_text())
     model = VQVAE.from_checkpoint(trained / "best.pt")
-    data = dataset.load_split(dataset.find_splits(summary["data"]), "validate")
+    data = dataset.load_split(sources.find_splits(summary["data"]), "validate")
     ssim, codes = [], []
     with torch.no_grad():
         for i in range(len(data)):
@@ -104,7 +105,7 @@ def test_figure_shows_worst_median_and_best(trained, monkeypatch):
     )
 
     class Data:
-        names = tuple(dataset.SliceName("040", "0", i, f"s{i}") for i in range(11))
+        names = tuple(sources.SliceName("040", "0", i, f"s{i}") for i in range(11))
         constant = torch.arange(11) == 3
 
         def batch(self, indices):
@@ -144,7 +145,7 @@ def test_mistakes(tmp_path, trained, monkeypatch):
         predict.main(["--runs-dir", "nowhere"])
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         predict.main(["--run", "nowhere"])
-    with pytest.raises(dataset.DataError, match="nowhere"):
+    with pytest.raises(sources.DataError, match="nowhere"):
         predict.main(["--data", "nowhere"])
     with pytest.raises(UserError, match="--batch-size is 0"):
         predict.main(["--batch-size", "0"])

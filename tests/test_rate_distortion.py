@@ -13,8 +13,9 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 import metrics
 import utils
-from dataset import find_splits, load_split
+from dataset import load_split
 from modules import CHECKPOINT_FORMAT, VQVAE, CodePrior
+from sources import find_splits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import rate_distortion

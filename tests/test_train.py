@@ -17,6 +17,7 @@ import torch
 
 import dataset
 import loop
+import sources
 import train
 from modules import VQVAE, CheckpointError, load_checkpoint
 from recipes import open_run, parse_arguments, with_defaults
@@ -344,7 +345,7 @@ def test_timing_the_step_changes_nothing(tmp_path, run_here, monkeypatch):
 def test_no_step_waits_for_the_gpu(tmp_path, data, small):
     given = parse_arguments([*small, "--device", "cuda", "--no-compile"])
     run = train.Run(tmp_path, with_defaults("tuned", given), "")
-    slices = dataset.load_split(dataset.find_splits(data), "train")
+    slices = dataset.load_split(sources.find_splits(data), "train")
     slices.place(run.device)
     train.start_codebook(run, slices)
     with loop.tqdm(total=20, disable=True) as bar:
@@ -664,7 +665,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_slices(tmp_path, r
     monkeypatch.setattr(loop, "train_step", spoil_one)
     with pytest.raises(UserError, match="the loss is not finite at step 5, in epoch 2") as error:
         run_here("--epochs 3 --name a")
-    source = dataset.find_splits(tmp_path / "data")
+    source = sources.find_splits(tmp_path / "data")
     train_slices = dataset.load_split(source, "train", progress=False)
     named = [name.stem in str(error.value).replace(",", "").split() for name in train_slices.names]
     wanted = [any(torch.equal(train_slices[i], image) for image in seen[0]) for i in range(10)]

@@ -1,0 +1,404 @@
+"""Which files are in which split: HipMRI's forms, plain folders of slices, and scans of any kind.
+
+    path, line = find_data(args.data)          # --data, else $HIPMRI_DATA, else None: the sample
+    source = find_source(path)                 # HipMRI, or train/ validate/ test/ folders of 2D slices
+    source = find_source(path, "axial")        # any folder of scans, split by subject
+
+Files are found, not read. What is wrong is a `DataError`: what was found, what was expected, what to do. What is merely
+worth knowing stands in `Source.notes`, for the script to print.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
+EXPECTED = """expected one of
+  keras_slices_train/ keras_slices_validate/ keras_slices_test/   (HipMRI's 2D form)
+  semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...                (HipMRI's 3D form)
+  train/ validate/ test/                                          (your own 2D .nii or .nii.gz slices)"""
+
+_SPLIT_OF = {"train": "train", "training": "train", "val": "validate", "valid": "validate", "validate": "validate"}
+_SPLIT_OF |= {"validation": "validate", "test": "test", "testing": "test"}
+_NIFTI = re.compile(r"\.nii(?:\.gz)?$", re.I)
+_MASK = re.compile(r"seg_|.*semantic", re.I)
+_NAME = re.compile(r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I)
+
+
+class DataError(Exception):
+    """A mistake in the data or in how it was named; the message is for the person at the keyboard."""
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+@dataclass(frozen=True)
+class SliceName:
+    """Whose slice it is, and its file's name without the ending, for titles and tables."""
+
+    case: str  # "004"; the stem where the name follows no known pattern
+    week: str  # "0"; "" where the name has none
+    slice: int  # 12; 0 where the name has none
+    stem: str  # "case_004_week_0_slice_12"
+
+    def __str__(self) -> str:
+        return f"case {self.case} week {self.week} slice {self.slice}" if self.week else self.stem
+
+
+def parse_name(path: str | Path) -> SliceName:
+    """Read case, week and slice from `case_004_week_0_slice_12.nii.gz` or `Case_004_Week0_LFOV.nii.gz`.
+
+    Any other name is a case of its own. A file inside a folder called `x.nii.gz` takes the folder's name.
+    """
+    folder, name = os.path.split(path)
+    folder = os.path.basename(folder)
+    stem = _NIFTI.sub("", folder if _NIFTI.search(folder) else name)
+    stem = printable(stem)
+    match = _NAME.match(stem)
+    if not match:
+        return SliceName(stem, "", 0, stem)
+    case, week, number = match.groups()
+    return SliceName(f"{int(case):03d}", week or "", int(number or 0), stem)
+
+
+def printable(text: str) -> str:
+    """A name as tables, figures and terminals can bear it: control characters and bytes that are no text, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is a segmentation, by its name or its folder's: never an image."""
+    return bool(_MASK.match(path.name)) or path.parent.name.lower().startswith(("keras_slices_seg", "semantic_labels"))
+
+
+def mask_of(image: Path) -> Path | None:
+    """The segmentation that lies beside a file of HipMRI's 2D or 3D form; None where there is none."""
+    folder, name = image.parent, image.name
+    where = (
+        (folder.name.lower().replace("keras_slices_", "keras_slices_seg_"), re.sub("^case_", "seg_", name, flags=re.I)),
+        ("semantic_labels_anon", re.sub("_LFOV", "_SEMANTIC_LFOV", name, flags=re.I)),
+    )
+    for folder_name, file_name in where:
+        path = folder.parent / folder_name / file_name
+        if path != image and path.is_file():
+            return path
+    return None
+
+
+def _natural(entry: os.DirEntry) -> list:
+    return _natural_text(entry.name)
+
+
+def _natural_text(text: str) -> list:
+    """Sort key under which slice_2 comes before slice_10."""
+    parts = re.split(r"(\d+)", text.lower())
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+# ----------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of each split, found by `find_splits`."""
+
+    root: Path  # the folder that was used in the end
+    form: str  # "2D": a file is a slice; "3D": a volume of HipMRI's; "scans": any, see `find_scans`
+    splits: dict[str, list[Path]]  # of "train", "validate", "test" those that have files, in natural order
+    notes: list[str]  # to print
+
+
+def find_data(data: str | Path | None) -> tuple[Path | None, str]:
+    """The data folder: `data` (--data), else $HIPMRI_DATA, else None, which means the sample.
+
+    Also returns the line to print that says which it is and why. Raises DataError where a path was given,
+    by either, and is missing: a mistyped path must never end in training on the sample.
+    """
+    environment = os.environ.get("HIPMRI_DATA") or None
+    given, by = (data, "--data") if data is not None else (environment, "$HIPMRI_DATA")
+    if given is None:
+        return None, "data: the sample, as neither --data nor $HIPMRI_DATA is given"
+    path = Path(given).expanduser()
+    try:
+        os.stat(path if str(given).strip() else "")  # Path("") would be the current folder
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"can't open the data that {by} names, '{given}': {getattr(error, 'strerror', error)}.\n"
+            "Give an existing folder, or leave both --data and $HIPMRI_DATA out."
+        ) from error
+    return path, f"data: {path}, from {by}"
+
+
+def find_splits(root: str | Path) -> Source:
+    """Find the splits in `root`, one level below, two below, or (where `root` is one of the parts) one above.
+
+    Raises DataError where there are none, several at one level, or a folder that can't be read.
+    """
+    root = Path(os.path.abspath(Path(root).expanduser()))
+    if not root.is_dir():
+        raise DataError(f"{root} is {'a file' if root.exists() else 'missing'}; {EXPECTED}\nGive the folder.")
+    folders, unreadable = [root], []
+    for where in ("", "one level below", "two levels below", "one level above"):
+        if where == "one level above":
+            is_part = _split_of(root) or root.name.lower().startswith(("keras_slices_", "semantic_"))
+            folders = [root.parent] if is_part else []
+        found, below = [], []
+        for folder in folders:
+            try:
+                subfolders, files = _list(folder)
+            except OSError as error:  # not a mistake unless nothing is found elsewhere
+                unreadable.append(f"  {folder} can't be read: {error.strerror}")
+                continue
+            found += _recognise(folder, subfolders, files)
+            below += subfolders
+        if found:
+            return _only(found, root, f" ({where} the folder given)" if where else "")
+        folders = below
+    raise DataError(
+        "\n".join(
+            [
+                f"no slices found in {root}:",
+                *describe(root),
+                *unreadable,
+                EXPECTED,
+                "Rename the folders, or point --data at the one that holds them.",
+            ]
+        )
+    )
+
+
+def find_source(
+    root: str | Path, axis: str | int | None = None, split: Sequence | None = None, seed: int = 0
+) -> Source:
+    """`find_splits`, or, where an axis is named, `find_scans`. Raises DataError."""
+    if axis is not None:
+        return find_scans(root, split, seed)
+    if split is not None:
+        raise DataError("--split is for scans of any kind, which --axis asks for: name both, or neither.")
+    return find_splits(root)
+
+
+def find_scans(root: str | Path, split: Sequence | None = None, seed: int = 0) -> Source:
+    """Any NIfTI files, volumes or slices, in a folder at any depth, or a single file; split by subject.
+
+    split: shares of the subjects, (0.8, 0.1, 0.1) by default, drawn by the seed; or a CSV file, which has the columns
+    `split` and `subject` or `file` (a path within the folder). Files that it does not name are left out.
+    A subject is `subject_of` a file. Raises DataError.
+    """
+    root = Path(os.path.abspath(Path(root).expanduser()))
+    if root.is_file():
+        files, root = [root], root.parent
+    else:
+        files = [path for path in sorted(root.rglob("*"), key=lambda path: _natural_text(str(path)))
+                 if _NIFTI.search(path.name) and path.is_file() and not is_mask(path)
+                 and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]  # fmt: skip
+    if not files:
+        raise DataError(f"no .nii or .nii.gz file in {root}, at any depth; point --data at a folder of scans.")
+    subjects = {file: subject_of(file, root) for file in files}
+    names = sorted(set(subjects.values()))
+    notes = [f"{root}: {len(files):,} scan(s) of {len(names):,} subject(s)"]
+    if split is not None and len(split) == 1:
+        chosen = _read_splits(Path(split[0]), files, subjects, root)
+    else:
+        chosen, several = _draw_splits(names, _shares(split), seed)
+        notes += several
+        chosen = {part: [file for file in files if subjects[file] in chosen[part]] for part in chosen}
+    source = Source(root, "scans", {part: found for part, found in chosen.items() if found}, notes)
+    counts = ", ".join(f"{part} {len(found):,}" for part, found in source.splits.items())
+    return replace(source, notes=[*notes, f"by subject: {counts} scan(s)"])
+
+
+def subject_of(file: Path, root: Path) -> str:
+    """Whose scan it is: `sub-<name>` in its path within root, as BIDS has it, else the case of `parse_name`."""
+    found = re.search(r"sub-([A-Za-z0-9]+)", str(file.relative_to(root)))
+    return found[1] if found else parse_name(file).case
+
+
+def _shares(split: Sequence | None) -> list[float]:
+    """Three shares that add up to 1, of train, validate and test."""
+    try:
+        shares = [float(share) for share in (split or (0.8, 0.1, 0.1))]
+    except (TypeError, ValueError):
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or not shares[0] or abs(sum(shares) - 1) > 1e-6:
+        given = " ".join(map(str, split or []))
+        raise DataError(
+            f"--split is {given}; expected three shares that add up to 1, such as 0.8 0.1 0.1, or a CSV file."
+        )
+    return shares
+
+
+def _draw_splits(subjects: list[str], shares: list[float], seed: int) -> tuple[dict[str, set[str]], list[str]]:
+    """Subjects of each split, at least one where its share is not 0; and what to note where there are too few."""
+    order = [subjects[i] for i in np.random.default_rng(seed).permutation(len(subjects))]
+    if len(order) < 3:
+        note = f"warning: {len(order)} subject(s) for three splits: validation and test are of the same person"
+        note += " as training" * (len(order) == 1) + ": scores say nothing about other people"
+        return dict(zip(HIPMRI_CASES, ({order[0]}, {order[-1]}, {order[-1]}), strict=True)), [note]
+    wanted = [max(1, round(share * len(order))) if share else 0 for share in shares[1:]]
+    while sum(wanted) >= len(order):
+        wanted[wanted.index(max(wanted))] -= 1
+    ends = [len(order) - sum(wanted), len(order) - wanted[1]]
+    parts = (order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] :])
+    return {split: set(part) for split, part in zip(HIPMRI_CASES, parts, strict=True)}, []
+
+
+def _read_splits(path: Path, files: list[Path], subjects: dict[Path, str], root: Path) -> dict[str, list[Path]]:
+    """The files of each split, as a CSV file has them."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"--split {path} can't be read ({error}); expected three shares, or a CSV file.") from error
+    chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    for number, row in enumerate(rows, start=2):
+        split = _SPLIT_OF.get((row.get("split") or "").strip().lower())
+        name, by_file = (row.get("file") or "").strip(), bool((row.get("file") or "").strip())
+        name = name or (row.get("subject") or "").strip().removeprefix("sub-")
+        found = [file for file in files if (file == root / name if by_file else subjects[file] == name)]
+        if not split or not found:
+            raise DataError(
+                f"{path}, line {number}: {dict(row)}; expected a split of train, validate or test, and a subject or a "
+                f"file that {root} holds."
+            )
+        chosen[split] += found
+    placed = [file for found in chosen.values() for file in found]
+    if len(set(placed)) < len(placed):
+        twice = next(file for file in placed if placed.count(file) > 1)
+        raise DataError(f"{path} names {twice.relative_to(root)} twice; expected each scan in one split.")
+    return chosen
+
+
+def _split_of(folder: Path) -> str | None:
+    return _SPLIT_OF.get(folder.name.lower().removeprefix("keras_slices_"))
+
+
+def _list(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Subfolders and NIfTI images of a folder in natural order, without junk and masks. Raises OSError.
+
+    Some copies of HipMRI hold folders called `x.nii.gz` with the .nii inside: the file inside is listed. If
+    there isn't exactly one, the folder itself is, to be reported with the other bad files.
+    """
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=_natural):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            path, is_nifti = folder / entry.name, _NIFTI.search(entry.name)
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link that leads to itself: reading it will say so
+                is_folder = False
+            if is_folder and is_nifti:
+                inside = [n for n in os.listdir(path) if _NIFTI.search(n) and not n.startswith(".")]
+                path = path / inside[0] if len(inside) == 1 else path
+            if is_nifti and not _MASK.match(entry.name):
+                files.append(path)
+            elif not is_nifti and is_folder:
+                folders.append(path)
+    return folders, files
+
+
+def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[Source]:
+    """The data sets that `folder` holds: none, one, or (a mistake that `_only` reports) several."""
+    parts: dict[str, list[Path]] = {}
+    no_volumes = _split_of(folder) or "label" in folder.name.lower()  # slices, or masks whatever their names
+    volumes = [(folder, files)] if not no_volumes and any(map(_is_volume, files)) else []
+    for sub in subfolders:
+        split, is_3d = _split_of(sub), sub.name.lower().startswith("semantic_mrs")
+        if not split and not is_3d:
+            continue
+        try:
+            images = _list(sub)[1]
+        except OSError as error:
+            raise DataError(f"{sub} can't be read: {error.strerror}. Expected a readable folder.") from error
+        if images and is_3d:
+            volumes.append((sub, images))
+        elif images and split in parts:
+            raise DataError(
+                f"{folder} holds two folders for the {split} split, of which {sub.name} is one; "
+                "expected one. Move the other away."
+            )
+        elif images:
+            parts[split] = images
+    found = [_volumes_by_case(*volume) for volume in volumes]
+    if parts:
+        splits = {split: parts[split] for split in HIPMRI_CASES if split in parts}
+        found.append(Source(folder, "2D", splits, []))
+    return found
+
+
+def _is_volume(path: Path) -> bool:
+    """Whether a file is named as HipMRI's volumes are: case and week, no slice."""
+    match = _NAME.match(_NIFTI.sub("", path.name))
+    return bool(match and match[2] and not match[3])
+
+
+def _volumes_by_case(folder: Path, files: list[Path]) -> Source:
+    """Split volumes by case as HipMRI's 2D form is. Volumes whose case is in no range are a DataError."""
+    splits: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    others = []
+    for file in files:
+        case = parse_name(file).case
+        found = [s for s, cases in HIPMRI_CASES.items() if case.isdecimal() and int(case) in cases]
+        splits[found[0]].append(file) if found else others.append(file.name)
+    if others:
+        raise DataError(
+            f"{len(others)} of the {len(files)} volumes in {folder} are in no split:\n"
+            f"{listing(others)}\nexpected HipMRI's cases, 004-035 train, 036-039 validate, "
+            "040-042 test.\nMove others away, or cut them into slices in train/ validate/ test/."
+        )
+    note = (
+        "volumes (3D form) are cut into coronal slices here: these are not the course's 12,660 slices, "
+        "and scores on them can't be set against published ones"
+    )
+    return Source(folder, "3D", {split: files for split, files in splits.items() if files}, [note])
+
+
+def _only(found: list[Source], root: Path, where: str) -> Source:
+    """The one data set found, with notes of what was chosen and of shared cases. Several are a DataError."""
+    if len(found) > 1:
+        names = "\n".join(f"  {source.root} ({source.form} form)" for source in found)
+        raise DataError(f"{root} holds {len(found)} data sets, expected one:\n{names}\nPoint --data at one.")
+    source = found[0]
+    counts = ", ".join(f"{split} {len(files):,}" for split, files in source.splits.items())
+    unit = "slices" if source.form == "2D" else "volumes"
+    notes = [f"{source.root}{where}: {counts} {unit}", *source.notes]
+    cases = {split: {parse_name(file).case for file in files} for split, files in source.splits.items()}
+    for one, other in combinations(cases, 2):
+        if both := sorted(cases[one] & cases[other]):
+            notes.append(
+                f"warning: {len(both)} case(s) in both {one} and {other} ({', '.join(both[:5])}"
+                f"{', ...' * (len(both) > 5)}): if these are the same patients, scores are too good"
+            )
+    return replace(source, notes=notes)
+
+
+def describe(root: Path) -> list[str]:
+    """What is in a folder where no data was recognised, for the error message."""
+    lines = []
+    try:
+        subfolders, files = _list(root)
+        lines.append(f"  {len(files)} NIfTI image(s), masks not counted, and {len(subfolders)} folder(s)")
+        for sub in subfolders[:10]:
+            lines.append(f"  {sub.name}/: {len(_list(sub)[1])} NIfTI image(s)")
+        if pairs := sum(len(list(where.glob("*.hdr"))) for where in [root, *subfolders[:10]]):
+            lines.append(f"  {pairs} .hdr file(s): pairs of .hdr and .img aren't read; convert them to .nii or .nii.gz")
+    except OSError:
+        pass  # the search has noted it already
+    return lines
+
+
+def listing(lines: list[str], most: int = 100) -> str:
+    """Lines, indented; after `most` of them only how many more there are."""
+    more = [f"... and {len(lines) - most:,} more"] if len(lines) > most else []
+    return "\n".join("  " + printable(line) for line in lines[:most] + more)

@@ -1,0 +1,479 @@
+"""A person's own files: they come back as they were, at their own size; codes out and in; organs; odd ones."""
+
+import csv
+import gzip
+import io
+import zipfile
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import dataset
+import nifti
+import predict
+import scans
+import sources
+import train
+import utils
+from metrics import ORGANS, organ_scores, slice_scores
+from modules import VQVAE
+from utils import UserError
+
+AFFINE = np.array([[1.7, 0, 0, -20], [0, 1.5, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with a best.pt of a small, untrained model, whose training slices had voxels of 1.7 x 2 mm."""
+    torch.manual_seed(0)
+    model = VQVAE(hidden_channels=8, residual_channels=4, num_embeddings=16, embedding_dim=4)
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    folder.mkdir()
+    slices = {"size": [256, 128], "spacing": [1.7, 2.0], "axis": "coronal"}
+    kept = {"format": 3, "model_args": model.arguments, "model": model.state_dict(), "slices": slices}
+    utils.save_checkpoint(folder / "best.pt", kept)
+    return folder
+
+
+@pytest.fixture
+def reconstruct(run, tmp_path):
+    """reconstruct(path, "--flags") -> output folder."""
+
+    def reconstruct(path, flags="", out="out"):
+        command = [str(path), "-o", str(tmp_path / out), "--run", str(run), "--device", "cpu", *flags.split()]
+        assert predict.main(command) == 0
+        return tmp_path / out
+
+    return reconstruct
+
+
+def volume(shape=(20, 24, 28), dtype=np.int16):
+    return np.random.default_rng(0).integers(0, 900, shape).astype(dtype)
+
+
+def write(path, array, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array, affine)
+    image.header["descrip"] = b"DOE^JANE"
+    path.write_bytes(gzip.compress(image.to_bytes()))
+    return path
+
+
+def rows_of(folder):
+    with open(folder / "scores.csv") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- files as slices, and back
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR", "PIR", "ASL"])
+@pytest.mark.parametrize("axis", ["sagittal", "coronal", "axial", 0, 1, 2])
+def test_a_volume_comes_back_whatever_way_it_is_stored_and_cut(tmp_path, codes, axis):
+    straight = nib.Nifti1Image(volume(), AFFINE)
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes))
+    stored = straight.as_reoriented(turn)
+    (tmp_path / "x.nii").write_bytes(stored.to_bytes())
+    scan = nifti.read_scan(tmp_path / "x.nii", axis)
+    if isinstance(axis, str):  # whatever way it is stored, the planes are the same
+        np.testing.assert_array_equal(scan.planes, np.moveaxis(volume(), nifti.AXES[axis], 0))
+        sizes = np.delete([1.7, 1.5, 2.0], nifti.AXES[axis])
+        np.testing.assert_allclose(scan.spacing, sizes)
+    else:
+        np.testing.assert_array_equal(scan.planes, np.moveaxis(np.asarray(stored.dataobj), axis, 0))
+    assert scan.cut == axis
+    (tmp_path / "y.nii.gz").write_bytes(scan.file_of(scan.planes + 0.3))
+    back = nib.load(tmp_path / "y.nii.gz")
+    np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(stored.dataobj))
+    np.testing.assert_allclose(back.affine, stored.affine, atol=1e-5)
+    assert back.get_data_dtype() == np.int16
+
+
+@pytest.mark.parametrize(("array", "kind"), [
+    (volume((30, 20)), np.int16), (volume((30, 20, 1), np.uint8), np.uint8), (volume((30, 20), np.float64), np.float32),
+    (volume((9, 20, 30), ">i2"), np.int16), (volume((9, 20, 30, 1, 1)), np.int16),
+])  # fmt: skip
+def test_shape_affine_and_kind_of_number_stay(tmp_path, reconstruct, array, kind):
+    folder = reconstruct(write(tmp_path / "a" / "scan.nii.gz", array))
+    back = nib.load(folder / "scan_reconstruction.nii.gz")
+    assert back.shape == array.shape and back.get_data_dtype() == kind
+    np.testing.assert_allclose(back.affine, AFFINE, atol=1e-5)
+    assert back.header["descrip"].item() == b"" and (folder / "scan.png").stat().st_size > 5000
+
+
+def test_slices_are_padded_not_resampled(tmp_path, run):
+    """What comes back of 30 x 21 is the model's own output on the padded slice, cut back."""
+    array = volume((30, 21)).astype(np.float32)
+    model = VQVAE.from_checkpoint(run / "best.pt")
+    coded = scans.encode_planes(model, array[None])
+    assert coded.codes.shape == (1, 8, 6) and coded.codes.dtype == np.uint16
+    zscored = torch.from_numpy((array - array.mean()) / array.std())[None, None]
+    padded = torch.nn.functional.pad(zscored, (0, 3, 0, 2), mode="replicate")
+    with torch.no_grad():
+        expected = model(padded).reconstruction[0, 0, :30, :21] * array.std() + array.mean()
+    np.testing.assert_allclose(scans.decode_planes(model, coded)[0], expected, rtol=1e-4, atol=1e-2)
+
+
+def test_resizing_is_only_done_when_asked_for(tmp_path, reconstruct):
+    path = write(tmp_path / "scan.nii.gz", volume((40, 30)))
+    row = rows_of(reconstruct(path))[0]
+    assert int(row["code_bytes"]) == 10 * 8 * 4 // 8 + 8  # 16 codes are 4 bits, and two float32
+    row = rows_of(reconstruct(path, "--resize --export-codes", "resized"))[0]
+    assert int(row["code_bytes"]) == 64 * 32 * 4 // 8 + 8
+    assert nib.load(tmp_path / "resized" / "scan_reconstruction.nii.gz").shape == (40, 30)
+
+
+def test_empty_slices_come_back_exactly(tmp_path, reconstruct):
+    array = volume((20, 6, 28))
+    array[:, 2:4] = [[0], [7]]
+    folder = reconstruct(write(tmp_path / "scan.nii.gz", array))
+    back = np.asarray(nib.load(folder / "scan_reconstruction.nii.gz").dataobj)
+    np.testing.assert_array_equal(back[:, 2:4], array[:, 2:4])
+    assert rows_of(folder)[0]["ssim"] != ""
+
+
+def test_scores_are_those_of_the_slices(tmp_path, reconstruct):
+    array = volume((40, 5, 32))
+    folder = reconstruct(write(tmp_path / "scan.nii.gz", array), "--error-map")
+    back = np.asarray(nib.load(folder / "scan_reconstruction.nii.gz").dataobj)
+    pair = [torch.from_numpy(np.moveaxis(x, 1, 0).astype(np.float32))[:, None] for x in (array, back)]
+    found, row = slice_scores(*pair), rows_of(folder)[0]
+    for name in ("ssim", "ssim_body", "psnr"):
+        assert float(row[name]) == pytest.approx(float(found[name].mean()), abs=0.02)  # it was rounded to int16
+    error = np.asarray(nib.load(folder / "scan_error.nii.gz").dataobj)
+    assert np.abs(error - np.abs(back - array)).max() <= 1
+    assert float(row["bits_per_pixel"]) == pytest.approx((5 * 10 * 8 * 4 + 5 * 64) / array.size, abs=1e-5)
+
+
+def test_odd_voxels_are_told(tmp_path, reconstruct, capsys):
+    reconstruct(write(tmp_path / "same.nii.gz", volume((30, 9, 30))))
+    assert "warning" not in capsys.readouterr().err
+    reconstruct(write(tmp_path / "fine.nii.gz", volume((30, 9, 30)), np.diag([0.5, 1, 0.5, 1])))
+    assert "its voxels are 0.50 x 0.50 mm in the slice, the model was trained at 1.70 x 2.00" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- files and folders
+
+
+def test_folders_bad_files_and_equal_names(tmp_path, run, capsys):
+    for place in ("a", "b/c"):
+        write(tmp_path / "in" / place / "scan.nii.gz", volume((30, 20)))
+    write(tmp_path / "in" / "keras_slices_seg_test" / "seg_004.nii.gz", volume((30, 20)))
+    write(tmp_path / "in" / ".hidden" / "scan.nii.gz", volume((30, 20)))
+    (tmp_path / "in" / "bad.nii.gz").write_bytes(b"text")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"(?s)1 of 3 files can't be used:.*bad\.nii\.gz is not a NIfTI file"):
+        predict.main([str(tmp_path / "in"), "-o", str(out), "--run", str(run), "--device", "cpu"])
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == [
+        "scan_2_reconstruction.nii.gz", "scan_reconstruction.nii.gz",
+    ]  # fmt: skip
+    assert [row["file"] for row in rows_of(out)] == ["scan", "scan_2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["nowhere.nii", "-o", "out"], "there is no nowhere.nii"),
+    ([".", "-o", "out"], "no file in . ends in"),
+])  # fmt: skip
+def test_paths_that_hold_nothing(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        predict.main(command)
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["scan.nii"], "say with -o where"), (["--error-map"], "--error-map is for your own files"),
+    (["-o", "x"], "--out is for your own files"),
+])  # fmt: skip
+def test_flags_that_belong_together(capsys, command, message):
+    with pytest.raises(SystemExit):
+        predict.main(command)
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- codes
+
+
+@pytest.mark.parametrize("flags", ["", "--resize", "--axis sagittal"])
+def test_codes_out_and_in_are_exact(tmp_path, reconstruct, flags):
+    path = write(tmp_path / "scan.nii.gz", volume((20, 24, 28)))
+    first = reconstruct(path, f"--export-codes {flags}")
+    again = reconstruct(first, "--from-codes", "again")
+    name = "scan_reconstruction.nii.gz"
+    assert (first / name).read_bytes() == (again / name).read_bytes()
+    row = rows_of(first)[0]
+    assert int(row["npz_bytes"]) == (first / "scan_codes.npz").stat().st_size
+    assert int(row["file_bytes"]) == path.stat().st_size
+    with np.load(first / "scan_codes.npz") as file:
+        assert file["codes"].dtype == np.uint16 and b"DOE" not in b"".join(file[n].tobytes() for n in file.files)
+
+
+def test_codes_that_cannot_be_used(tmp_path, reconstruct, run):
+    model = VQVAE.from_checkpoint(run / "best.pt")
+    path = reconstruct(write(tmp_path / "scan.nii.gz", volume((20, 24, 28))), "--export-codes") / "scan_codes.npz"
+    with np.load(path) as file:
+        whole = {name: file[name] for name in file.files}
+
+    def damaged(**changes):
+        content = io.BytesIO()
+        np.savez_compressed(content, **(whole | changes))
+        return content.getvalue()
+
+    other = VQVAE(hidden_channels=8, residual_channels=4, num_embeddings=16, embedding_dim=4)
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("codes.npy", b"\0" * (nifti.MAX_VOXELS + 1))
+    cases = {
+        "is no file of --export-codes": [b"text", path.read_bytes()[:-50], damaged(shape=np.array(3))],
+        "is damaged": [
+            damaged(codes=whole["codes"] + 16), damaged(codes=whole["codes"][:3]), damaged(shape=[1, 2, 3]),
+            damaged(size=[200, 20]), damaged(kind="c8"), damaged(axis=7), damaged(codes=whole["codes"].astype(float)),
+        ],
+        "has format 9": [damaged(format=9)],
+        "is of the model": [damaged(model=other.fingerprint)],
+        "unpacks to more": [bomb.getvalue()],
+    }  # fmt: skip
+    for message, contents in cases.items():
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                scans.read_codes(path, model)
+    path.write_bytes(damaged(codes=np.array([Exception()], object)))
+    with pytest.raises(ValueError, match="pickle"):
+        scans.read_codes(path, model)
+
+
+# ---------------------------------------------------------------- organs
+
+
+def test_organ_scores_are_of_the_organ_alone():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 1, 64, 48, generator=generator)
+    labels = torch.zeros(2, 64, 48, dtype=torch.uint8)
+    labels[0, 8:40, 8:40], labels[0, 40:44, 8:12] = 2, 3  # bone; 16 pixels of bladder
+    changed = images.clone()
+    changed[0, 0][labels[0] == 0] += 1  # outside of all
+    changed[0, 0, 20:30, 20:30] += 0.5
+    scores = organ_scores(images, changed, labels)
+    assert list(scores) == list(ORGANS[1:])
+    std = images[0].std(correction=0)
+    assert scores["bone"]["bias"][0] == pytest.approx(float(0.5 * 100 / 32**2 / std), rel=1e-4)
+    span = images[0].max() - images[0].min()
+    error = (((changed[0] - images[0]) / span).square()[labels[0][None] == 2]).mean()
+    assert scores["bone"]["psnr"][0] == pytest.approx(float(-10 * error.log10()), abs=0.1)  # clipping aside
+    assert scores["bone"]["ssim"][0] < 0.999
+    for organ in ("bladder", "rectum"):  # too small; not there
+        assert all(values.isnan().all() for values in scores[organ].values())
+    assert scores["bone"]["psnr"][1].isnan()
+
+
+def test_organs_are_reported_where_segmentations_lie_beside(tmp_path, reconstruct):
+    labels = np.zeros((40, 32), np.uint8)
+    labels[5:20, 5:20] = 2
+    image = write(tmp_path / "d" / "keras_slices_test" / "case_040_week_0_slice_1.nii.gz", volume((40, 32)))
+    write(tmp_path / "d" / "keras_slices_seg_test" / "seg_040_week_0_slice_1.nii.gz", labels)
+    other = write(tmp_path / "d" / "keras_slices_test" / "case_041_week_0_slice_1.nii.gz", volume((40, 32)))
+    rows = rows_of(reconstruct(image.parent))
+    assert rows[0]["bone_ssim"] and rows[0]["bone_bias"] and not rows[0]["prostate_ssim"] and not rows[1]["bone_ssim"]
+    assert sources.mask_of(other) is None
+    volume_3d = tmp_path / "v" / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz"
+    mask = tmp_path / "v" / "semantic_labels_anon" / "Case_004_Week0_SEMANTIC_LFOV.nii.gz"
+    write(volume_3d, volume((40, 5, 32)))
+    write(mask, np.repeat(labels[:, None], 5, 1))
+    assert sources.mask_of(volume_3d) == mask and sources.is_mask(mask) and not sources.is_mask(volume_3d)
+    assert rows_of(reconstruct(volume_3d, "", "v_out"))[0]["bone_ssim"]
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+def test_segmentations_of_a_split_are_fitted_as_its_slices(tmp_path, fit):
+    labels = np.zeros((256, 144), np.uint8)
+    labels[64:192, 36:108] = 5
+    for split in ("train", "validate", "test"):
+        write(tmp_path / f"keras_slices_{split}" / "case_040_week_0_slice_1.nii.gz", volume((256, 144)))
+    write(tmp_path / "keras_slices_seg_test" / "seg_040_week_0_slice_1.nii.gz", labels)
+    source = sources.find_splits(tmp_path)
+    test, training = (dataset.load_split(source, split, fit=fit, progress=False) for split in ("test", "train"))
+    assert training.labels() is None
+    found = test.labels()
+    assert found.shape == (1, 256, 128) and found.unique().tolist() == [0, 5]
+    expected = {"resize": 128 * 64, "crop": 128 * 72}[fit]
+    assert int((found == 5).sum()) == expected
+
+
+# ---------------------------------------------------------------- which model
+
+
+def test_a_trained_run_tells_what_its_slices_were(tmp_path, write_slices, monkeypatch, small, own_signals, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_slices(tmp_path / "d")
+    assert train.main(["--data", "d", *small, "--epochs", "1", "--name", "a"]) == 0
+    assert predict.main(["d/keras_slices_test", "-o", "out", "--device", "cpu"]) == 0
+    assert "model: runs/a/best.pt" in capsys.readouterr().out
+    _, slices = scans.pick_model(predict.parse_arguments(["x", "-o", "y", "--device", "cpu"]))
+    assert slices == {"size": [256, 128], "spacing": [1.0, 1.0], "axis": "coronal"}
+
+
+def test_before_any_training_the_model_is_the_one_that_comes_along(tmp_path, monkeypatch, capsys):
+    """`python predict.py scan.nii.gz -o out` on a fresh clone."""
+    monkeypatch.chdir(tmp_path)
+    assert scans.SHIPPED.stat().st_size < 5e6
+    rows, columns = np.mgrid[:200, :120] / 30
+    write(tmp_path / "scan.nii.gz", (500 + 300 * np.sin(rows) * np.cos(columns)).astype(np.int16))
+    assert predict.main(["scan.nii.gz", "-o", "out", "--device", "cpu"]) == 0
+    assert "pelvis.pt" in capsys.readouterr().out
+    assert float(rows_of(tmp_path / "out")[0]["ssim"]) > 0.9
+
+
+# ---------------------------------------------------------------- training on scans of any kind
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Five subjects as BIDS has them, two scans each of 20 x 24 x 28, the outer planes empty."""
+    for subject in "ABCDE":
+        for session in (1, 2):
+            array = volume() + 50
+            array[:4] = array[:, :5] = array[..., :6] = 0
+            name = f"sub-{subject}_ses-{session}_T2w.nii.gz"
+            write(tmp_path / "study" / f"sub-{subject}" / f"ses-{session}" / "anat" / name, array)
+    return tmp_path / "study"
+
+
+def subjects(source):
+    return {split: {sources.subject_of(file, source.root) for file in files} for split, files in source.splits.items()}
+
+
+def test_subjects_are_in_one_split_each(study):
+    source = sources.find_source(study, "coronal", None, 0)
+    assert {split: len(files) for split, files in source.splits.items()} == {"train": 6, "validate": 2, "test": 2}
+    parts = subjects(source)
+    assert set.union(*parts.values()) == set("ABCDE") and sum(map(len, parts.values())) == 5
+    assert subjects(sources.find_source(study, "axial", None, 0)) == parts
+    assert any(subjects(sources.find_source(study, "axial", None, seed)) != parts for seed in range(1, 5))
+    assert len(subjects(sources.find_source(study, "axial", ["0.4", "0.2", "0.4"]))["test"]) == 2
+    assert "test" not in sources.find_source(study, "axial", ["0.8", "0.2", "0"]).splits
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("subject,split\nA,train\nsub-B,val\nC,test\n", {"train": {"A"}, "validate": {"B"}, "test": {"C"}}),
+    ("split,file\ntrain,sub-A/ses-1/anat/sub-A_ses-1_T2w.nii.gz\nvalidate,sub-A/ses-2/anat/sub-A_ses-2_T2w.nii.gz\n",
+     {"train": {"A"}, "validate": {"A"}}),
+])  # fmt: skip
+def test_splits_from_a_table(study, tmp_path, text, expected):
+    (tmp_path / "splits.csv").write_text(text)
+    assert subjects(sources.find_source(study, "axial", [str(tmp_path / "splits.csv")])) == expected
+
+
+@pytest.mark.parametrize(("split", "message"), [
+    (["0.8", "0.1"], "three shares"), (["0.8", "0.1", "0.2"], "add up to 1"), (["a", "b", "c"], "three shares"),
+    (["0", "0.5", "0.5"], "three shares"), (["nowhere.csv"], "can't be read"),
+    ("subject,split\nX,train\n", "line 2"), ("subject,split\nA,training set\n", "line 2"),
+    ("subject,split\nA,train\nA,test\n", "twice"), ("a,b\n1,2\n", "line 2"),
+])  # fmt: skip
+def test_splits_that_cannot_be_used(study, tmp_path, split, message):
+    if isinstance(split, str):
+        (tmp_path / "splits.csv").write_text(split)
+        split = [str(tmp_path / "splits.csv")]
+    with pytest.raises(sources.DataError, match=message):
+        sources.find_source(study, "axial", split)
+
+
+def test_split_needs_an_axis_and_scans(tmp_path, study):
+    with pytest.raises(sources.DataError, match="which --axis asks for"):
+        sources.find_source(study, None, ["0.8", "0.1", "0.1"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(sources.DataError, match=r"no \.nii or \.nii\.gz file"):
+        sources.find_source(tmp_path / "empty", "axial")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_subjects_are_told(study, count):
+    for subject in "ABCDE"[count:]:
+        for file in (study / f"sub-{subject}").rglob("*.nii.gz"):
+            file.unlink()
+    source = sources.find_source(study, "axial")
+    assert any("scores say nothing about other people" in note for note in source.notes)
+    assert source.splits["validate"] == source.splits["test"]
+    assert (source.splits["train"] == source.splits["test"]) == (count == 1)
+
+
+@pytest.mark.parametrize(("axis", "count", "size"), [
+    ("sagittal", 16, (32, 32)), ("coronal", 19, (16, 32)), ("axial", 22, (16, 32)), ("2", 22, (16, 32)),
+])  # fmt: skip
+def test_scans_are_cut_and_empty_slices_left_out(study, tmp_path, axis, count, size):
+    source = sources.find_source(study, axis)
+    train_slices = dataset.load_split(source, "train", axis=axis, cache_dir=tmp_path / "cache", progress=False)
+    assert len(train_slices) == 6 * count and train_slices.size == size
+    through = int(axis) if axis == "2" else nifti.AXES[axis]
+    plane = np.moveaxis(nib.load(train_slices.files[0]).get_fdata(), through, 0)[train_slices.names[0].slice]
+    resized = dataset.load_split(source, "train", axis=axis, size=plane.shape, cache_dir=tmp_path / "c", progress=False)
+    expected = torch.from_numpy((plane - plane.mean()) / plane.std()).float()
+    torch.testing.assert_close(resized[0][0], expected, atol=1e-3, rtol=0)
+    spacing = np.delete([1.7, 1.5, 2.0], through)
+    np.testing.assert_allclose(resized.description["spacing"], spacing, rtol=1e-5)
+
+
+def test_a_model_of_scans_is_trained_evaluated_and_used(study, tmp_path, monkeypatch, small, own_signals, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["--data", str(study), "--axis", "sagittal", "--size", "32", "48", *small, "--epochs", "1"]
+    assert train.main([*command, "--name", "a"]) == 0
+    assert "training and" in capsys.readouterr().out
+    assert train.main([*command[:-1], "2", "--name", "a", "--resume"]) == 0
+    assert predict.main(["--run", "runs/a"]) == 0
+    file = next(study.rglob("*.nii.gz"))
+    assert predict.main([str(file), "-o", "out", "--run", "runs/a"]) == 0
+    assert rows_of(tmp_path / "out")[0]["slices"] == "20"  # cut as in training, without --axis
+    with pytest.raises(UserError, match="divisible by 4"):
+        train.main([*command[:5], "33", "48", *small])
+
+
+def test_the_brain_comes_back_as_it_was(real_data, tmp_path, monkeypatch, small, own_signals):
+    """Its oblique volume through planes and back; every sixth voxel of it, trained on by --axis and reconstructed."""
+    brain = nib.load(real_data / "brain_volume" / "anat-T1w.nii.gz")
+    scan = nifti.read_scan(brain.get_filename(), "axial")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "whole.nii.gz").write_bytes(scan.file_of(scan.planes))
+    brain.slicer[::6, ::6, ::6].to_filename("small.nii.gz")
+    flags = ["--axis", "axial", "--size", "64", "48", "--epochs", "1", "--name", "a"]
+    assert train.main(["--data", "small.nii.gz", *small, *flags]) == 0
+    assert predict.main(["small.nii.gz", "-o", "out", "--run", "runs/a"]) == 0
+    for one, other in ((brain, "whole.nii.gz"), (nib.load("small.nii.gz"), "out/small_reconstruction.nii.gz")):
+        after = nib.load(other)
+        assert one.shape == after.shape and one.get_data_dtype() == after.get_data_dtype()
+        np.testing.assert_allclose(after.affine, one.affine, atol=1e-4)
+        assert nib.aff2axcodes(one.affine) == nib.aff2axcodes(after.affine)
+    np.testing.assert_array_equal(np.asarray(nib.load("whole.nii.gz").dataobj), np.asarray(brain.dataobj))
+
+
+# ---------------------------------------------------------------- other programs
+
+
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_exported_parts_do_what_the_model_does(tmp_path, codebooks, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = VQVAE(hidden_channels=8, residual_channels=4, num_embeddings=16, embedding_dim=4, num_codebooks=codebooks)
+    kept = {"format": 3, "model_args": model.arguments, "model": model.state_dict()}
+    (tmp_path / "x").mkdir()
+    utils.save_checkpoint(tmp_path / "x" / "best.pt", kept)
+    out = tmp_path / "out"
+    assert predict.main(["--export", "-o", str(out), "--run", str(tmp_path / "x"), "--device", "cpu"]) == 0
+    encoder, decoder = (onnxruntime.InferenceSession(out / f"{name}.onnx") for name in ("encoder", "decoder"))
+    model.eval()
+    for shape in ((1, 1, 256, 128), (3, 1, 40, 36)):  # other sizes than the example's
+        images = torch.randn(shape)
+        with torch.no_grad():
+            codes = model.encode(images)
+            expected = model.decode_codes(codes)
+        assert np.array_equal(encoder.run(None, {"images": images.numpy()})[0], codes.numpy())
+        found = decoder.run(None, {"codes": codes.numpy()})[0]
+        assert np.abs(found - expected.numpy()).max() < 1e-4
+
+
+def test_export_without_its_packages_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: (_ for _ in ()).throw(ModuleNotFoundError("onnxscript")))
+    with pytest.raises(UserError, match="pip install onnx onnxscript"):
+        predict.main(["--export", "-o", str(tmp_path), "--run", str(run), "--device", "cpu"])
