@@ -239,7 +239,7 @@ def versions() -> dict[str, str]:
     import torchmetrics
     import torchvision
 
-    packages = {m.__name__: m.__version__ for m in (torch, torchvision, torchmetrics, nibabel, np, matplotlib)}
+    packages = {m.__name__: str(m.__version__) for m in (torch, torchvision, torchmetrics, nibabel, np, matplotlib)}
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--match=NeVeRmAtCh"]
     try:

@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     )
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     for name in ("a<b>&c", "other"):
-        assert train.main([*flags.split(), "--name", name]) == 0
+        assert train.main([*flags.split(), "--device", "cpu", "--name", name]) == 0
     for number, handler in before.items():
         signal.signal(number, handler)
     assert predict.main(["--run", str(root / "a<b>&c"), "--html", "--device", "cpu"]) == 0
