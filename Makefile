@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint figures drawings faults fuzz test-pythons speed clean
+.PHONY: train test lint figures drawings pelvis faults fuzz test-pythons speed clean
 
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
@@ -36,6 +36,9 @@ drawings: .venv/dev         ## the sample with and without a discriminator, its 
 	for f in slices closest completion; do cp runs/sample_gan/generated/$$f.png resources/sample_drawn_$$f.png; done
 	cp runs/sample_gan/prior/metrics.json benchmarks/results/prior_sample_data.json
 	cp runs/sample_gan/generated/evaluation.json benchmarks/results/drawn_sample_data.json
+
+pelvis: .venv/runtime       ## resources/pelvis.pt, the model that comes along; needs $$HIPMRI_REAL_DATA; half an hour
+	$(BIN)/python resources/make_pelvis.py
 
 faults: .venv/dev           ## 50 kills at random moments, and what was lost: ten minutes
 	$(BIN)/python benchmarks/faults.py
