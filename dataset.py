@@ -54,7 +54,6 @@ from sources import (
     listing,
     mask_of,
     parse_name,
-    subject_of,
 )  # fmt: skip
 
 SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
@@ -96,7 +95,7 @@ def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarra
     first, level = max(0, (len(stored) - recipe.planes) // 2), -np.inf
     if recipe.form == "scans" and len(stored) > 1:
         low, high = np.percentile(scaled(stored[:: max(1, len(stored) // 32)]), (1, 99))
-        level = low + 0.1 * (high - low)
+        level = low + 0.1 * (high - low) if np.isfinite(low + high) else -np.inf  # what is not finite is told later
     shown = 0
     for plane in range(first, min(first + recipe.planes, len(stored))):
         image = scaled(stored[plane])
@@ -185,15 +184,17 @@ def slice_affine(
     """
     try:
         header, _ = nifti.open_nifti(Path(path))
-        turn, shape = nifti.orientation(header), header.get_data_shape()
+        shape, turn = header.get_data_shape(), None
         dimensions = _DIMENSIONS[form] or nifti.dimensions_of(shape)
+        if dimensions == 3 and isinstance(axis, str):
+            turn = nifti.orientation(header)
+        affine, order = nifti.affine_of(header), [0, 1, 2]
         if len(shape) < dimensions:
             raise ValueError(f"has shape {' x '.join(map(str, shape))}, expected {dimensions} dimensions")
     except ValueError as error:
         raise DataError(f"{path} {error}; expected a NIfTI file.") from error
-    affine, order = header.get_best_affine(), [0, 1, 2]
     if dimensions == 3:
-        if isinstance(axis, str):  # axes become right, anterior, superior
+        if turn is not None:  # axes become right, anterior, superior
             affine = affine @ nib.orientations.inv_ornt_aff(turn, shape[:3])
             shape = [shape[int(np.flatnonzero(turn[:, 0] == i)[0])] for i in range(3)]
         through = nifti.AXES[axis] if isinstance(axis, str) else axis
@@ -442,7 +443,10 @@ class Slices(torch.utils.data.Dataset):
     @property
     def description(self) -> dict:
         """Size, voxels' size in mm between rows and between columns, and the axis that volumes were cut along."""
-        spacing = nib.affines.voxel_sizes(self.affine)[:2].tolist()
+        try:
+            spacing = nib.affines.voxel_sizes(self.affine)[:2].tolist()
+        except DataError:  # an affine that tells nothing is no matter in training
+            spacing = None
         return {"size": list(self.size), "spacing": spacing, "axis": self._recipe.axis}
 
     def labels(self) -> torch.Tensor | None:
@@ -454,18 +458,22 @@ class Slices(torch.utils.data.Dataset):
         if not any(masks):
             return None
         labels, recipe = torch.zeros(len(self), *self.size, dtype=torch.uint8), self._recipe
+        last, stored = None, np.zeros(0)
         for i, (mask, plane) in enumerate(zip(masks, self._planes.tolist(), strict=True)):
-            if mask:
-                try:
+            if not mask:
+                continue
+            try:
+                if mask != last:
                     stored, scaled = nifti.planes(*nifti.open_nifti(mask), _DIMENSIONS[recipe.form], recipe.axis)
-                    image = scaled(stored[plane]).astype(np.uint8)
-                except (ValueError, IndexError) as error:
-                    raise DataError(f"{mask} {error}; expected a segmentation like its image, or none.") from error
-                if self.fit == "crop":
-                    top, left, height, width = _cut(image.shape, self.size)
-                    image = image[top : top + height, left : left + width]
-                image = torch.from_numpy(np.ascontiguousarray(image))[None]
-                labels[i] = resize(image, list(self.size), InterpolationMode.NEAREST_EXACT)[0]
+                    last = mask
+                image = scaled(stored[plane]).astype(np.uint8)
+            except (ValueError, IndexError) as error:
+                raise DataError(f"{mask} {error}; expected a segmentation like its image, or none.") from error
+            if self.fit == "crop":
+                top, left, height, width = _cut(image.shape, self.size)
+                image = image[top : top + height, left : left + width]
+            image = torch.from_numpy(np.ascontiguousarray(image))[None]
+            labels[i] = resize(image, list(self.size), InterpolationMode.NEAREST_EXACT)[0]
         return labels
 
     @property
@@ -610,8 +618,8 @@ def load_split(
         raise _unusable(source, split, bad)
     names = [parse_name(source.splits[split][i]) for i in records["file"].tolist()]
     if source.form == "scans":
-        names = [replace(name, case=subject_of(source.splits[split][i], source.root))
-                 for name, i in zip(names, records["file"].tolist(), strict=True)]  # fmt: skip
+        owners = [source.subjects[source.splits[split][i]] for i in records["file"].tolist()]
+        names = [replace(name, case=owner) for name, owner in zip(names, owners, strict=True)]
     if source.form != "2D":
         taken = zip(names, records["plane"].tolist(), strict=True)
         names = [replace(name, slice=plane, stem=f"{name.stem}_slice_{plane}") for name, plane in taken]

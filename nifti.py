@@ -84,12 +84,20 @@ def _header(start: bytes) -> nib.Nifti1Header:
     return header
 
 
+def affine_of(header: nib.Nifti1Header) -> np.ndarray:
+    """(4, 4). ValueError where it holds no numbers to go by."""
+    with np.errstate(all="ignore"):
+        affine = header.get_best_affine()  # ValueError of a quaternion that is none
+    if not np.abs(affine).max() < 1e9:
+        raise ValueError("has an affine without finite numbers")
+    return affine
+
+
 def orientation(header: nib.Nifti1Header) -> np.ndarray:
     """(3, 2): which way the axes run, as nibabel has it. ValueError where the affine doesn't tell."""
     try:
         with np.errstate(all="ignore"):
-            affine = header.get_best_affine()
-            if np.abs(affine).max() < 1e9 and not np.isnan(turn := nib.orientations.io_orientation(affine)).any():
+            if not np.isnan(turn := nib.orientations.io_orientation(affine_of(header))).any():
                 return turn
     except (ValueError, np.linalg.LinAlgError):
         pass
@@ -187,7 +195,8 @@ class Scan:
             voxels = nib.orientations.apply_orientation(voxels, nib.orientations.ornt_transform(straight, self.turn))
         if kind.kind in "iu":
             limits = np.iinfo(kind)
-            voxels = np.clip(np.rint(voxels), limits.min, limits.max)
+            high = np.nextafter(float(limits.max), 0) if kind.itemsize == 8 else limits.max  # 2^63 - 1 is no float
+            voxels = np.clip(np.rint(voxels.astype(np.float64)), limits.min, high)
         return nifti_bytes(np.ascontiguousarray(voxels.reshape(self.shape)).astype(kind), self.affine)
 
 
@@ -204,11 +213,16 @@ def read_scan(path: str | Path, axis: str | int | None = None) -> Scan:
     turned = dimensions == 3 and isinstance(axis, str)
     through = 2 if dimensions == 2 else AXES[axis] if turned else axis
     kind = np.dtype(np.float32) if voxels.dtype.newbyteorder("=") != kind or kind.kind == "f" else kind
-    return Scan(voxels, header.get_best_affine(), found, kind, through, orientation(header) if turned else None)
+    return Scan(voxels, affine_of(header), found, kind, through, orientation(header) if turned else None)
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
     """A `.nii.gz` file's content, lengths in mm. The header is new: no field of any file that was read is in it."""
-    nifti = nib.Nifti1Image(voxels, affine)
+    try:
+        with np.errstate(all="ignore"):
+            nifti = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
+    except nib.spatialimages.HeaderDataError:  # no rotation and sizes: kept as it is, in the other of the two forms
+        nifti = nib.Nifti1Image(voxels, None, dtype=voxels.dtype)
+        nifti.set_sform(affine, code=2)
     nifti.header.set_xyzt_units("mm")
     return gzip.compress(nifti.to_bytes(), 6, mtime=0)

@@ -126,8 +126,8 @@ def check_arguments(args: dict, processes: int) -> None:
     bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
     check_run_arguments(args, bounds | {"planes": (1, 256)}, processes)
     size, stride = args["size"], args["stride"]
-    if size and not (len(size) == 2 and all(type(side) is int and side >= 32 and side % stride == 0 for side in size)):
-        raise UserError(f"--size is {' '.join(map(str, size))}; expected two numbers from 32 on, divisible by {stride}")
+    if size and not (len(size) == 2 and all(type(side) is int and side >= 16 and side % stride == 0 for side in size)):
+        raise UserError(f"--size is {' '.join(map(str, size))}; expected two numbers from 16 on, divisible by {stride}")
     for name, (*_, allowed, _) in RECIPES.items():  # they may come from a config.json
         if isinstance(allowed, list) and args[name] not in allowed:
             raise UserError(f"{flag_name(name)} is {args[name]}; expected one of {', '.join(map(str, allowed))}")
@@ -256,9 +256,11 @@ def load_run_data(
     if root is None:
         raise UserError(f"{run / 'config.json'} names no data; say where the slices are with --data")
     print(line if data else f"data: {root} (the run's own)")
-    source = sources.find_source(
-        root, *(trained_with.get(key) for key in ("axis", "split")), trained_with.get("seed", 0)
-    )
+    known = utils.load_json(run / "config.json").get("scans")
+    if not (known is None or (isinstance(known, dict) and all(isinstance(those, dict) for those in known.values()))):
+        raise UserError(f"{run / 'config.json'} has scans {known!r:.80}; expected what train.py writes")
+    axis, parts = trained_with.get("axis"), None if known else trained_with.get("split")
+    source = sources.find_source(root, axis, parts, trained_with.get("seed", 0), known)
     options = {key: trained_with[key] for key in ("fit", "planes", "axis", "size") if key in trained_with}
     options["skip_bad_files"] = skip_bad_files or trained_with.get("skip_bad_files", False)
     slices = dataset.load_split(source, split, cache_dir=cache_dir or trained_with.get("cache_dir"), **options)

@@ -40,10 +40,15 @@ CODES_FORMAT = 1
 class Coded(NamedTuple):
     """What is kept of N slices: all that `decode_planes` needs beside the model."""
 
-    codes: np.ndarray  # (N, h, w) uint16 or (N, h, w, num_codebooks)
+    codes: np.ndarray  # (N, h, w) uint16, over 65,536 embeddings uint32; or (N, h, w, num_codebooks)
     mean: np.ndarray  # (N,) float32, in the file's intensities
     std: np.ndarray  # (N,) float32; 0: a slice of one value, whose codes mean nothing
     size: tuple[int, int]  # rows and columns that come back
+
+
+def batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """Indices of so many slices, BATCH at a time, of larger ones than 512 x 512 fewer."""
+    return np.array_split(np.arange(count), -(-count // max(1, BATCH * 512**2 // max(512**2, size[0] * size[1]))))
 
 
 @torch.no_grad()
@@ -59,7 +64,8 @@ def encode_planes(model: VQVAE, planes: np.ndarray, resize_to: tuple[int, int] |
     floor = dataset.STD_FLOOR * np.median(varied) if len(varied) else 0  # a nearly empty slice's noise stays small
     std = np.where(std > 0, np.maximum(std, floor), 0).astype(np.float32)
     mean, codes = mean.astype(np.float32), []
-    for some in np.array_split(np.arange(len(planes)), -(-len(planes) // BATCH)):
+    kind = np.uint16 if model.vector_quantization.num_embeddings <= 1 << 16 else np.uint32
+    for some in batches(len(planes), (rows, columns)):
         images = torch.from_numpy(planes[some].astype(np.float64))[:, None]  # (B, 1, rows, columns)
         scale = torch.from_numpy(np.where(std[some] > 0, std[some], 1)).view(-1, 1, 1, 1)
         images = ((images - torch.from_numpy(mean[some]).view(-1, 1, 1, 1)) / scale).float()
@@ -67,7 +73,7 @@ def encode_planes(model: VQVAE, planes: np.ndarray, resize_to: tuple[int, int] |
             images = resize(images, list(resize_to), antialias=True)
         below, right = (-size % model.stride for size in images.shape[-2:])
         images = torch.nn.functional.pad(images, (0, right, 0, below), mode="replicate")
-        codes.append(model.encode(images.to(device)).cpu().numpy().astype(np.uint16))
+        codes.append(model.encode(images.to(device)).cpu().numpy().astype(kind))
     return Coded(np.concatenate(codes), mean, std, (rows, columns))
 
 
@@ -75,7 +81,7 @@ def encode_planes(model: VQVAE, planes: np.ndarray, resize_to: tuple[int, int] |
 def decode_planes(model: VQVAE, coded: Coded, resized: bool = False) -> np.ndarray:
     """Slices (N, rows, columns) float32, in the file's intensities."""
     device, images = next(model.parameters()).device, []
-    for some in np.array_split(np.arange(len(coded.codes)), -(-len(coded.codes) // BATCH)):
+    for some in batches(len(coded.codes), coded.size):
         restored = model.decode_codes(torch.from_numpy(coded.codes[some].astype(np.int64)).to(device)).float().cpu()
         restored = resize(restored, list(coded.size), antialias=True) if resized else restored
         restored = restored[:, 0, : coded.size[0], : coded.size[1]].numpy()
@@ -83,15 +89,19 @@ def decode_planes(model: VQVAE, coded: Coded, resized: bool = False) -> np.ndarr
     return np.concatenate(images)
 
 
-def find_files(paths: list[str], ending: str) -> list[Path]:
-    """The files among `paths` and in the folders among them, at any depth; hidden ones and masks are left out."""
+def find_files(paths: list[str], ending: str, out: Path) -> list[Path]:
+    """The files among `paths` and in the folders among them, at any depth; hidden ones, masks and outputs left out."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if re.search(ending, file.name, re.I) and file.is_file())
-            relative = [file.relative_to(path) for file in inside]
-            hidden = [any(part.startswith((".", "__MACOSX")) for part in parts.parts) for parts in relative]
-            found += [f for f, h in zip(inside, hidden, strict=True) if not h and not sources.is_mask(f)]
+            for file in inside:
+                hidden = any(part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)
+                ours = sources.is_output(file) or (
+                    out.resolve() in file.resolve().parents and path.resolve() != out.resolve()
+                )
+                if not hidden and not ours and not sources.is_mask(file):
+                    found.append(file)
         elif path.exists():
             found.append(path)
         else:
@@ -102,12 +112,16 @@ def find_files(paths: list[str], ending: str) -> list[Path]:
 
 
 def output_names(files: list[Path]) -> Iterator[str]:
-    """A name for each file's outputs: its own, without ending; a number where several are alike."""
-    seen: dict[str, int] = {}
+    """A name for each file's outputs: its own, without endings; with a number where it is taken."""
+    taken: set[str] = set()
     for file in files:
-        stem = sources.parse_name(file.name).stem
-        seen[stem] = number = seen.get(stem, 0) + 1
-        yield stem if number == 1 else f"{stem}_{number}"
+        name = stem = sources.parse_name(file.name).stem.removesuffix(".npz").removesuffix("_codes")
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name)
+        yield name
 
 
 def pick_model(args: argparse.Namespace) -> tuple[VQVAE, dict]:
@@ -126,7 +140,9 @@ def reconstruct_file(model: VQVAE, file: Path, scan: nifti.Scan, name: str, args
     planes = decode_planes(model, coded, size is not None)
     utils.write_bytes(folder / f"{name}_reconstruction.nii.gz", scan.file_of(planes))
     if args.error_map:
-        utils.write_bytes(folder / f"{name}_error.nii.gz", scan.file_of(np.abs(planes - scan.planes)))
+        error = np.abs(planes - scan.planes)
+        whole = scan.kind.kind in "iu" and error.max() < 32767  # integers take a fourth of the room
+        utils.write_bytes(folder / f"{name}_error.nii.gz", scan.file_of(error, np.dtype("i2" if whole else "f4")))
     scores = score_planes(scan, planes, coded, file)
     heading = f"{name}, {model.bits_per_pixel:.4f} bits per pixel"
     draw(folder / f"{name}.png", scan.planes, planes, coded, scores, heading)
@@ -144,11 +160,14 @@ def score_planes(scan: nifti.Scan, planes: np.ndarray, coded: Coded, file: Path)
     """{score: (N,)}, NaN for slices of one value or under 11 pixels; by organ where there is a segmentation."""
     labels = None
     if mask := sources.mask_of(file):
-        labels = nifti.read_scan(mask, scan.cut).planes
+        try:
+            labels = nifti.read_scan(mask, scan.cut).planes
+        except ValueError as error:
+            raise ValueError(f"is done, without scores, as its segmentation {mask} {error}") from error
         if labels.shape != planes.shape:
             raise ValueError(f"has another shape than its segmentation {mask}")
     found: dict[str, list[torch.Tensor]] = {}
-    for some in np.array_split(np.arange(len(planes)), -(-len(planes) // BATCH)):
+    for some in batches(len(planes), planes.shape[1:]):
         pair = [torch.from_numpy(x[some].astype(np.float32))[:, None] for x in (scan.planes, planes)]
         nothing = torch.full((len(some),), torch.nan)
         scores = metrics.slice_scores(*pair) if min(planes.shape[1:]) >= 11 else dict.fromkeys(SCORE_NAMES, nothing)
@@ -202,7 +221,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan, bool]:
         shape, kind, axis = tuple(found["shape"].tolist()), np.dtype(str(found["kind"])), int(found["axis"])
         scan = nifti.Scan(np.zeros((0, *coded.size)), found["affine"], shape, kind, axis, turn)
         grid, count = coded.codes.shape[1:3], math.prod(shape)
-        whole = coded.codes.dtype == np.uint16 and coded.codes.ndim == 3 + (quantizer.num_codebooks > 1)
+        whole = coded.codes.dtype in (np.uint16, np.uint32) and coded.codes.ndim == 3 + (quantizer.num_codebooks > 1)
         whole &= len(coded.codes) == len(coded.mean) == len(coded.std) and kind.kind in "iuf" and axis in (0, 1, 2)
         whole &= len(coded.codes) * math.prod(coded.size) == count and coded.codes.max() < quantizer.num_embeddings
         whole &= bool(found["resized"]) or grid == tuple(-(-side // model.stride) for side in coded.size)
@@ -215,7 +234,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan, bool]:
 
 def reconstruct(args: argparse.Namespace) -> int:
     """A person's own files, one after the other: no more than one is in memory."""
-    files = find_files(args.paths, r"\.npz$" if args.from_codes else r"\.nii(\.gz)?$")
+    files = find_files(args.paths, r"\.npz$" if args.from_codes else r"\.nii(\.gz)?$", Path(args.out))
     model, slices = pick_model(args)
     rows, bad = [], []
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -226,7 +245,6 @@ def reconstruct(args: argparse.Namespace) -> int:
             if args.from_codes:
                 coded, scan, resized = read_codes(file, model)
                 content = scan.file_of(decode_planes(model, coded, resized))
-                name = name.removesuffix(".npz").removesuffix("_codes")
                 utils.write_bytes(Path(args.out) / f"{name}_reconstruction.nii.gz", content)
                 continue
             scan = nifti.read_scan(file, axis)

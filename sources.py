@@ -13,8 +13,9 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -76,7 +77,14 @@ def printable(text: str) -> str:
 
 def is_mask(path: Path) -> bool:
     """Whether a file is a segmentation, by its name or its folder's: never an image."""
-    return bool(_MASK.match(path.name)) or path.parent.name.lower().startswith(("keras_slices_seg", "semantic_labels"))
+    folders = ("keras_slices_seg", "semantic_labels", "labels", "masks", "segmentations")
+    named = re.search(r"[_-](d?seg|segmentation|mask|label)s?(\.nii|$)", path.name, re.I) or _MASK.match(path.name)
+    return bool(named) or path.parent.name.lower().startswith(folders)
+
+
+def is_output(path: Path) -> bool:
+    """Whether a file is named as what predict.py writes."""
+    return bool(re.search(r"_(reconstruction|error)\.nii(\.gz)?$", path.name, re.I))
 
 
 def mask_of(image: Path) -> Path | None:
@@ -115,6 +123,7 @@ class Source:
     form: str  # "2D": a file is a slice; "3D": a volume of HipMRI's; "scans": any, see `find_scans`
     splits: dict[str, list[Path]]  # of "train", "validate", "test" those that have files, in natural order
     notes: list[str]  # to print
+    subjects: dict[Path, str] = field(default_factory=dict)  # of scans: whose each file is
 
 
 def find_data(data: str | Path | None) -> tuple[Path | None, str]:
@@ -177,50 +186,96 @@ def find_splits(root: str | Path) -> Source:
 
 
 def find_source(
-    root: str | Path, axis: str | int | None = None, split: Sequence | None = None, seed: int = 0
+    root: str | Path, axis: str | None = None, split: Sequence | None = None, seed: int = 0, known: dict | None = None
 ) -> Source:
     """`find_splits`, or, where an axis is named, `find_scans`. Raises DataError."""
     if axis is not None:
-        return find_scans(root, split, seed)
+        return find_scans(root, split, seed, known)
     if split is not None:
         raise DataError("--split is for scans of any kind, which --axis asks for: name both, or neither.")
     return find_splits(root)
 
 
-def find_scans(root: str | Path, split: Sequence | None = None, seed: int = 0) -> Source:
+def find_scans(root: str | Path, split: Sequence | None = None, seed: int = 0, known: dict | None = None) -> Source:
     """Any NIfTI files, volumes or slices, in a folder at any depth, or a single file; split by subject.
 
     split: shares of the subjects, (0.8, 0.1, 0.1) by default, drawn by the seed; or a CSV file, which has the columns
     `split` and `subject` or `file` (a path within the folder). Files that it does not name are left out.
-    A subject is `subject_of` a file. Raises DataError.
+    known: {split: {subject: [file within the folder]}} of a run, as `placed` gives it: its files stay where they were,
+    and scans of nobody it was trained on, which have come since or are in another folder, are in validate and test.
+    Whose a file is: `sub-<name>` in its path, as BIDS has it; the folder below root, where several files have one name;
+    else the case of `parse_name`. Raises DataError.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if root.is_file():
-        files, root = [root], root.parent
+        files, root, left = [root], root.parent, 0
     else:
-        files = [path for path in sorted(root.rglob("*"), key=lambda path: _natural_text(str(path)))
-                 if _NIFTI.search(path.name) and path.is_file() and not is_mask(path)
+        found = [path for path in sorted(root.rglob("*"), key=lambda path: _natural_text(str(path)))
+                 if _NIFTI.search(path.name) and path.is_file()
                  and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]  # fmt: skip
+        files = [path for path in found if not is_mask(path) and not is_output(path)]
+        left = len(found) - len(files)
     if not files:
         raise DataError(f"no .nii or .nii.gz file in {root}, at any depth; point --data at a folder of scans.")
-    subjects = {file: subject_of(file, root) for file in files}
+    subjects = _subjects(files, root)
     names = sorted(set(subjects.values()))
     notes = [f"{root}: {len(files):,} scan(s) of {len(names):,} subject(s)"]
-    if split is not None and len(split) == 1:
+    if left:
+        notes.append(f"{left:,} file(s) that are named as segmentations or as outputs of predict.py are left out")
+    if known:
+        chosen = _as_known(known, files, subjects, root)
+    elif split is not None and len(split) == 1:
         chosen = _read_splits(Path(split[0]), files, subjects, root)
     else:
-        chosen, several = _draw_splits(names, _shares(split), seed)
+        drawn, several = _draw_splits(names, _shares(split), seed)
         notes += several
-        chosen = {part: [file for file in files if subjects[file] in chosen[part]] for part in chosen}
-    source = Source(root, "scans", {part: found for part, found in chosen.items() if found}, notes)
+        chosen = {part: [file for file in files if subjects[file] in drawn[part]] for part in drawn}
+    source = Source(root, "scans", {part: found for part, found in chosen.items() if found}, notes, subjects)
     counts = ", ".join(f"{part} {len(found):,}" for part, found in source.splits.items())
-    return replace(source, notes=[*notes, f"by subject: {counts} scan(s)"])
+    notes = [*notes, f"by subject: {counts} scan(s)"]
+    trained = {subjects[file] for file in source.splits.get("train", [])}
+    for part in ("validate", "test"):
+        if both := sorted(trained & {subjects[file] for file in source.splits.get(part, [])}):
+            notes.append(f"warning: {len(both)} subject(s) in both train and {part} ({', '.join(both[:5])}): "
+                         "scores are too good")  # fmt: skip
+    return replace(source, notes=notes)
 
 
-def subject_of(file: Path, root: Path) -> str:
-    """Whose scan it is: `sub-<name>` in its path within root, as BIDS has it, else the case of `parse_name`."""
-    found = re.search(r"sub-([A-Za-z0-9]+)", str(file.relative_to(root)))
-    return found[1] if found else parse_name(file).case
+def placed(source: Source) -> dict[str, dict[str, list[str]]]:
+    """Where each scan is, for `find_scans(known=...)` later on."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for split, files in source.splits.items():
+        for file in files:
+            found.setdefault(split, {}).setdefault(source.subjects[file], []).append(str(file.relative_to(source.root)))
+    return found
+
+
+def _subjects(files: list[Path], root: Path) -> dict[Path, str]:
+    stems = Counter(_NIFTI.sub("", file.name).lower() for file in files)
+    found = {}
+    for file in files:
+        folders = file.relative_to(root).parts[:-1]
+        bids = [part[4:] for part in folders if part.startswith("sub-")] or re.findall("^sub-([A-Za-z0-9]+)", file.name)
+        alike = stems[_NIFTI.sub("", file.name).lower()] > 1
+        found[file] = printable(bids[0] if bids else folders[0] if alike and folders else parse_name(file).case)
+    return found
+
+
+def _as_known(known: dict, files: list[Path], subjects: dict[Path, str], root: Path) -> dict[str, list[Path]]:
+    """The splits of a run; who it was trained on is in no other."""
+    chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    places = {(root / name, subject) for those in known.values() for subject, names in those.items() for name in names}
+    trained = set(known.get("train", {}))
+    for file in files:
+        subject = subjects[file]
+        if (file, subject) in places:
+            for split, those in known.items():  # with few subjects, one file is in several
+                if str(file.relative_to(root)) in those.get(subject, []):
+                    chosen[split].append(file)
+        elif subject not in trained:
+            for split in ("validate", "test"):
+                chosen[split].append(file)
+    return chosen
 
 
 def _shares(split: Sequence | None) -> list[float]:

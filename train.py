@@ -38,7 +38,7 @@ SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
 # ---------------------------------------------------------------- data
 
 
-def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
+def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices, dict]:
     """The training and validation splits; makes the sample data, and shortens the run, where no other is given."""
     root, line = sources.find_data(args["data"])
     print(line)
@@ -58,7 +58,9 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices]:
         raise UserError(f"all {len(validation)} validation slices are constant: no checkpoint could be chosen by them")
     args["data"] = str(Path(root if source.form == "scans" else source.root).resolve())
     args["size"] = list(train.size)
-    return train, validation
+    if args["split"] and len(args["split"]) == 1:
+        args["split"] = [str(Path(args["split"][0]).resolve())]
+    return train, validation, sources.placed(source) if source.form == "scans" else {}
 
 
 # ---------------------------------------------------------------- the run
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     utils.be_deterministic(args["deterministic"])
     utils.keep_freed_memory()
     with utils.first_process_first():
-        train, validation = load_data(args, given)
+        train, validation, scans = load_data(args, given)
     run = Run(folder, args, f"{train.fingerprint} {validation.fingerprint}", train.description)
     if run.device.type != "cpu":
         for slices in (train, validation):
@@ -211,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     loop.announce(run, train, f"recipe {args['recipe']}{', with a discriminator' if args['gan'] else ''}")
     config = {"slices": {"train": len(train), "validate": len(validation)}, "bits_per_pixel": rate}
+    config |= {"scans": scans} if scans else {}
     resume = utils.command("train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name)
     first = process_rank() == 0  # asked while there are others
     if (code := loop.carry_out(run, train, validation, config, resume)) or args["dry_run"]:

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("cache", "training", "checkpoint", "plot", "prediction")
 FLAGS = ["--epochs=4", "--batch-size=4", "--crop=64", "--plot-every=1", "--device=cpu", "--precision=float32"]
 SLICES = {"train": 12, "validate": 4, "test": 6}
-MANY = {"train": 1500, "validate": 2, "test": 2}  # enough for several processes to decode
+MANY = {"train": 1000, "validate": 2, "test": 2}  # enough for several processes to decode
 
 
 def write_data(root: Path, counts: dict[str, int]) -> Path:

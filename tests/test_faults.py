@@ -162,7 +162,7 @@ def test_two_runs_that_need_one_cache_build_it_once(tmp_path):
     """The second waits, and says so; only then the first one is let go on."""
     root = faults.write_data(tmp_path / "many", faults.MANY | {"train": 99})
     code = f"""
-import dataset, pathlib, time
+import dataset, pathlib, sources, time
 build = dataset._build
 def slow(*args):
     print('building', flush=True)

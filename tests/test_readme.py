@@ -60,7 +60,8 @@ def test_commands_run(here, monkeypatch, small, own_signals, number):
         script, *flags = shlex.split(command)[1:]
         if script == "train_prior.py" and (newest(here) / "prior").exists():
             shutil.rmtree(newest(here) / "prior")
-        assert SCRIPTS[script].main([*flags, *added[script]]) == 0, command
+        name = ["--name", f"run_{number}_{len(list((here / 'runs').glob('*')))}"] * (script == "train.py")
+        assert SCRIPTS[script].main([*flags, *added[script], *name]) == 0, command
 
 
 def newest(here: Path) -> Path:

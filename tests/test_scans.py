@@ -19,6 +19,7 @@ import train
 import utils
 from metrics import ORGANS, organ_scores, slice_scores
 from modules import VQVAE
+from recipes import load_run_data
 from utils import UserError
 
 AFFINE = np.array([[1.7, 0, 0, -20], [0, 1.5, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1.0]])
@@ -149,7 +150,7 @@ def test_scores_are_those_of_the_slices(tmp_path, reconstruct):
 
 def test_odd_voxels_are_told(tmp_path, reconstruct, capsys):
     reconstruct(write(tmp_path / "same.nii.gz", volume((30, 9, 30))))
-    assert "warning" not in capsys.readouterr().err
+    assert "warning" not in capsys.readouterr().out
     reconstruct(write(tmp_path / "fine.nii.gz", volume((30, 9, 30)), np.diag([0.5, 1, 0.5, 1])))
     assert "its voxels are 0.50 x 0.50 mm in the slice, the model was trained at 1.70 x 2.00" in capsys.readouterr().out
 
@@ -342,7 +343,7 @@ def study(tmp_path):
 
 
 def subjects(source):
-    return {split: {sources.subject_of(file, source.root) for file in files} for split, files in source.splits.items()}
+    return {split: {source.subjects[file] for file in files} for split, files in source.splits.items()}
 
 
 def test_subjects_are_in_one_split_each(study):
@@ -477,3 +478,87 @@ def test_export_without_its_packages_says_what_to_install(run, tmp_path, monkeyp
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: (_ for _ in ()).throw(ModuleNotFoundError("onnxscript")))
     with pytest.raises(UserError, match="pip install onnx onnxscript"):
         predict.main(["--export", "-o", str(tmp_path), "--run", str(run), "--device", "cpu"])
+
+
+def test_who_was_trained_on_stays_out_of_the_test_split(study, tmp_path, monkeypatch, small, own_signals, capsys):
+    """The run keeps its splits: scans that come or go move nobody; other folders are tested without its people."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--data", str(study), "--axis", "axial", *small, "--epochs", "1", "--name", "a"]
+    assert train.main(command) == 0
+    assert train.main(["--resume", "--name", "a", "--epochs", "2"]) == 0  # of the size that was found
+    kept = utils.load_json(tmp_path / "runs" / "a" / "config.json")["scans"]
+    gone = next(iter(kept["validate"]))
+    for file in (study / f"sub-{gone}").rglob("*.nii.gz"):
+        file.unlink()
+    for subject in "XYZ":
+        write(study / f"sub-{subject}" / f"sub-{subject}_T2w.nii.gz", volume() + 50)
+    found, _ = load_run_data(tmp_path / "runs" / "a", "test")
+    assert {name.case for name in found.names} == {*kept["test"], "X", "Y", "Z"}
+    other = tmp_path / "other"
+    for subject in ("N", next(iter(kept["train"]))):
+        write(other / f"sub-{subject}_T2w.nii.gz", volume() + 50)
+    found, _ = load_run_data(tmp_path / "runs" / "a", "test", data=str(other))
+    assert {name.case for name in found.names} == {"N"}
+
+
+def test_whose_a_file_is(tmp_path):
+    for patient in range(4):
+        for kind in ("T1", "T2"):
+            write(tmp_path / "folders" / f"patient_{patient}" / f"{kind}.nii.gz", volume())
+        write(tmp_path / "bids" / f"sub-pat_{patient}" / "anat" / f"sub-pat_{patient}_T1w.nii.gz", volume())
+        write(tmp_path / "flat" / f"sub-{patient}_ses-1_T1w.nii.gz", volume())
+    for name in ("flat/sub-0_dseg.nii.gz", "flat/labelsTr/x.nii.gz", "flat/sub-1_T1w_reconstruction.nii.gz"):
+        write(tmp_path / name, volume())
+    expected = {
+        "folders": {f"patient_{i}" for i in range(4)},
+        "bids": {f"pat_{i}" for i in range(4)},
+        "flat": set("0123"),
+    }
+    for folder, names in expected.items():
+        source = sources.find_source(tmp_path / folder, "axial")
+        assert set(source.subjects.values()) == names
+    assert any("3 file(s) that are named as segmentations or as outputs" in note for note in source.notes)
+
+
+def test_names_never_collide(tmp_path):
+    files = [tmp_path / name for name in ("a/x.nii", "b/x.nii", "c/x_2.nii", "x_codes.npz", "x.npz")]
+    assert list(scans.output_names(files)) == ["x", "x_2", "x_2_2", "x_3", "x_4"]
+
+
+@pytest.mark.parametrize(("kind", "value"), [
+    (np.int64, 2**40), (np.uint64, 2**40), (np.int32, 2**31 - 1), (np.uint16, 65535), (np.int8, -128),
+])  # fmt: skip
+def test_integers_of_every_kind_come_back(tmp_path, kind, value):
+    array = (volume((9, 20, 30)) % 100).astype(kind)
+    array[0, 0, 0] = value
+    nib.Nifti1Image(array, AFFINE, dtype=kind).to_filename(tmp_path / "x.nii")
+    scan = nifti.read_scan(tmp_path / "x.nii")
+    (tmp_path / "y.nii.gz").write_bytes(scan.file_of(scan.planes))
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "y.nii.gz").dataobj), array)
+    beyond = np.full(scan.planes.shape, 1e30)
+    (tmp_path / "y.nii.gz").write_bytes(scan.file_of(beyond))
+    assert np.asarray(nib.load(tmp_path / "y.nii.gz").dataobj).min() > np.iinfo(kind).max * 0.99
+
+
+def test_an_affine_that_tells_nothing_is_no_matter_for_slices(tmp_path, reconstruct, monkeypatch, small, own_signals):
+    flat = AFFINE.copy()
+    flat[:, 1] = 0
+    header = nib.Nifti1Image(volume((30, 20)), None)
+    header.set_sform(flat, code=1)
+    for split in ("train", "validate", "test"):
+        path = tmp_path / "d" / split / "x.nii"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(header.to_bytes())
+    folder = reconstruct(tmp_path / "d" / "test" / "x.nii")
+    np.testing.assert_allclose(nib.load(folder / "x_reconstruction.nii.gz").affine, flat, atol=1e-5)
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", "d", *small, "--epochs", "1", "--name", "a"]) == 0
+
+
+def test_many_embeddings_are_kept_as_they_are():
+    torch.manual_seed(0)
+    model = VQVAE(hidden_channels=8, residual_channels=4, num_embeddings=70_000, embedding_dim=4)
+    array = np.random.default_rng(0).normal(size=(1, 64, 64)).astype(np.float32)
+    coded = scans.encode_planes(model, array)
+    zscored = torch.from_numpy((array - array.mean()) / array.std())[None]
+    assert coded.codes.dtype == np.uint32 and np.array_equal(coded.codes, model.encode(zscored).numpy())
