@@ -328,7 +328,7 @@ def relative_step_time(args: argparse.Namespace, rounds: int = 3) -> dict[str, f
     given = {name: recipes.parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}}
     seconds: dict[str, list[float]] = {variant: [] for variant in given}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        slices, _ = train.load_data(recipes.with_defaults("tuned", {"data": str(args.data)}), {"epochs": 1})
+        slices, *_ = train.load_data(recipes.with_defaults("tuned", {"data": str(args.data)}), {"epochs": 1})
     for _ in range(rounds):
         for variant, flags in given.items():
             settings = recipes.with_defaults(flags.get("recipe", "tuned"), flags | {"precision": args.precision})

@@ -36,7 +36,8 @@ from modules import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("cache", "training", "checkpoint", "plot", "prediction")
-FLAGS = ["--epochs=4", "--batch-size=4", "--crop=64", "--plot-every=1", "--device=cpu", "--precision=float32"]
+FLAGS = ["--epochs=4", "--batch-size=4", "--crop=64", "--plot-every=1", "--device=cpu", "--precision=float32",
+         "--hidden-channels=32", "--residual-channels=16"]  # fmt: skip
 SLICES = {"train": 12, "validate": 4, "test": 6}
 MANY = {"train": 1000, "validate": 2, "test": 2}  # enough for several processes to decode
 
