@@ -294,6 +294,7 @@ def fuzz(count: int, seed: int, folder: Path) -> list[dict]:
     rows.append(attempt("checkpoint, bytes", quarter, lambda: damaged_bytes(chance, contents), path,
                         lambda file: read_checkpoint(file, run)))  # fmt: skip
     rows.append(attempt("checkpoint, values", quarter, changed, path, lambda file: read_checkpoint(file, run)))
+    path.write_bytes(contents)  # --resume reads it beside the config
     config = {"name": "x", "arguments": args}
     rows.append(attempt("config.json, bytes", quarter, lambda: damaged_bytes(chance, json.dumps(config).encode()),
                         folder / "config.json", read_config))  # fmt: skip

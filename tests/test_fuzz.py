@@ -54,7 +54,8 @@ def test_damaged_files_end_in_a_slice_or_the_one_error(tmp_path):
     assert sum(row["files"] for row in rows) == 700
     for row in rows:
         assert row["crashes"] == [] and row["refused"] > 0, row
-    assert rows[0]["read"] > 20 and rows[0]["refused"] > 20  # neither all hopeless nor all harmless
+    for row in (rows[0], rows[-1]):  # headers, values of config.json: neither all hopeless nor all harmless
+        assert row["read"] > 5 and row["refused"] > 5, row
 
 
 def test_what_the_long_form_counts_as_a_crash(tmp_path):
