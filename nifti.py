@@ -120,8 +120,9 @@ def plane_count(path: Path, axis: str | int) -> int:
         shape = header.get_data_shape()
         if dimensions_of(shape) == 2:
             return 1
-        turned = isinstance(axis, int) or orientation(header)[:, 0] == AXES[axis]
-        return shape[axis] if isinstance(axis, int) else shape[int(np.flatnonzero(turned)[0])]
+        if isinstance(axis, int):
+            return shape[axis]
+        return shape[int(np.flatnonzero(orientation(header)[:, 0] == AXES[axis])[0])]
     except (OSError, EOFError, ValueError, IndexError, zlib.error):
         return 1
 

@@ -132,9 +132,9 @@ def compare(runs: list[Path], path: Path) -> Path:
         rate = config.get("bits_per_pixel", "")
         rows.append([name, split or "", rate, *means, len(history), f"{seconds / 60:.1f}", config.get("device", "")])
         epochs = [int(row["epoch"]) for row in history]
-        axes[0].plot(epochs, [float(row["val_ssim"]) for row in history], marker=".", label=name.replace("$", r"\$"))
+        axes[0].plot(epochs, [float(row["val_ssim"]) for row in history], marker=".", label=utils.plain(name))
         if scores:
-            axes[1].scatter(scores["bits_per_pixel"], scores["ssim"]["mean"], label=name.replace("$", r"\$"))
+            axes[1].scatter(scores["bits_per_pixel"], scores["ssim"]["mean"], label=utils.plain(name))
     axes[0].set(xlabel="epoch", ylabel="validation ssim")
     axes[1].set(xlabel="bits per pixel", ylabel="ssim of the split in the table")
     for axis in axes:

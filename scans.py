@@ -1,6 +1,6 @@
 """A person's own files, for `predict.py PATH... -o OUT`: slices and volumes at their own size, by organ, as codes.
 
-model, checkpoint, path = pick_model(args)
+model, slices = pick_model(args)
 coded = encode_planes(model, nifti.read_scan("scan.nii.gz").planes)    # codes, and each slice's mean and deviation
 planes = decode_planes(model, coded)                                   # (N, rows, columns)
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -94,13 +93,9 @@ def find_files(paths: list[str], ending: str, out: Path) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if re.search(ending, file.name, re.I) and file.is_file())
-            for file in inside:
-                hidden = any(part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)
-                ours = sources.is_output(file) or (
-                    out.resolve() in file.resolve().parents and path.resolve() != out.resolve()
-                )
-                if not hidden and not ours and not sources.is_mask(file):
+            for file in sorted(sources.files_below(path, ending)):
+                inside_out = out.resolve() in file.resolve().parents and path.resolve() != out.resolve()
+                if not (inside_out or sources.is_output(file) or sources.is_mask(file)):
                     found.append(file)
         elif path.exists():
             found.append(path)

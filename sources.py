@@ -210,9 +210,7 @@ def find_scans(root: str | Path, split: Sequence | None = None, seed: int = 0, k
     if root.is_file():
         files, root, left = [root], root.parent, 0
     else:
-        found = [path for path in sorted(root.rglob("*"), key=lambda path: _natural_text(str(path)))
-                 if _NIFTI.search(path.name) and path.is_file()
-                 and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]  # fmt: skip
+        found = sorted(files_below(root, _NIFTI.pattern), key=lambda path: _natural_text(str(path)))
         files = [path for path in found if not is_mask(path) and not is_output(path)]
         left = len(found) - len(files)
     if not files:
@@ -239,6 +237,13 @@ def find_scans(root: str | Path, split: Sequence | None = None, seed: int = 0, k
             notes.append(f"warning: {len(both)} subject(s) in both train and {part} ({', '.join(both[:5])}): "
                          "scores are too good")  # fmt: skip
     return replace(source, notes=notes)
+
+
+def files_below(folder: Path, ending: str) -> list[Path]:
+    """Files at any depth whose names match the pattern, none of them hidden; in no order."""
+    found = (path for path in folder.rglob("*") if re.search(ending, path.name, re.I) and path.is_file())
+    return [path for path in found
+            if not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)]  # fmt: skip
 
 
 def placed(source: Source) -> dict[str, dict[str, list[str]]]:

@@ -348,7 +348,7 @@ def _upright(image: Tensor) -> np.ndarray:
     return image[0].float().cpu().numpy().T[::-1]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """For titles that hold names of files: a dollar in them begins no formula."""
     return text.replace("$", r"\$")
 
@@ -370,14 +370,14 @@ def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor,
         axes[0, column].imshow(_upright(originals[column]), **grey)
         axes[1, column].imshow(_upright(reconstructions[column]), **grey)
         shown = axes[2, column].imshow(_upright(errors[column]), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes[0, column].set_title(_plain(title), fontsize=8)
+        axes[0, column].set_title(plain(title), fontsize=8)
     for row, label in zip(axes, ("original", "reconstruction", "error"), strict=True):
         row[0].set_ylabel(label)
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
     figure.colorbar(shown, ax=axes[2], label="standard deviations", fraction=0.03, pad=0.01)
-    figure.suptitle(_plain(heading), fontsize=10)
+    figure.suptitle(plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -396,8 +396,8 @@ def plot_slices(path: Path, images: Tensor, titles: list[str], heading: str, col
         axis.set_axis_off()
     for axis, (image, grey, title) in zip(axes.flat, pictures, strict=False):
         axis.imshow(_upright(image), **grey)
-        axis.set_title(_plain(title), fontsize=7)
-    figure.suptitle(_plain(heading), fontsize=10)
+        axis.set_title(plain(title), fontsize=7)
+    figure.suptitle(plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -413,7 +413,7 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
     right.set(xlabel="epoch", ylabel=column.replace("val_", "validation "))
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(_plain(heading), fontsize=10)
+    figure.suptitle(plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -428,7 +428,7 @@ def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str
         axis.set(xlabel=name)
         axis.legend(fontsize=8)
     np.atleast_1d(axes)[0].set_ylabel("slices")
-    figure.suptitle(_plain(heading), fontsize=10)
+    figure.suptitle(plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -440,7 +440,7 @@ def plot_code_use(path: Path, counts: Tensor, heading: str) -> None:
     axis.axhline(100 / len(share), color="C3", linewidth=1, label="all codes alike")
     axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
     axis.legend()
-    figure.suptitle(_plain(heading), fontsize=10)
+    figure.suptitle(plain(heading), fontsize=10)
     save_figure(figure, path)
 
 
@@ -458,5 +458,5 @@ def plot_code_map(path: Path, original: Tensor, reconstruction: Tensor, indices:
     for axis, label in zip(axes, ("original", f"its {size} codes", "reconstruction"), strict=True):
         axis.set_title(label, fontsize=9)
         axis.set_axis_off()
-    figure.suptitle(_plain(title), fontsize=10)
+    figure.suptitle(plain(title), fontsize=10)
     save_figure(figure, path)
