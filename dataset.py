@@ -34,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -80,7 +81,7 @@ class _Preprocessing:
 
     form: str  # a key of _DIMENSIONS
     fit: str  # "resize" or "crop"
-    planes: int  # at most, of a volume, its central ones; 1 in the 2D form
+    planes: int  # at most, of a volume, its central ones
     axis: str | int = "coronal"  # along which volumes are cut, as nifti.planes has it
     size: tuple[int, int] = SIZE  # rows and columns that slices are brought to
 
@@ -159,17 +160,24 @@ def _decode(path: Path, recipe: _Preprocessing) -> tuple[list[tuple], str]:
         return [], f"can't be decoded ({error!r})"
 
 
-def _convert(pixels_path: Path, jobs: list[tuple[int, Path]], recipe: _Preprocessing) -> tuple[list, list]:
-    """Decode files straight into the memory map (what a worker process runs): _SLICE records, _BAD records.
+class _Job(NamedTuple):
+    """A file to decode, and its rows of the cache; those that empty slices or a bad file don't fill stay unused."""
 
-    File i has the rows from i * planes on; rows that a thin volume or a bad file doesn't fill stay unused.
-    """
+    file: int
+    path: Path
+    rows: range
+
+
+def _convert(pixels_path: Path, jobs: list[_Job], recipe: _Preprocessing) -> tuple[list, list]:
+    """Decode files straight into the memory map (what a worker process runs): _SLICE records, _BAD records."""
     pixels = np.load(pixels_path, mmap_mode="r+")
     good, bad = [], []
-    for file, path in jobs:
+    for file, path, rows in jobs:
         slices, reason = _decode(path, recipe)
+        if len(slices) > len(rows):
+            slices, reason = [], "was changed while it was read; run the command again"
         bad += [(file, reason)] if reason else []
-        for row, (plane, steps, numbers) in enumerate(slices, file * recipe.planes):
+        for row, (plane, steps, numbers) in zip(rows, slices, strict=False):
             pixels[row] = steps
             good.append((row, file, plane, *numbers))
     return good, bad
@@ -314,16 +322,20 @@ def _building(path: Path, split: str) -> Iterator[None]:
 
 def _build(folder: Path, source: Source, split: str, recipe: _Preprocessing, workers: int | None, progress: bool):
     """Decode a split into pixels.npy and slices.npz. Raises DataError where not one file is good."""
-    files, pixels = list(enumerate(source.splits[split])), folder / "pixels.npy"
-    _reserve(pixels, len(files) * recipe.planes, recipe.size)
+    jobs, total, pixels = [], 0, folder / "pixels.npy"
+    for file, path in enumerate(source.splits[split]):
+        count = 1 if recipe.form == "2D" else min(recipe.planes, nifti.plane_count(path, recipe.axis))
+        jobs.append(_Job(file, path, range(total, total + count)))
+        total += count
+    _reserve(pixels, total, recipe.size)
     chunk = 64 if recipe.form == "2D" else 1
-    tasks = [(pixels, files[i : i + chunk], recipe) for i in range(0, len(files), chunk)]
-    slices, bad, total = [], [], len(files) * recipe.planes
+    tasks = [(pixels, jobs[i : i + chunk], recipe) for i in range(0, len(jobs), chunk)]
+    slices, bad = [], []
     with tqdm(total=total, desc=f"reading {split}", unit=" slices", disable=not progress, leave=False) as bar:
-        for jobs, (some_slices, some_bad) in _run(tasks, workers or (1 if total < POOL_FROM else _cores())):
+        for done, (some_slices, some_bad) in _run(tasks, workers or (1 if total < POOL_FROM else _cores())):
             slices += some_slices
             bad += some_bad
-            bar.update(len(jobs) * recipe.planes)
+            bar.update(sum(len(job.rows) for job in done))
     if not slices:
         raise _unusable(source, split, np.array(sorted(bad), _BAD))
     np.savez(folder / "slices.npz", slices=np.array(sorted(slices), _SLICE), bad=np.array(sorted(bad), _BAD))
@@ -607,12 +619,10 @@ def load_split(
             f"{advice}, or point --data elsewhere."
         )
     axis = int(axis) if axis in ("0", "1", "2") else axis or "coronal"
+    planes = 1 if source.form == "2D" else planes or {"3D": 60, "scans": nifti.MAX_VOXELS}[source.form]
     if source.form == "scans":
-        planes = planes or max(nifti.plane_count(file, axis) for file in source.splits[split])
         size = size or _usual_size(source.splits["train"], axis)
-    elif source.form == "2D":
-        planes = 1
-    recipe = _Preprocessing(source.form, fit, planes or 60, axis, tuple(size or SIZE))
+    recipe = _Preprocessing(source.form, fit, planes, axis, tuple(size or SIZE))
     pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)
     if len(bad) and not skip_bad_files:
         raise _unusable(source, split, bad)

@@ -735,8 +735,9 @@ def test_small_jobs_start_no_processes(tmp_path, write_slices, load, monkeypatch
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_workers_of_every_kind(tmp_path, write_slices, method):
     """What a pool is given pickles, a fresh interpreter can run it, and workers know when their parent has ended."""
-    files = list(enumerate(find_splits(write_slices(tmp_path / "d")).splits["train"]))
-    task = (tmp_path / "pixels.npy", files, dataset._Preprocessing("2D", "resize", 1))
+    files = find_splits(write_slices(tmp_path / "d")).splits["train"]
+    jobs = [dataset._Job(i, file, range(i, i + 1)) for i, file in enumerate(files)]
+    task = (tmp_path / "pixels.npy", jobs, dataset._Preprocessing("2D", "resize", 1))
     dataset._reserve(task[0], 4, dataset.SIZE)
     expected = dataset._convert(*pickle.loads(pickle.dumps(task)))
     pixels = np.load(task[0])

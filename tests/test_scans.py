@@ -416,6 +416,29 @@ def test_scans_are_cut_and_empty_slices_left_out(study, tmp_path, axis, count, s
     np.testing.assert_allclose(resized.description["spacing"], spacing, rtol=1e-5)
 
 
+def test_slices_and_volumes_take_the_room_that_they_need(tmp_path):
+    """Each file has as many rows of the cache as it has planes, whatever the deepest of them has."""
+    for i in range(6):
+        write(tmp_path / "mixed" / f"sub-{i}.nii.gz", volume((20, 28)) + i)
+    write(tmp_path / "mixed" / "sub-3.nii.gz", volume((20, 40, 28)))
+    source = sources.find_source(tmp_path / "mixed", "coronal", ["1", "0", "0"])
+    slices = dataset.load_split(source, "train", axis="coronal", size=(16, 32), cache_dir=tmp_path, progress=False)
+    assert [name.case for name in slices.names] == ["0", "1", "2", *["3"] * 40, "4", "5"]
+    assert np.load(next(tmp_path.glob("*/pixels.npy")), mmap_mode="r").shape == (45, 16, 32)
+    means = [volume((20, 28)).mean() + i for i in (0, 1, 2, 4, 5)]
+    np.testing.assert_allclose(slices.mean[[0, 1, 2, 43, 44]], means, atol=5)
+    np.testing.assert_allclose(slices.mean[3:43], volume((20, 40, 28)).mean((0, 2)), atol=15)
+
+
+def test_a_file_that_grows_while_it_is_read_takes_no_other_files_rows(tmp_path, monkeypatch):
+    for i in range(3):
+        write(tmp_path / "study" / f"sub-{i}.nii.gz", volume())
+    source = sources.find_source(tmp_path / "study", "coronal", ["1", "0", "0"])
+    monkeypatch.setattr(nifti, "plane_count", lambda path, axis: 24 if path.name != "sub-1.nii.gz" else 5)
+    with pytest.raises(sources.DataError, match=r"(?s)1 of the 3 files.*sub-1.nii.gz was changed while it was read"):
+        dataset.load_split(source, "train", axis="coronal", cache_dir=tmp_path, progress=False)
+
+
 def test_a_model_of_scans_is_trained_evaluated_and_used(study, tmp_path, monkeypatch, small, own_signals, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["--data", str(study), "--axis", "sagittal", "--size", "32", "48", *small, "--epochs", "1"]
