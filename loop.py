@@ -344,19 +344,43 @@ def seconds_a_step(run: Run, train: Split, steps: int = 3) -> float:
     return seconds
 
 
-def announce(run: Run, train: Split, what: str) -> None:
+class _Beginning:
+    """The first examples of a split, to be validated on."""
+
+    def __init__(self, split: Split, count: int):
+        self._split, self._count = split, min(count, len(split))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getattr__(self, name: str):
+        found = getattr(self._split, name)
+        return found[: self._count] if isinstance(found, Tensor) else found
+
+
+def seconds_to_validate(run: Run, validation: Split) -> float:
+    """By a batch for each process, measured after one that warms up."""
+    few = _Beginning(validation, run.args["batch_size"] * process_count())
+    for _ in range(2):
+        start = time.perf_counter()
+        run.validate(few)
+    return (time.perf_counter() - start) * len(validation) / len(few)
+
+
+def announce(run: Run, train: Split, validation: Split, what: str) -> None:
     """Print what will be done, how many steps that takes, and about how long."""
     args = run.args
     steps_an_epoch = math.ceil(len(train) / args["batch_size"])
-    steps = args["epochs"] * steps_an_epoch - run.epochs_done * steps_an_epoch - run.steps_done
-    seconds = steps * seconds_a_step(run, train)
+    epochs = args["epochs"] - run.epochs_done
+    steps = epochs * steps_an_epoch - run.steps_done
+    seconds = steps * seconds_a_step(run, train) + epochs * seconds_to_validate(run, validation)
     print(
         f"training: {what}, {args['epochs']} epochs of {steps_an_epoch} steps of {args['batch_size']} "
         f"slices, {steps} steps to go, on {utils.describe_device(run.device)} in {run.precision}: "
-        f"about {math.ceil(seconds / 60)} min, and validation"
+        f"about {math.ceil(seconds / 60)} min"
     )
     if run.device.type == "cpu" and seconds > 2 * 3600:
-        epochs = max(1, int(args["epochs"] * 3600 / seconds))
+        epochs = run.epochs_done + max(1, int(epochs * 3600 / seconds))
         print(f"warning: over two hours on this CPU; --epochs {epochs} takes about one hour, a GPU minutes")
 
 

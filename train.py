@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{args['num_codebooks']} x {args['num_embeddings']} codes, {rate:.4f} bits per pixel (each slice's mean and "
         "deviation, apart: 0.001)"
     )
-    loop.announce(run, train, f"recipe {args['recipe']}{', with a discriminator' if args['gan'] else ''}")
+    loop.announce(run, train, validation, f"recipe {args['recipe']}{', with a discriminator' if args['gan'] else ''}")
     config = {"slices": {"train": len(train), "validate": len(validation)}, "bits_per_pixel": rate}
     config |= {"scans": scans} if scans else {}
     resume = utils.command("train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name)

@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         f"data: {len(train)} training and {len(validation)} validation slices, {train.codes[0, 0].numel()} codes each"
     )
     print(f"prior: {sum(p.numel() for p in run.model.parameters()):,} parameters")
-    loop.announce(run, train, "prior")
+    loop.announce(run, train, validation, "prior")
     config = {"slices": {"train": len(train), "validate": len(validation)}, "vqvae": str(vqvae_run / "best.pt")}
     resume = utils.command("train_prior.py", "--resume", "--run", vqvae_run)
     first = utils.process_rank() == 0  # asked while there are others

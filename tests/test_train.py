@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,7 @@ def test_the_best_checkpoint_is_the_best_epochs(tmp_path, run_here, monkeypatch)
         scores, counts, loss = real(*args)
         return scores | {"ssim": torch.full_like(scores["ssim"], next(script))}, counts, loss
 
+    monkeypatch.setattr(loop, "seconds_to_validate", lambda run, slices: 0.0)
     monkeypatch.setattr(train.metrics, "evaluate", scripted)
     run_here("--epochs 3 --name a")
     best = load_checkpoint(tmp_path / "runs" / "a" / "best.pt")
@@ -240,6 +242,24 @@ def test_long_training_on_a_cpu_is_announced(run_here, capsys, monkeypatch):
     monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1000.0)
     run_here("--epochs 10 --dry-run")  # 30 steps, 30,000 s
     assert "warning: over two hours on this CPU; --epochs 1 takes" in capsys.readouterr().out
+
+
+def test_the_time_that_validation_takes_is_told(run_here, capsys, monkeypatch):
+    """Of 3 slices in 10 epochs, at 20 s a slice; steps take next to nothing."""
+    clock = [0.0]
+
+    def validate(run, slices):
+        assert (
+            len(slices) == len(slices.constant) == 3
+            and len(next(iter(slices.batches([torch.arange(3)], run.device)))) == 3
+        )
+        clock[0] += 60
+
+    monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 0.001)
+    monkeypatch.setattr(train.Run, "validate", validate)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    run_here("--epochs 10 --dry-run")
+    assert ": about 11 min\n" in capsys.readouterr().out
 
 
 def test_no_data_means_the_sample(tmp_path, monkeypatch, capsys, own_signals, small):
@@ -372,6 +392,7 @@ def test_a_discriminator_takes_part_in_the_second_half(tmp_path, run_here, monke
         scores, counts, loss = real(*args)
         return scores | {"ssim": torch.full_like(scores["ssim"], next(script))}, counts, loss
 
+    monkeypatch.setattr(loop, "seconds_to_validate", lambda run, slices: 0.0)
     monkeypatch.setattr(train.metrics, "evaluate", scripted)
     assert run_here("--epochs 4 --name a --gan") == 0
     folder = tmp_path / "runs" / "a"
@@ -473,6 +494,7 @@ def test_a_signal_after_the_last_step_changes_nothing(tmp_path, run_here, monkey
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
+    monkeypatch.setattr(loop, "seconds_to_validate", lambda run, slices: 0.0)
     monkeypatch.setattr(train.metrics, "evaluate", signal_then_evaluate)
     assert run_here("--epochs 1 --name a") == 0
     assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt")["epochs_done"] == 1
