@@ -27,6 +27,7 @@ from tqdm import tqdm
 import dataset
 import distances
 import nifti
+import plots
 import sources
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
@@ -138,7 +139,7 @@ def draw_slices(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices,
     write_slices(folder, "drawn", images, train, train.affine)
     titles = ["" if place.isnan() else f"position {place:.2f}" for place in place]
     heading = f"drawn from {folder.parent.name}'s prior: {how(args)}"
-    utils.plot_slices(folder / "slices.png", images[:64], titles[:64], heading)
+    plots.plot_slices(folder / "slices.png", images[:64], titles[:64], heading)
 
 
 def how(args: argparse.Namespace) -> str:
@@ -178,7 +179,7 @@ def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, fo
     )
     titles = ["the slice", f"given: its {half} half", *(f"completion {n + 1}" for n in range(count))]
     heading = f"{Path(args.complete).name}, completed by {folder.parent.name}'s prior: {how(args)}"
-    utils.plot_slices(folder / "completion.png", torch.cat([image[None], given, images])[:64], titles[:64], heading, 6)
+    plots.plot_slices(folder / "completion.png", torch.cat([image[None], given, images])[:64], titles[:64], heading, 6)
 
 
 # ---------------------------------------------------------------- measuring
@@ -288,7 +289,7 @@ def evaluate(args: argparse.Namespace, drawer: Drawer, run: Path, folder: Path) 
     print_evaluation(result)
     heading = f"drawn from {run.name}'s prior: {how(args)}"
     chosen = torch.linspace(0, count - 1, min(count, 16)).round().long()
-    utils.plot_slices(folder / "slices.png", drawn[chosen], [""] * len(chosen), heading)
+    plots.plot_slices(folder / "slices.png", drawn[chosen], [""] * len(chosen), heading)
     plot_closest(folder / "closest.png", copies, drawn, train, stems, heading)
 
 
@@ -327,7 +328,7 @@ def plot_closest(path: Path, copies: dict, drawn: Tensor, train: Tensor, stems: 
     ]
     images = torch.cat([drawn[[i for _, i, _, _ in pairs]], train[[n for _, _, n, _ in pairs]]])
     titles = [f"drawn, {name} {distance:.3f}" for name, _, _, distance in pairs] + [stems[n] for _, _, n, _ in pairs]
-    utils.plot_slices(path, images, titles, f"closest pairs; {heading}", len(pairs))
+    plots.plot_slices(path, images, titles, f"closest pairs; {heading}", len(pairs))
 
 
 def main(argv: list[str] | None = None) -> int:

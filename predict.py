@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import dataset
 import metrics
+import plots
 import report
 import scans
 import sources
@@ -186,16 +187,17 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
     output = model(originals.to(device))
     reconstructions = output.reconstruction.cpu()
     titles = [f"{label}: {data.names[i]}\nssim {ssim[i]:.3f}" for i, label in chosen.items()]
-    utils.plot_reconstructions(folder / "best_median_worst.png", originals, reconstructions, titles, title)
-    utils.plot_score_histogram(
+    spacing = data.description["spacing"]
+    plots.plot_reconstructions(folder / "best_median_worst.png", originals, reconstructions, titles, title, spacing)
+    plots.plot_score_histogram(
         folder / "ssim_histogram.png", {name: scores[name].numpy() for name in SSIM_NAMES}, title
     )
     used, perplexity = metrics.code_use(counts)
     heading = f"{title}; {used} of {len(counts)} used, perplexity {perplexity:.0f}"
-    utils.plot_code_use(folder / "code_use.png", counts, heading)
+    plots.plot_code_use(folder / "code_use.png", counts, heading)
     first_codes = output.indices.reshape(*output.indices.shape[:3], -1)[..., 0]  # of several codebooks, the first
     one = list(chosen.values()).index("median") if "median" in chosen.values() else 0
-    utils.plot_code_map(
+    plots.plot_code_map(
         folder / "code_map.png", originals[one], reconstructions[one], first_codes[one], code_colours(model),
         f"{data.names[int(indices[one])]}, ssim {ssim[indices[one]]:.3f}; codes of like embeddings share a colour",
     )  # fmt: skip

@@ -15,8 +15,10 @@ import html
 import io
 from pathlib import Path
 
+import plots
 import utils
-from utils import UserError, plt
+from plots import plt
+from utils import UserError
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -132,9 +134,9 @@ def compare(runs: list[Path], path: Path) -> Path:
         rate = config.get("bits_per_pixel", "")
         rows.append([name, split or "", rate, *means, len(history), f"{seconds / 60:.1f}", config.get("device", "")])
         epochs = [int(row["epoch"]) for row in history]
-        axes[0].plot(epochs, [float(row["val_ssim"]) for row in history], marker=".", label=utils.plain(name))
+        axes[0].plot(epochs, [float(row["val_ssim"]) for row in history], marker=".", label=plots.plain(name))
         if scores:
-            axes[1].scatter(scores["bits_per_pixel"], scores["ssim"]["mean"], label=utils.plain(name))
+            axes[1].scatter(scores["bits_per_pixel"], scores["ssim"]["mean"], label=plots.plain(name))
     axes[0].set(xlabel="epoch", ylabel="validation ssim")
     axes[1].set(xlabel="bits per pixel", ylabel="ssim of the split in the table")
     for axis in axes:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import dataset
 import metrics
 import nifti
+import plots
 import sources
 import utils
 from metrics import SCORE_NAMES
@@ -140,7 +141,7 @@ def reconstruct_file(model: VQVAE, file: Path, scan: nifti.Scan, name: str, args
         utils.write_bytes(folder / f"{name}_error.nii.gz", scan.file_of(error, np.dtype("i2" if whole else "f4")))
     scores = score_planes(scan, planes, coded, file)
     heading = f"{name}, {model.bits_per_pixel:.4f} bits per pixel"
-    draw(folder / f"{name}.png", scan.planes, planes, coded, scores, heading)
+    draw(folder / f"{name}.png", scan, planes, coded, scores, heading)
     # 64 bits a slice are its mean and deviation.
     bits = coded.codes.size * math.log2(model.vector_quantization.num_embeddings) + 64 * len(planes)
     row = {"file": name, "slices": len(planes), "rows": planes.shape[1], "columns": planes.shape[2]}
@@ -174,16 +175,16 @@ def score_planes(scan: nifti.Scan, planes: np.ndarray, coded: Coded, file: Path)
     return {score: torch.cat(parts).numpy() for score, parts in found.items()}
 
 
-def draw(path: Path, originals: np.ndarray, planes: np.ndarray, coded: Coded, scores: dict, heading: str) -> None:
+def draw(path: Path, scan: nifti.Scan, planes: np.ndarray, coded: Coded, scores: dict, heading: str) -> None:
     """Up to four slices, spread over those that show something."""
     shown = np.flatnonzero(coded.std > 0)
     if not len(shown):
         return
     chosen = np.unique(shown[np.linspace(0, len(shown) - 1, 6).round().astype(int)[1:-1]])
     mean, std = (x[chosen, None, None] for x in (coded.mean, coded.std))
-    pair = [torch.from_numpy(((x[chosen] - mean) / std).astype(np.float32))[:, None] for x in (originals, planes)]
+    pair = [torch.from_numpy(((x[chosen] - mean) / std).astype(np.float32))[:, None] for x in (scan.planes, planes)]
     titles = [f"slice {i}\nssim {scores['ssim'][i]:.3f}" for i in chosen]
-    utils.plot_reconstructions(path, *pair, titles, heading)
+    plots.plot_reconstructions(path, *pair, titles, heading, scan.spacing)
 
 
 def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan, size: tuple[int, int] | None) -> int:

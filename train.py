@@ -26,6 +26,7 @@ import dataset
 import loop
 import metrics
 import phantom
+import plots
 import report
 import sources
 import utils
@@ -165,8 +166,8 @@ class Run(loop.Run):
         name, rate = f"epoch_{self.epochs_done}", self.model.bits_per_pixel
         heading = f"{self.folder.name}, epoch {self.epochs_done}, validation, {rate:.4f} bits per pixel"
         path = self.folder / "plots" / name / f"{name}_images.png"
-        utils.plot_reconstructions(path, originals, reconstructions, titles, heading)
-        utils.plot_curves(self.folder / "loss_ssim_plot.png", self.history, self.BEST, self.folder.name)
+        plots.plot_reconstructions(path, originals, reconstructions, titles, heading, validation.description["spacing"])
+        plots.plot_curves(self.folder / "loss_ssim_plot.png", self.history, self.BEST, self.folder.name)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import dataset
 import loop
+import plots
 import sources
 import utils
 from modules import VQVAE, CheckpointError, CodePrior
@@ -246,8 +247,8 @@ class Run(loop.Run):
         name = f"epoch_{self.epochs_done}"
         heading = f"{self.folder.parent.name}, drawn from the prior after epoch {self.epochs_done}"
         titles = [f"position {place:.1f}" for place in position.tolist()]
-        utils.plot_slices(self.folder / "plots" / name / f"{name}_samples.png", images, titles, heading)
-        utils.plot_curves(self.folder / "bits_plot.png", self.history, self.BEST, heading)
+        plots.plot_slices(self.folder / "plots" / name / f"{name}_samples.png", images, titles, heading)
+        plots.plot_curves(self.folder / "bits_plot.png", self.history, self.BEST, heading)
 
 
 def report(run: Run, train: Codes, validation: Codes) -> dict:

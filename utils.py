@@ -1,4 +1,4 @@
-"""What the scripts share: processes, devices, commands, run folders and their files, and plots."""
+"""What the scripts share: processes, devices, commands, run folders and their files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
-
-matplotlib.use("Agg")  # files only: works without a screen
-import matplotlib.pyplot as plt
 
 
 class UserError(Exception):
@@ -235,18 +230,21 @@ def command(script: str, *arguments) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that decide the numbers, and the repository's commit."""
+    import matplotlib
     import nibabel
+    import numpy
     import torchmetrics
     import torchvision
 
-    packages = {m.__name__: str(m.__version__) for m in (torch, torchvision, torchmetrics, nibabel, np, matplotlib)}
+    packages = (torch, torchvision, torchmetrics, nibabel, numpy, matplotlib)
+    numbers = {package.__name__: str(package.__version__) for package in packages}
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--match=NeVeRmAtCh"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # a copy without git
         commit = "unknown"
-    return {"python": sys.version.split()[0], **packages, "commit": commit}
+    return {"python": sys.version.split()[0], **numbers, "commit": commit}
 
 
 # ---------------------------------------------------------------- files of a run
@@ -332,131 +330,3 @@ def save_csv(path: Path, rows: list[dict]) -> None:
             writer.writerows(rows)
 
     write_atomically(path, write)
-
-
-def save_figure(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=110))
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------- plots (axes, units, one grey window a slice)
-
-
-def _upright(image: Tensor) -> np.ndarray:
-    """(1, H, W) with rows left-right and columns inferior-superior -> array to show with superior up."""
-    return image[0].float().cpu().numpy().T[::-1]
-
-
-def plain(text: str) -> str:
-    """For titles that hold names of files: a dollar in them begins no formula."""
-    return text.replace("$", r"\$")
-
-
-def _window(original: Tensor) -> dict:
-    """The grey window of a slice and of its reconstruction: the original's 0.5 and 99.5 percentiles."""
-    low, high = torch.quantile(original.float().flatten().cpu(), torch.tensor([0.005, 0.995])).tolist()
-    return {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
-
-
-def plot_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor, titles: list[str], heading: str):
-    """Original, reconstruction and signed error under each other, a column a slice; (B, 1, H, W) z-scores."""
-    columns = len(titles)
-    figure, axes = plt.subplots(3, columns, figsize=(2.7 * columns + 0.9, 4.9), squeeze=False, layout="constrained")
-    errors = reconstructions - originals
-    limit = max(float(errors.abs().flatten().quantile(0.995)), 1e-6)
-    for column, title in enumerate(titles):
-        grey = _window(originals[column])
-        axes[0, column].imshow(_upright(originals[column]), **grey)
-        axes[1, column].imshow(_upright(reconstructions[column]), **grey)
-        shown = axes[2, column].imshow(_upright(errors[column]), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes[0, column].set_title(plain(title), fontsize=8)
-    for row, label in zip(axes, ("original", "reconstruction", "error"), strict=True):
-        row[0].set_ylabel(label)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    figure.colorbar(shown, ax=axes[2], label="standard deviations", fraction=0.03, pad=0.01)
-    figure.suptitle(plain(heading), fontsize=10)
-    save_figure(figure, path)
-
-
-def plot_slices(path: Path, images: Tensor, titles: list[str], heading: str, columns: int = 8, crop=None) -> None:
-    """A grid of slices, (B, 1, H, W) z-scores, each in its own window; beside it its part `crop`, rows and columns."""
-    pictures = [(image, _window(image), title) for image, title in zip(images, titles, strict=True)]
-    if crop:
-        enlarged = [(image[:, crop[0], crop[1]], grey, "enlarged") for image, grey, _ in pictures]
-        pictures = [picture for pair in zip(pictures, enlarged, strict=True) for picture in pair]
-        columns *= 2
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    size = (2.4 * columns, 1.5 * rows + 0.5)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (image, grey, title) in zip(axes.flat, pictures, strict=False):
-        axis.imshow(_upright(image), **grey)
-        axis.set_title(plain(title), fontsize=7)
-    figure.suptitle(plain(heading), fontsize=10)
-    save_figure(figure, path)
-
-
-def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> None:
-    """Training and validation loss, and one more column, by epoch; history: rows of metrics.csv."""
-    epochs = [row["epoch"] for row in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
-    left.plot(epochs, [row["val_loss"] for row in history], marker=".", label="validation")
-    left.set(xlabel="epoch", ylabel="loss", yscale="log")
-    left.legend()
-    right.plot(epochs, [row[column] for row in history], marker=".", color="C2")
-    right.set(xlabel="epoch", ylabel=column.replace("val_", "validation "))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.suptitle(plain(heading), fontsize=10)
-    save_figure(figure, path)
-
-
-def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str) -> None:
-    """One histogram a SSIM name; scores: {name: (N,)}, NaN left out."""
-    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 3.2), sharey=True, layout="constrained")
-    for axis, (name, values) in zip(np.atleast_1d(axes), scores.items(), strict=True):
-        values = values[np.isfinite(values)]
-        limits = (values.min() - 1e-3, values.max() + 1e-3)  # not empty where all slices score alike
-        axis.hist(values, bins=min(40, max(5, len(values) // 3)), range=limits, color="0.4")
-        axis.axvline(values.mean(), color="C3", label=f"mean {values.mean():.3f}")
-        axis.set(xlabel=name)
-        axis.legend(fontsize=8)
-    np.atleast_1d(axes)[0].set_ylabel("slices")
-    figure.suptitle(plain(heading), fontsize=10)
-    save_figure(figure, path)
-
-
-def plot_code_use(path: Path, counts: Tensor, heading: str) -> None:
-    """How often each code is used, most used first; counts: (K,)."""
-    share = (counts.double() / counts.sum()).sort(descending=True).values.numpy() * 100
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    axis.bar(np.arange(1, len(share) + 1), share, width=1.0, color="0.3")
-    axis.axhline(100 / len(share), color="C3", linewidth=1, label="all codes alike")
-    axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
-    axis.legend()
-    figure.suptitle(plain(heading), fontsize=10)
-    save_figure(figure, path)
-
-
-def plot_code_map(path: Path, original: Tensor, reconstruction: Tensor, indices: Tensor, colours: Tensor, title: str):
-    """A slice, its codes as an image, and its reconstruction; (1, H, W), (1, H, W), (h, w).
-
-    colours: (K, 3) in [0, 1], codes of like embeddings alike in colour.
-    """
-    figure, axes = plt.subplots(1, 3, figsize=(12, 2.7), layout="constrained")
-    grey = _window(original)
-    axes[0].imshow(_upright(original), **grey)
-    axes[1].imshow(colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1], interpolation="nearest")
-    axes[2].imshow(_upright(reconstruction), **grey)
-    size = "{} x {}".format(*indices.shape)
-    for axis, label in zip(axes, ("original", f"its {size} codes", "reconstruction"), strict=True):
-        axis.set_title(label, fontsize=9)
-        axis.set_axis_off()
-    figure.suptitle(plain(title), fontsize=10)
-    save_figure(figure, path)

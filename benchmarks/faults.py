@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import plots
 import utils
 from modules import load_checkpoint
 
@@ -84,7 +85,7 @@ def kill_when(process: subprocess.Popen, begun: Callable[[], bool], delay: float
 def broken_files(folder: Path) -> tuple[list[str], int]:
     """Of the files with a final name (hidden and `.tmp-` ones have none), those that are not whole; and how many."""
     readers = {".pt": load_checkpoint, ".json": lambda path: json.loads(path.read_text()), ".csv": read_table,
-               ".png": utils.plt.imread, ".npy": np.load, ".npz": lambda path: dict(np.load(path))}  # fmt: skip
+               ".png": plots.plt.imread, ".npy": np.load, ".npz": lambda path: dict(np.load(path))}  # fmt: skip
     broken, files = [], sorted(path for path in final_files(folder) if path.suffix in readers)
     for path in files:
         try:

@@ -37,6 +37,7 @@ import entropy
 
 import dataset
 import metrics
+import plots
 import sources
 import utils
 from metrics import SCORE_NAMES, SSIM_NAMES
@@ -368,7 +369,7 @@ def table(rows: list[dict], slices: int) -> str:
 
 def plot(path: Path, rows: list[dict], heading: str) -> None:
     """ssim against bits per pixel: a curve a codec and accounting, a point a run."""
-    figure, axis = utils.plt.subplots(figsize=(9, 5.2), layout="constrained")
+    figure, axis = plots.plt.subplots(figsize=(9, 5.2), layout="constrained")
     curves: dict[tuple[str, str], list] = {}
     for row in rows:
         if "scores" in row:
@@ -390,7 +391,7 @@ def plot(path: Path, rows: list[dict], heading: str) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    utils.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
 
 import metrics
+import plots
 import recipes
 import sources
 import utils
@@ -74,7 +75,7 @@ def plot(path: Path, originals: Tensor, rows: list[dict], names: list[str], head
         for what, some in columns:
             images.append(some[i])
             titles.append(f"{what}: {name}" if what == "original" else what)
-    utils.plot_slices(path, torch.stack(images), titles, heading, len(columns), CROP)
+    plots.plot_slices(path, torch.stack(images), titles, heading, len(columns), CROP)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,19 +21,19 @@ NAME = "tuned, FSQ 8 x 8 x 8"  # with a class of its own in the place of one of 
 RUN = "tuned__FSQ_8_x_8_x_8_epochs_1_seed_0"
 
 
-def test_a_variant_is_trained_evaluated_and_tabled(tmp_path, write_slices):
+def test_a_variant_is_trained_evaluated_and_tabled(tmp_path, write_slices, monkeypatch, own_signals):
     data = write_slices(tmp_path / "data", train=3, validate=2, test=2)
-    out = tmp_path / "results" / "table"
-    command = [sys.executable, ablation.__file__, "--data", data, "--variants", NAME, "--epochs", "1"]
+    out, log = tmp_path / "results" / "table", tmp_path / "runs" / "data" / f"{RUN}.log"
+    command = ["ablation.py", "--data", data, "--variants", NAME, "--epochs", "1"]
     command += ["--runs-dir", tmp_path / "runs", "--out", out]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
     for _ in range(2):  # the second time nothing is left to do
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    log = tmp_path / "runs" / "data" / f"{RUN}.log"
+        ablation.main()
     assert log.read_text().count("epoch 1: train loss") == 1
     other = write_slices(tmp_path / "elsewhere" / "data", train=3, validate=2, test=2)
-    done = subprocess.run([str(other if word is data else word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 2 and "name another --runs-dir" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(other if word is data else word) for word in command])
+    with pytest.raises(UserError, match="name another --runs-dir"):
+        ablation.main()
     (row,) = json.loads(out.with_suffix(".json").read_text())
     run = tmp_path / "runs" / "data" / RUN
     assert row["test"]["ssim"] == json.loads((run / "test" / "metrics.json").read_text())["ssim"]

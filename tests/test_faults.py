@@ -15,6 +15,7 @@ resource = pytest.importorskip("resource", reason="limits of files and memory ar
 
 import dataset
 import loop
+import plots
 import sources
 import train
 import utils
@@ -78,7 +79,7 @@ def test_what_the_long_form_counts_as_lost(tmp_path):
     utils.save_checkpoint(tmp_path / "a.pt", {"format": 3, "model_args": model.arguments, "model": model.state_dict()})
     utils.save_json(tmp_path / "b.json", {"a": 1})
     utils.save_csv(tmp_path / "c.csv", [{"a": 1, "b": 2}, {"a": 3, "b": 4}])
-    utils.plot_curves(tmp_path / "d.png", [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "ssim": 0.5}], "ssim", "x")
+    plots.plot_curves(tmp_path / "d.png", [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "ssim": 0.5}], "ssim", "x")
     np.save(tmp_path / "e.npy", np.arange(99))
     assert faults.broken_files(tmp_path) == ([], 5)
     for path in sorted(tmp_path.iterdir()):

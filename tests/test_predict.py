@@ -8,10 +8,10 @@ import torch
 
 import dataset
 import metrics
+import plots
 import predict
 import sources
 import train
-import utils
 from metrics import SCORE_NAMES
 from modules import VQVAE, CheckpointError
 from utils import UserError
@@ -100,13 +100,12 @@ def test_many_cases_get_an_interval(capsys):
 def test_figure_shows_worst_median_and_best(trained, monkeypatch):
     """Ten scripted scores and a constant slice: the panels show ranks 1-2, 5-6 and 9-10."""
     shown = {}
-    monkeypatch.setattr(
-        predict.utils, "plot_reconstructions", lambda path, a, b, titles, heading: shown.update(t=titles)
-    )
+    monkeypatch.setattr(plots, "plot_reconstructions", lambda path, a, b, titles, *others: shown.update(t=titles))
 
     class Data:
         names = tuple(sources.SliceName("040", "0", i, f"s{i}") for i in range(11))
         constant = torch.arange(11) == 3
+        description = {"spacing": None}  # noqa: RUF012
 
         def batch(self, indices):
             return torch.randn(len(indices), 1, 256, 128)
@@ -129,7 +128,7 @@ def test_figures_of_a_single_slice_and_of_equal_scores(trained, tmp_path, write_
     for count in (1, 2, 3):
         data = write_slices(tmp_path / str(count), test=count)
         assert predict.main(["--run", str(trained), "--data", str(data)]) == 0
-    utils.plot_score_histogram(tmp_path / "a.png", {"ssim": torch.tensor([0.5, 0.50000006]).numpy()}, "equal")
+    plots.plot_score_histogram(tmp_path / "a.png", {"ssim": torch.tensor([0.5, 0.50000006]).numpy()}, "equal")
     assert (tmp_path / "a.png").exists()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 
+import plots
 import utils
 from utils import UserError
 
@@ -69,12 +70,12 @@ def test_device_that_is_not_there():
 
 def test_slices_are_shown_superior_up_in_one_window(monkeypatch, tmp_path):
     """Column 127 (superior) is the picture's top; original and reconstruction share the original's window."""
-    shown, real = [], utils.plt.Axes.imshow
+    shown, real = [], plots.plt.Axes.imshow
     monkeypatch.setattr(
-        utils.plt.Axes, "imshow", lambda axis, image, **k: shown.append((image, k)) or real(axis, image, **k)
+        plots.plt.Axes, "imshow", lambda axis, image, **k: shown.append((image, k)) or real(axis, image, **k)
     )
     original = torch.linspace(0, 1, 128).expand(1, 1, 256, 128).clone()
-    utils.plot_reconstructions(tmp_path / "a.png", original, original * 2, ["title"], "heading")
+    plots.plot_reconstructions(tmp_path / "a.png", original, original * 2, ["title"], "heading")
     (first, one), (_, two), (error, three) = shown
     assert (
         first.shape == (128, 256) and first[0].mean() == pytest.approx(1.0) and first[-1].mean() == pytest.approx(0.0)
@@ -83,6 +84,25 @@ def test_slices_are_shown_superior_up_in_one_window(monkeypatch, tmp_path):
     assert one["vmax"] == pytest.approx(0.995, abs=0.01)
     assert error.min() >= 0 and three["vmin"] == -three["vmax"]
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("size", "spacing"), [
+    ((256, 128), None), ((256, 128), (1.7, 1.5)), ((40, 400), (0.5, 0.5)), ((272, 384), (0.6, 0.6)),
+    ((300, 30), (0.5, 5.0)), ((64, 64), (1.0, 0.0)),
+])  # fmt: skip
+def test_pictures_have_the_bodys_proportions(monkeypatch, tmp_path, size, spacing):
+    """Of thick slices, too; and panels fill their figure, whether slices are wide or tall."""
+    figures, real = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or real(figure, path))
+    images = torch.rand(3, 1, *size)
+    plots.plot_reconstructions(tmp_path / "a.png", images, images + 0.1, ["a", "b", "c"], "heading", spacing)
+    mm = spacing if spacing and min(spacing) else (1, 1)
+    expected = size[1] * mm[1] / (size[0] * mm[0])
+    panels = [axis.get_position() for axis in figures[0].axes[:9]]
+    width, height = figures[0].get_size_inches()
+    for panel in panels:
+        assert panel.height * height / (panel.width * width) == pytest.approx(expected, rel=0.02)
+    assert sum(panel.width * panel.height for panel in panels) > 0.5
 
 
 @pytest.mark.parametrize(
