@@ -91,7 +91,10 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         elif isinstance(allowed, list):
             options = {"choices": allowed, "type": type(tuned)}
         group.add_argument(flag_name(name), help=f"{text} ({tuned} | {document})", **options)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if len(given.get("split", ())) == 1:  # a file, that --resume must find from another folder too
+        given["split"] = [str(Path(given["split"][0]).resolve())]
+    return given
 
 
 def add_training_flags(flag) -> None:

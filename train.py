@@ -59,8 +59,6 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices, 
         raise UserError(f"all {len(validation)} validation slices are constant: no checkpoint could be chosen by them")
     args["data"] = str(Path(root if source.form == "scans" else source.root).resolve())
     args["size"] = list(train.size)
-    if args["split"] and len(args["split"]) == 1:
-        args["split"] = [str(Path(args["split"][0]).resolve())]
     return train, validation, sources.placed(source) if source.form == "scans" else {}
 
 

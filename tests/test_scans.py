@@ -416,6 +416,17 @@ def test_scans_are_cut_and_empty_slices_left_out(study, tmp_path, axis, count, s
     np.testing.assert_allclose(resized.description["spacing"], spacing, rtol=1e-5)
 
 
+def test_a_run_with_a_table_of_splits_goes_on(study, tmp_path, monkeypatch, small, own_signals):
+    (tmp_path / "splits.csv").write_text("subject,split\nA,train\nB,validate\nC,test\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["--data", "study", "--axis", "axial", "--split", "splits.csv", *small, "--name", "a"]
+    assert train.main([*command, "--epochs", "1"]) == 0
+    assert train.main([*command, "--epochs", "2", "--resume"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train.main(["--resume", "--runs-dir", "../runs", "--name", "a", "--epochs", "3"]) == 0
+
+
 def test_slices_and_volumes_take_the_room_that_they_need(tmp_path):
     """Each file has as many rows of the cache as it has planes, whatever the deepest of them has."""
     for i in range(6):
