@@ -191,7 +191,7 @@ def slice_affine(
     Raises DataError where the file can't be read.
     """
     try:
-        header, _ = nifti.open_nifti(Path(path))
+        header = nifti.read_header(Path(path))
         shape, turn = header.get_data_shape(), None
         dimensions = _DIMENSIONS[form] or nifti.dimensions_of(shape)
         if dimensions == 3 and isinstance(axis, str):
@@ -324,7 +324,10 @@ def _build(folder: Path, source: Source, split: str, recipe: _Preprocessing, wor
     """Decode a split into pixels.npy and slices.npz. Raises DataError where not one file is good."""
     jobs, total, pixels = [], 0, folder / "pixels.npy"
     for file, path in enumerate(source.splits[split]):
-        count = 1 if recipe.form == "2D" else min(recipe.planes, nifti.plane_count(path, recipe.axis))
+        count = 1
+        if recipe.form != "2D":
+            with contextlib.suppress(ValueError):  # decoding it will say why
+                count = min(recipe.planes, nifti.planes_shape(nifti.read_header(path), recipe.axis)[0])
         jobs.append(_Job(file, path, range(total, total + count)))
         total += count
     _reserve(pixels, total, recipe.size)
@@ -454,12 +457,14 @@ class Slices(torch.utils.data.Dataset):
 
     @property
     def description(self) -> dict:
-        """Size, voxels' size in mm between rows and between columns, and the axis that volumes were cut along."""
-        try:
-            spacing = nib.affines.voxel_sizes(self.affine)[:2].tolist()
-        except DataError:  # an affine that tells nothing is no matter in training
-            spacing = None
-        return {"size": list(self.size), "spacing": spacing, "axis": self._recipe.axis}
+        """Size, mm between rows and between columns (median of some 50 files), and the axis volumes were cut along."""
+        recipe, files, sizes = self._recipe, list(dict.fromkeys(self.files)), []
+        for file in files[:: -(-len(files) // 50)]:
+            with contextlib.suppress(DataError):  # an affine that tells nothing is no matter in training
+                affine = slice_affine(file, recipe.form, recipe.fit, recipe.axis, recipe.size)
+                sizes.append(nib.affines.voxel_sizes(affine)[:2])
+        spacing = np.median(sizes, 0).tolist() if sizes else None
+        return {"size": list(self.size), "spacing": spacing, "axis": recipe.axis}
 
     def labels(self) -> torch.Tensor | None:
         """Segmentations, (N, 256, 128) uint8, 0 where a slice has none beside it; None where no slice has one.
@@ -643,7 +648,7 @@ def _usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
     found = Counter()
     for file in files[:50]:
         with contextlib.suppress(ValueError):  # reading it will say why
-            found[nifti.planes(*nifti.open_nifti(file), None, axis)[0].shape[1:]] += 1
+            found[nifti.planes_shape(nifti.read_header(file), axis)[1:]] += 1
     (rows, columns), _ = found.most_common(1)[0] if found else (SIZE, 1)
     rows, columns = (max(16, round(side / 16) * 16) for side in (rows, columns))
     return rows, columns

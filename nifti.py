@@ -37,13 +37,8 @@ def open_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
     Never more bytes than the header says that there are, and those within MAX_VOXELS.
     """
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ValueError("is a folder, expected exactly one .nii or .nii.gz in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is no regular file, but a pipe, a socket or a device")  # reading it may never end
-        if status.st_size > MAX_VOXELS * 16:
-            raise ValueError(f"has {status.st_size:,} bytes, expected at most {MAX_VOXELS * 16:,}")
+        if (length := _size(path)) > MAX_VOXELS * 16:
+            raise ValueError(f"has {length:,} bytes, expected at most {MAX_VOXELS * 16:,}")
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"can't be read ({error.strerror})") from error
@@ -61,6 +56,16 @@ def open_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
     if len(data) < offset + size:
         raise ValueError(f"is truncated or damaged: its header tells of {offset + size:,} bytes, it has {len(data):,}")
     return header, data
+
+
+def _size(path: Path) -> int:
+    """Of a regular file. ValueError where it is none: reading it may never end."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError("is a folder, expected exactly one .nii or .nii.gz in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is no regular file, but a pipe, a socket or a device")
+    return status.st_size
 
 
 def _header(start: bytes) -> nib.Nifti1Header:
@@ -109,22 +114,34 @@ def dimensions_of(shape: tuple[int, ...]) -> int:
     return 2 if all(size == 1 for size in shape[2:]) else 3
 
 
-def plane_count(path: Path, axis: str | int) -> int:
-    """How many slices `planes` will give of a file, by its header alone; 1 where that can't be told."""
+def read_header(path: Path) -> nib.Nifti1Header:
+    """A file's header by its first bytes: thousands a second, whatever the files hold. ValueError: why it can't be."""
     try:
+        _size(path)
         with open(path, "rb") as file:
-            start = file.read(1024) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
-            file.seek(0)
-            start = gzip.GzipFile(fileobj=file).read(1024) if start[:2] == b"\x1f\x8b" else start
-        header = _header(start)
-        shape = header.get_data_shape()
-        if dimensions_of(shape) == 2:
-            return 1
-        if isinstance(axis, int):
-            return shape[axis]
-        return shape[int(np.flatnonzero(orientation(header)[:, 0] == AXES[axis])[0])]
-    except (OSError, EOFError, ValueError, IndexError, zlib.error):
-        return 1
+            start = file.read(1024)
+            if start[:2] == b"\x1f\x8b":
+                file.seek(0)
+                start = gzip.GzipFile(fileobj=file).read(1024)
+    except OSError as error:
+        raise ValueError(f"can't be read ({error.strerror or error})") from error
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"is truncated or damaged gzip ({error})") from error
+    return _header(start)
+
+
+def planes_shape(header: nib.Nifti1Header, axis: str | int) -> tuple[int, int, int]:
+    """Slices, rows and columns that `planes` gives of a file. ValueError where its affine doesn't tell."""
+    shape = header.get_data_shape()
+    if len(shape) < 2:
+        raise ValueError(f"has shape {shape[0]}, expected a slice or a volume")
+    if dimensions_of(shape) == 2:
+        return 1, *shape[:2]
+    order, through = [0, 1, 2], axis
+    if isinstance(axis, str):
+        order, through = np.argsort(orientation(header)[:, 0]).tolist(), AXES[axis]
+    rows, columns = (shape[order[i]] for i in range(3) if i != through)
+    return shape[order[through]], rows, columns
 
 
 def planes(

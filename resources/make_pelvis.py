@@ -10,7 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import dataset
 import phantom
 import sources
 import train
@@ -41,7 +44,11 @@ def main() -> int:
     best = load_checkpoint(ROOT / "runs" / NAME / "best.pt")
     model = VQVAE.from_checkpoint(ROOT / "runs" / NAME / "best.pt")
     kept = {"format": best["format"], "model_args": best["model_args"], "model": model.state_dict()}
-    kept |= {"slices": best["slices"], "trained_on": DATA, "versions": utils.versions()}
+    # Voxels of both kinds are as in training: the geometric mean is within a factor of 1.5 of each.
+    parts = [dataset.load_split(sources.find_splits(folder), "train") for folder in (sample, real)]
+    spacing = np.sqrt(np.prod([part.description["spacing"] for part in parts], 0)).tolist()
+    kept |= {"slices": best["slices"] | {"spacing": spacing}, "trained_on": DATA}
+    kept |= {"versions": utils.load_json(ROOT / "runs" / NAME / "config.json")["versions"]}
     utils.save_checkpoint(ROOT / "resources" / f"{NAME}.pt", kept)
     print(f"written: resources/{NAME}.pt")
     return 0

@@ -170,6 +170,8 @@ def test_what_is_no_file(tmp_path, write_slices, kind):
     }
     with pytest.raises(sources.DataError, match=f"odd.nii.gz.*{reasons[kind]}"):
         dataset.load_split(sources.find_splits(data), "train", cache_dir=tmp_path / "cache", progress=False)
+    with pytest.raises(sources.DataError, match=f"odd.nii.gz {reasons[kind] if kind != 'loop' else ''}"):
+        dataset.slice_affine(path)
 
 
 def test_pairs_of_hdr_and_img_are_told_what_to_do(tmp_path):

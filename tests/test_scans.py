@@ -85,6 +85,7 @@ def test_a_volume_comes_back_whatever_way_it_is_stored_and_cut(tmp_path, codes, 
     else:
         np.testing.assert_array_equal(scan.planes, np.moveaxis(np.asarray(stored.dataobj), axis, 0))
     assert scan.cut == axis
+    assert nifti.planes_shape(nifti.read_header(tmp_path / "x.nii"), axis) == scan.planes.shape
     (tmp_path / "y.nii.gz").write_bytes(scan.file_of(scan.planes + 0.3))
     back = nib.load(tmp_path / "y.nii.gz")
     np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(stored.dataobj))
@@ -445,7 +446,10 @@ def test_a_file_that_grows_while_it_is_read_takes_no_other_files_rows(tmp_path, 
     for i in range(3):
         write(tmp_path / "study" / f"sub-{i}.nii.gz", volume())
     source = sources.find_source(tmp_path / "study", "coronal", ["1", "0", "0"])
-    monkeypatch.setattr(nifti, "plane_count", lambda path, axis: 24 if path.name != "sub-1.nii.gz" else 5)
+    real = nifti.read_header
+    write(tmp_path / "before.nii.gz", volume((20, 5, 28)))
+    names = {"sub-1.nii.gz": tmp_path / "before.nii.gz"}
+    monkeypatch.setattr(nifti, "read_header", lambda path: real(names.get(path.name, path)))
     with pytest.raises(sources.DataError, match=r"(?s)1 of the 3 files.*sub-1.nii.gz was changed while it was read"):
         dataset.load_split(source, "train", axis="coronal", cache_dir=tmp_path, progress=False)
 
