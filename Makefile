@@ -45,7 +45,6 @@ drawings: .venv/dev         ## the sample with and without a discriminator, its 
 pelvis: .venv/runtime       ## resources/pelvis.pt, the model that comes along; needs $$HIPMRI_REAL_DATA; half an hour
 	rm -rf runs/pelvis
 	$(BIN)/python resources/make_pelvis.py
-	$(BIN)/python predict.py --run runs/pelvis
 	$(call keep_scores,pelvis)
 
 brain: .venv/runtime        ## a model of one T1 brain, and what comes back of it; needs $$HIPMRI_REAL_DATA; an hour

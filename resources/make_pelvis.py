@@ -15,6 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dataset
 import phantom
+import predict
 import sources
 import train
 import utils
@@ -38,17 +39,18 @@ def main() -> int:
         for file in sorted(path for source in (sample, real) for path in (source / folder.name).iterdir()):
             if not (folder / file.name).exists():
                 (folder / file.name).symlink_to(file.resolve())
-    runs = ["--runs-dir", str(ROOT / "runs"), "--name", NAME]
-    if code := train.main(["--data", str(both), "--epochs", str(EPOCHS), "--precision", "bfloat16", *runs]):
+    run = ROOT / "runs" / NAME
+    where = ["--data", str(both), "--runs-dir", str(run.parent), "--name", NAME]
+    if code := train.main([*where, "--epochs", str(EPOCHS), "--precision", "bfloat16"]):
         return code
-    best = load_checkpoint(ROOT / "runs" / NAME / "best.pt")
-    model = VQVAE.from_checkpoint(ROOT / "runs" / NAME / "best.pt")
+    predict.main(["--run", str(run)])
+    best, model = load_checkpoint(run / "best.pt"), VQVAE.from_checkpoint(run / "best.pt")
     kept = {"format": best["format"], "model_args": best["model_args"], "model": model.state_dict()}
     # Voxels of both kinds are as in training: the geometric mean is within a factor of 1.5 of each.
     parts = [dataset.load_split(sources.find_splits(folder), "train") for folder in (sample, real)]
     spacing = np.sqrt(np.prod([part.description["spacing"] for part in parts], 0)).tolist()
     kept |= {"slices": best["slices"] | {"spacing": spacing}, "trained_on": DATA}
-    kept |= {"versions": utils.load_json(ROOT / "runs" / NAME / "config.json")["versions"]}
+    kept |= {"versions": utils.load_json(run / "config.json")["versions"]}
     utils.save_checkpoint(ROOT / "resources" / f"{NAME}.pt", kept)
     print(f"written: resources/{NAME}.pt")
     return 0
