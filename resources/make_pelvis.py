@@ -39,7 +39,7 @@ def main() -> int:
         for file in sorted(path for source in (sample, real) for path in (source / folder.name).iterdir()):
             if not (folder / file.name).exists():
                 (folder / file.name).symlink_to(file.resolve())
-    run = ROOT / "runs" / NAME
+    run = Path(os.path.relpath(ROOT / "runs" / NAME))
     where = ["--data", str(both), "--runs-dir", str(run.parent), "--name", NAME]
     if code := train.main([*where, "--epochs", str(EPOCHS), "--precision", "bfloat16"]):
         return code
