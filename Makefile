@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # A run's figures on its test split become a result file, which names no folder of this machine.
-keep_scores = sed 's|"data": ".*/|"data": "|' runs/$(1)/test/metrics.json > benchmarks/results/test_$(1).json
+keep_scores = sed 's|"data": ".*/|"data": "|' runs/$(1)/test/metrics.json > runs/$(1)/kept && mv runs/$(1)/kept benchmarks/results/test_$(1).json
 
 .PHONY: train test lint figures drawings pelvis brain faults fuzz test-pythons speed clean
 
@@ -42,12 +42,16 @@ drawings: .venv/dev         ## the sample with and without a discriminator, its 
 	cp runs/sample_gan/prior/metrics.json benchmarks/results/prior_sample_data.json
 	cp runs/sample_gan/generated/evaluation.json benchmarks/results/drawn_sample_data.json
 
+have_real_data = test -d "$$HIPMRI_REAL_DATA" || { echo 'set $$HIPMRI_REAL_DATA: real scans are not in the repository'; exit 1; }
+
 pelvis: .venv/runtime       ## resources/pelvis.pt, the model that comes along; needs $$HIPMRI_REAL_DATA; half an hour
+	@$(have_real_data)
 	rm -rf runs/pelvis
 	$(BIN)/python resources/make_pelvis.py
 	$(call keep_scores,pelvis)
 
 brain: .venv/runtime        ## a model of one T1 brain, and what comes back of it; needs $$HIPMRI_REAL_DATA; an hour
+	@$(have_real_data)
 	rm -rf runs/brain runs/brain_out
 	$(BIN)/python train.py --data $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz --axis coronal --name brain
 	$(BIN)/python predict.py $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz --run runs/brain -o runs/brain_out --export-codes

@@ -87,24 +87,32 @@ class _Preprocessing:
 
 
 def _planes(path: Path, recipe: _Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
-    """The slices of a file as (plane, (rows, columns) array). Raises ValueError with the reason it can't.
-
-    Of scans, slices that show next to nothing are left out: those of which under 5 % of the pixels are above a tenth
-    of the way from the scan's 1st percentile to its 99th.
-    """
+    """The slices of a file as (plane, (rows, columns) array), of scans without empty ones. ValueError: why it can't."""
     stored, scaled = nifti.planes(*nifti.open_nifti(path), _DIMENSIONS[recipe.form], recipe.axis)
     first, level = max(0, (len(stored) - recipe.planes) // 2), -np.inf
-    if recipe.form == "scans" and len(stored) > 1:
-        low, high = np.percentile(scaled(stored[:: max(1, len(stored) // 32)]), (1, 99))
-        level = low + 0.1 * (high - low) if np.isfinite(low + high) else -np.inf  # what is not finite is told later
+    if recipe.form == "scans":
+        level = empty_level(scaled(stored[:: max(1, len(stored) // 32)]))
     shown = 0
     for plane in range(first, min(first + recipe.planes, len(stored))):
         image = scaled(stored[plane])
-        if not (image > level).mean() < 0.05:
+        if not is_empty(image, level):
             shown += 1
             yield plane, image
     if not shown:
         raise ValueError("has no slice that shows anything")
+
+
+def empty_level(some: np.ndarray) -> float:
+    """Of (N, rows, columns) of a scan: a tenth of the way from its 1st percentile to its 99th; of one slice -inf."""
+    low, high = np.percentile(some, (1, 99))
+    return (
+        low + 0.1 * (high - low) if len(some) > 1 and np.isfinite(low + high) else -np.inf
+    )  # what isn't is told later
+
+
+def is_empty(image: np.ndarray, level: float) -> bool:
+    """Whether a scan's slice shows next to nothing: under 5 % of its pixels are above `empty_level`."""
+    return bool((image > level).mean() < 0.05)
 
 
 def _cut(shape: Sequence[int], size: tuple[int, int] = SIZE) -> tuple[int, int, int, int]:
@@ -463,6 +471,7 @@ class Slices(torch.utils.data.Dataset):
             with contextlib.suppress(DataError):  # an affine that tells nothing is no matter in training
                 affine = slice_affine(file, recipe.form, recipe.fit, recipe.axis, recipe.size)
                 sizes.append(nib.affines.voxel_sizes(affine)[:2])
+        sizes = [size for size in sizes if size.min() > 0]
         spacing = np.median(sizes, 0).tolist() if sizes else None
         return {"size": list(self.size), "spacing": spacing, "axis": recipe.axis}
 
@@ -496,15 +505,17 @@ class Slices(torch.utils.data.Dataset):
     @property
     def positions(self) -> torch.Tensor:
         """Where each slice lies between the first and the last of its volume, (N,) 0 to 1; NaN: names don't tell."""
-        numbers = [name.slice for name in self.names]
-        volumes: dict[tuple, list[int]] = {}
-        for name, number in zip(self.names, numbers, strict=True):
-            volumes.setdefault((name.case, name.week), []).append(number)
-        ends = {volume: (min(inside), max(inside)) for volume, inside in volumes.items()}
+        slices_of = Counter(self.files)
+        volumes = [file if slices_of[file] > 1 else (name.case, name.week)  # a volume's file, or slices' common name
+                   for file, name in zip(self.files, self.names, strict=True)]  # fmt: skip
+        inside: dict[object, list[int]] = {}
+        for volume, name in zip(volumes, self.names, strict=True):
+            inside.setdefault(volume, []).append(name.slice)
+        ends = [(min(inside[volume]), max(inside[volume])) for volume in volumes]
         return torch.tensor(
             [
-                (number - low) / (high - low) if high > low else math.nan
-                for number, (low, high) in zip(numbers, (ends[n.case, n.week] for n in self.names), strict=True)
+                (name.slice - low) / (high - low) if high > low else math.nan
+                for name, (low, high) in zip(self.names, ends, strict=True)
             ]
         )
 
@@ -614,6 +625,12 @@ def load_split(
             f"split is {split!r}, fit {fit!r} and planes {planes}; expected a split of "
             "train, validate, test, a fit of resize, crop, and 1 to 256 planes."
         )
+    if not source.splits.get(split) and source.form == "scans":
+        have = ", ".join(f"{part} {len(files):,}" for part, files in source.splits.items())
+        raise DataError(
+            f"no scan of {source.root} is in the {split} split ({have}): its share was 0, or no row of the table, no "
+            "folder and no run has put one there."
+        )
     if not source.splits.get(split):
         found, cases = "\n".join(describe(source.root)), HIPMRI_CASES[split]
         advice = f"Name or fill the folder of {split} so"
@@ -636,19 +653,22 @@ def load_split(
         owners = [source.subjects[source.splits[split][i]] for i in records["file"].tolist()]
         names = [replace(name, case=owner) for name, owner in zip(names, owners, strict=True)]
     if source.form != "2D":
-        taken = zip(names, records["plane"].tolist(), strict=True)
-        names = [replace(name, slice=plane, stem=f"{name.stem}_slice_{plane}") for name, plane in taken]
+        of_volumes = np.isin(records["file"], records["file"][records["plane"] > 0])
+        taken = zip(names, records["plane"].tolist(), of_volumes.tolist(), strict=True)
+        names = [replace(name, slice=plane, stem=f"{name.stem}_slice_{plane}") if of_volume else name
+                 for name, plane, of_volume in taken]  # fmt: skip
     files = [source.splits[split][i] for i in records["file"].tolist()]
     notes = _notes(source, split, recipe, names, records, bad)
     return Slices(split, names, pixels, records, notes, files, recipe)
 
 
 def _usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
-    """The most frequent slices' size among up to 50 files, to the nearest multiples of 16."""
+    """Most slices' size, of some 50 files, to the nearest multiples of 16."""
     found = Counter()
-    for file in files[:50]:
+    for file in files[:: -(-len(files) // 50)]:
         with contextlib.suppress(ValueError):  # reading it will say why
-            found[nifti.planes_shape(nifti.read_header(file), axis)[1:]] += 1
+            count, *shape = nifti.planes_shape(nifti.read_header(file), axis)
+            found[tuple(shape)] += count
     (rows, columns), _ = found.most_common(1)[0] if found else (SIZE, 1)
     rows, columns = (max(16, round(side / 16) * 16) for side in (rows, columns))
     return rows, columns
@@ -690,13 +710,19 @@ def _notes(
     shapes, counts = np.unique(np.stack([records["height"], records["width"]], 1), axis=0, return_counts=True)
     for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
         stretch = (height / rows) / (width / columns)
-        change = max(stretch, 1 / stretch) - 1
+        change, shrunk = max(stretch, 1 / stretch) - 1, (height * width / (rows * columns)) ** 0.5
         if change > 0.05 and recipe.fit == "crop":
             notes.append(f"{split}: {count:,} slice(s) of {height} x {width} lose their edges to --fit crop")
         elif change > 0.05:
             notes.append(
                 f"{split}: {count:,} slice(s) of {height} x {width} are resized to {rows} x {columns}, which changes "
                 f"their proportions by {change:.1%}; --fit crop cuts their edges off instead"
+                f"{', --size H W brings slices to another size' * (source.form == 'scans')}"
+            )
+        elif max(shrunk, 1 / shrunk) > 1.5 and source.form == "scans":
+            notes.append(
+                f"{split}: {count:,} slice(s) of {height} x {width} are resized to {rows} x {columns}; --size H W "
+                "brings slices to another size"
             )
     if records["constant"].any():
         stems = [names[i].stem for i in np.flatnonzero(records["constant"])]

@@ -139,7 +139,7 @@ def draw_slices(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices,
     write_slices(folder, "drawn", images, train, train.affine)
     titles = ["" if place.isnan() else f"position {place:.2f}" for place in place]
     heading = f"drawn from {folder.parent.name}'s prior: {how(args)}"
-    plots.plot_slices(folder / "slices.png", images[:64], titles[:64], heading)
+    plots.plot_slices(folder / "slices.png", images[:64], titles[:64], heading, spacing=train.description["spacing"])
 
 
 def how(args: argparse.Namespace) -> str:
@@ -179,7 +179,8 @@ def complete(args: argparse.Namespace, drawer: Drawer, train: dataset.Slices, fo
     )
     titles = ["the slice", f"given: its {half} half", *(f"completion {n + 1}" for n in range(count))]
     heading = f"{Path(args.complete).name}, completed by {folder.parent.name}'s prior: {how(args)}"
-    plots.plot_slices(folder / "completion.png", torch.cat([image[None], given, images])[:64], titles[:64], heading, 6)
+    images, spacing = torch.cat([image[None], given, images])[:64], train.description["spacing"]
+    plots.plot_slices(folder / "completion.png", images, titles[:64], heading, 6, spacing=spacing)
 
 
 # ---------------------------------------------------------------- measuring
@@ -289,8 +290,9 @@ def evaluate(args: argparse.Namespace, drawer: Drawer, run: Path, folder: Path) 
     print_evaluation(result)
     heading = f"drawn from {run.name}'s prior: {how(args)}"
     chosen = torch.linspace(0, count - 1, min(count, 16)).round().long()
-    plots.plot_slices(folder / "slices.png", drawn[chosen], [""] * len(chosen), heading)
-    plot_closest(folder / "closest.png", copies, drawn, train, stems, heading)
+    spacing = real["train"].description["spacing"]
+    plots.plot_slices(folder / "slices.png", drawn[chosen], [""] * len(chosen), heading, spacing=spacing)
+    plot_closest(folder / "closest.png", copies, drawn, train, stems, heading, spacing)
 
 
 def print_evaluation(result: dict) -> None:
@@ -319,7 +321,9 @@ def print_evaluation(result: dict) -> None:
         )
 
 
-def plot_closest(path: Path, copies: dict, drawn: Tensor, train: Tensor, stems: list[str], heading: str) -> None:
+def plot_closest(
+    path: Path, copies: dict, drawn: Tensor, train: Tensor, stems: list[str], heading: str, spacing: list[float] | None
+) -> None:
     """The four closest pairs by pixels and by features: each drawn slice above its nearest training slice."""
     pairs = [
         (name, i, found["nearest"][i], found["distance"][i])
@@ -328,7 +332,7 @@ def plot_closest(path: Path, copies: dict, drawn: Tensor, train: Tensor, stems: 
     ]
     images = torch.cat([drawn[[i for _, i, _, _ in pairs]], train[[n for _, _, n, _ in pairs]]])
     titles = [f"drawn, {name} {distance:.3f}" for name, _, _, distance in pairs] + [stems[n] for _, _, n, _ in pairs]
-    plots.plot_slices(path, images, titles, f"closest pairs; {heading}", len(pairs))
+    plots.plot_slices(path, images, titles, f"closest pairs; {heading}", len(pairs), spacing=spacing)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -115,19 +115,26 @@ def dimensions_of(shape: tuple[int, ...]) -> int:
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
-    """A file's header by its first bytes: thousands a second, whatever the files hold. ValueError: why it can't be."""
+    """A file's header by its first bytes: thousands a second, whatever the files hold. ValueError: why it can't be.
+
+    Also where the file is too small for what its header tells of, even if gzip did its best.
+    """
     try:
-        _size(path)
+        size = _size(path)
         with open(path, "rb") as file:
             start = file.read(1024)
             if start[:2] == b"\x1f\x8b":
                 file.seek(0)
-                start = gzip.GzipFile(fileobj=file).read(1024)
+                start, size = gzip.GzipFile(fileobj=file).read(1024), size * 1032  # deflate's best
     except OSError as error:
         raise ValueError(f"can't be read ({error.strerror or error})") from error
     except (EOFError, zlib.error) as error:
         raise ValueError(f"is truncated or damaged gzip ({error})") from error
-    return _header(start)
+    header = _header(start)
+    needed = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+    if size < header.get_data_offset() + needed:
+        raise ValueError(f"is truncated or damaged: its header tells of {needed:,} bytes of pixels")
+    return header
 
 
 def planes_shape(header: nib.Nifti1Header, axis: str | int) -> tuple[int, int, int]:

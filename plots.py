@@ -34,6 +34,14 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _fitted(text: str, inches: float, points: float) -> str:
+    """A title's lines as `plain`, those that are longer than there is room for without their middle."""
+    most = max(8, int(inches * 72 / (0.6 * points)))  # characters
+    lines = [line if len(line) <= most else f"{line[: most // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{line[-(most // 2) :]}"
+             for line in text.split("\n")]  # fmt: skip
+    return plain("\n".join(lines))
+
+
 def _window(original: Tensor) -> dict:
     """The grey window of a slice and of its reconstruction: the original's 0.5 and 99.5 percentiles."""
     low, high = np.quantile(original.float().cpu().numpy(), (0.005, 0.995)).tolist()
@@ -61,7 +69,7 @@ def plot_reconstructions(
     spacing: mm between rows and between columns; None: alike.
     """
     width, height, aspect = _proportions(originals, spacing, 2.7)
-    size = (width * len(titles) + 0.9, 3 * height + 0.85)
+    size = (max(width * len(titles), 3) + 0.9, 3 * height + 0.85)
     figure, axes = plt.subplots(3, len(titles), figsize=size, squeeze=False, layout="constrained")
     errors = reconstructions - originals
     limit = max(float(np.quantile(errors.abs().numpy(), 0.995)), 1e-6)
@@ -71,19 +79,26 @@ def plot_reconstructions(
         axes[1, column].imshow(_upright(reconstructions[column]), aspect=aspect, **grey)
         error = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
         shown = axes[2, column].imshow(_upright(errors[column]), aspect=aspect, **error)
-        axes[0, column].set_title(plain(title), fontsize=8)
+        axes[0, column].set_title(_fitted(title, size[0] / len(titles) - 0.3, 8), fontsize=8)
     for row, label in zip(axes, ("original", "reconstruction", "error"), strict=True):
         row[0].set_ylabel(label)
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.colorbar(shown, ax=axes[2], label="standard deviations", fraction=0.03, pad=0.01)
-    figure.suptitle(plain(heading), fontsize=10)
+    bar = {"shrink": 0.3, "anchor": (0, 0), "fraction": 0.03, "pad": 0.01}  # beside the errors
+    figure.colorbar(shown, ax=axes, label="standard deviations", **bar)
+    figure.suptitle(_fitted(heading, size[0], 10), fontsize=10)
     save_figure(figure, path)
 
 
-def plot_slices(path: Path, images: Tensor, titles: list[str], heading: str, columns: int = 8, crop=None) -> None:
-    """A grid of slices, (B, 1, H, W) z-scores, each in its own window; beside it its part `crop`, rows and columns."""
+def plot_slices(
+    path: Path, images: Tensor, titles: list[str], heading: str, columns: int = 8, crop=None,
+    spacing: Sequence[float] | None = None,
+) -> None:  # fmt: skip
+    """A grid of slices, (B, 1, H, W) z-scores, each in its own window; beside it its part `crop`, rows and columns.
+
+    spacing: mm between rows and between columns; None: alike.
+    """
     pictures = [(image, _window(image), title) for image, title in zip(images, titles, strict=True)]
     if crop:
         enlarged = [(image[:, crop[0], crop[1]], grey, "enlarged") for image, grey, _ in pictures]
@@ -91,15 +106,15 @@ def plot_slices(path: Path, images: Tensor, titles: list[str], heading: str, col
         columns *= 2
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    width, height, _ = _proportions(images, None, 2.4)
-    size = (width * columns, (height + 0.3) * rows + 0.5)
+    width, height, aspect = _proportions(images, spacing, 2.4)
+    size = (max(width * columns, 4), (height + 0.3) * rows + 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (image, grey, title) in zip(axes.flat, pictures, strict=False):
-        axis.imshow(_upright(image), **grey)
-        axis.set_title(plain(title), fontsize=7)
-    figure.suptitle(plain(heading), fontsize=10)
+        axis.imshow(_upright(image), aspect=aspect, **grey)
+        axis.set_title(_fitted(title, size[0] / columns, 7), fontsize=7)
+    figure.suptitle(_fitted(heading, size[0], 10), fontsize=10)
     save_figure(figure, path)
 
 
@@ -146,20 +161,24 @@ def plot_code_use(path: Path, counts: Tensor, heading: str) -> None:
     save_figure(figure, path)
 
 
-def plot_code_map(path: Path, original: Tensor, reconstruction: Tensor, indices: Tensor, colours: Tensor, title: str):
+def plot_code_map(
+    path: Path, original: Tensor, reconstruction: Tensor, indices: Tensor, colours: Tensor, title: str,
+    spacing: Sequence[float] | None = None,
+) -> None:  # fmt: skip
     """A slice, its codes as an image, and its reconstruction; (1, H, W), (1, H, W), (h, w).
 
-    colours: (K, 3) in [0, 1], codes of like embeddings alike in colour.
+    colours: (K, 3) in [0, 1], codes of like embeddings alike in colour. spacing: see `plot_slices`.
     """
-    width, height, _ = _proportions(original, None, 4)
-    figure, axes = plt.subplots(1, 3, figsize=(3 * width, height + 0.7), layout="constrained")
+    width, height, aspect = _proportions(original, spacing, 4)
+    size = (max(3 * width, 6), height + 0.7)
+    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained")
     grey = _window(original)
-    axes[0].imshow(_upright(original), **grey)
-    axes[1].imshow(colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1], interpolation="nearest")
-    axes[2].imshow(_upright(reconstruction), **grey)
-    size = "{} x {}".format(*indices.shape)
-    for axis, label in zip(axes, ("original", f"its {size} codes", "reconstruction"), strict=True):
+    axes[0].imshow(_upright(original), aspect=aspect, **grey)
+    axes[1].imshow(colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1], aspect=aspect, interpolation="nearest")
+    axes[2].imshow(_upright(reconstruction), aspect=aspect, **grey)
+    grid = "{} x {}".format(*indices.shape)
+    for axis, label in zip(axes, ("original", f"its {grid} codes", "reconstruction"), strict=True):
         axis.set_title(label, fontsize=9)
         axis.set_axis_off()
-    figure.suptitle(plain(title), fontsize=10)
+    figure.suptitle(_fitted(title, size[0], 10), fontsize=10)
     save_figure(figure, path)

@@ -19,6 +19,7 @@ kind of number, a picture, and a row of scores.csv.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("your own files").add_argument
     flag("-o", "--out", metavar="DIR", help="where to write; needed with PATH")
     axes = ("coronal", "sagittal", "axial", "0", "1", "2")
-    flag("--axis", choices=axes, help="which way volumes are cut: by the affine, or as they are stored (coronal)")
+    flag("--axis", choices=axes, help="which way volumes are cut: by the affine, or as they are stored (the run's)")
     flag("--resize", action="store_true", help="bring slices to the size of the training slices, and back")
     flag("--error-map", action="store_true", help="also |reconstruction - original|: edges, noise, odd scanners; "
          "no map of anomalies, as lesions may be reproduced faithfully")  # fmt: skip
@@ -72,6 +73,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     given = [name for name in of_files if getattr(args, name)] + ["out"] * bool(args.out and not args.export)
     if given and not args.paths:
         parser.error(f"--{given[0].replace('_', '-')} is for your own files: name them")
+    of_splits = ("data", "split", "html", "batch_size", "skip_bad_files", "cache_dir")
+    given = [name for name in of_splits if getattr(args, name) != parser.get_default(name)]
+    if given and (args.paths or args.export):
+        parser.error(f"--{given[0].replace('_', '-')} is for a split: leave it out with PATH and --export")
     if (args.paths or args.export) and not args.out:
         parser.error("say with -o where to write")
     if args.paths and args.export:
@@ -150,11 +155,12 @@ def print_organs(organs: dict[str, dict]) -> None:
         print(f"{organ:14}{found['slices']:8}{ssim:>10}{psnr:12.2f}{bias:+12.4f}")
 
 
-def write_slices(path: Path, data: dataset.Slices, scores: dict[str, torch.Tensor]) -> None:
-    """slices.csv: a row a slice, constant ones with empty scores."""
+def write_slices(path: Path, data: dataset.Slices, root: str, scores: dict[str, torch.Tensor]) -> None:
+    """slices.csv: a row a slice, constant ones with empty scores; `file` is within the data's folder, root."""
     rows = []
-    for i, name in enumerate(data.names):
-        row = {"case": name.case, "week": name.week, "slice": name.slice}
+    for i, (name, file) in enumerate(zip(data.names, data.files, strict=True)):
+        place = sources.printable(os.path.relpath(file, root))
+        row = {"case": name.case, "week": name.week, "slice": name.slice, "file": place}
         row |= {score: "" if data.constant[i] else f"{scores[score][i]:.6f}" for score in SCORE_NAMES}
         rows.append(row)
     utils.save_csv(path, rows)
@@ -186,7 +192,7 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
     originals = data.batch(indices)
     output = model(originals.to(device))
     reconstructions = output.reconstruction.cpu()
-    titles = [f"{label}: {data.names[i]}\nssim {ssim[i]:.3f}" for i, label in chosen.items()]
+    titles = [f"{label}\n{data.names[i]}\nssim {ssim[i]:.3f}" for i, label in chosen.items()]
     spacing = data.description["spacing"]
     plots.plot_reconstructions(folder / "best_median_worst.png", originals, reconstructions, titles, title, spacing)
     plots.plot_score_histogram(
@@ -200,6 +206,7 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
     plots.plot_code_map(
         folder / "code_map.png", originals[one], reconstructions[one], first_codes[one], code_colours(model),
         f"{data.names[int(indices[one])]}, ssim {ssim[indices[one]]:.3f}; codes of like embeddings share a colour",
+        spacing,
     )  # fmt: skip
 
 
@@ -237,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = run / args.split
     folder.mkdir(exist_ok=True)
     utils.save_json(folder / "metrics.json", summary)
-    write_slices(folder / "slices.csv", data, scores)
+    write_slices(folder / "slices.csv", data, root, scores)
     title = f"{run.name}, {args.split}, {model.bits_per_pixel:.4f} bits per pixel"
     draw(folder, model, data, scores, counts, title)
     print(f"written: {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")

@@ -250,6 +250,25 @@ def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path
     return runs_dir / max(found, key=lambda path: path.stat().st_mtime).relative_to(runs_dir).parts[0]
 
 
+def known_scans(run: Path) -> dict[str, dict[str, list[str]]] | None:
+    """Which scans were in which split, as `sources.placed` told it to the run's config.json; None: it had no scans."""
+    known = utils.load_json(run / "config.json").get("scans")
+    if not (known is None or (isinstance(known, dict) and all(isinstance(those, dict) for those in known.values()))):
+        raise UserError(f"{run / 'config.json'} has scans {known!r:.80}; expected what train.py writes")
+    return known
+
+
+def training_files(run: Path) -> set[Path]:
+    """The files that a run was trained on, links followed; none where they are no longer where they were."""
+    try:
+        arguments = read_arguments(run, with_defaults("tuned", {}))
+        chosen = [arguments.get(name) for name in ("axis", "split", "seed")]
+        source = sources.find_source(arguments.get("data") or "", *chosen, known_scans(run), others=False)
+    except (UserError, sources.DataError):
+        return set()
+    return {file.resolve() for file in source.splits.get("train", [])}
+
+
 def load_run_data(
     run: Path, split: str, data: str | None = None, cache_dir: str | None = None, skip_bad_files: bool = False
 ) -> tuple[dataset.Slices, str]:
@@ -259,9 +278,7 @@ def load_run_data(
     if root is None:
         raise UserError(f"{run / 'config.json'} names no data; say where the slices are with --data")
     print(line if data else f"data: {root} (the run's own)")
-    known = utils.load_json(run / "config.json").get("scans")
-    if not (known is None or (isinstance(known, dict) and all(isinstance(those, dict) for those in known.values()))):
-        raise UserError(f"{run / 'config.json'} has scans {known!r:.80}; expected what train.py writes")
+    known = known_scans(run)
     axis, parts = trained_with.get("axis"), None if known else trained_with.get("split")
     source = sources.find_source(root, axis, parts, trained_with.get("seed", 0), known)
     options = {key: trained_with[key] for key in ("fit", "planes", "axis", "size") if key in trained_with}

@@ -71,7 +71,7 @@ def evaluated(run: Path) -> list[str]:
 def write_report(run: Path) -> Path:
     """<run>/report.html, of what the run's folder holds by now."""
     config, history = utils.load_json(run / "config.json"), read_rows(run / "metrics.csv")
-    plots = sorted((run / "plots").glob("epoch_*/*.png"), key=lambda path: int(path.parent.name.split("_")[1]))
+    panels = sorted((run / "plots").glob("epoch_*/*.png"), key=lambda path: int(path.parent.name.split("_")[1]))
     about = [[name, config[name]] for name in ("bits_per_pixel", "slices", "device", "precision") if name in config]
     arguments = table(["argument", "value"], [list(item) for item in config.get("arguments", {}).items()])
     versions = table(["package", "version"], [list(item) for item in config.get("versions", {}).items()])
@@ -82,7 +82,7 @@ def write_report(run: Path) -> Path:
     sections = {
         "Configuration": table(["", "value"], about) + fold("all arguments", arguments) + fold("versions", versions),
         "Curves": picture(run / "loss_ssim_plot.png", "loss and validation ssim by epoch") + table(columns, epochs),
-        "Panels": picture(plots[-1] if plots else run / "-", "validation slices of the last panel"),
+        "Panels": picture(panels[-1] if panels else run / "-", "validation slices of the last panel"),
     }
     for split in evaluated(run):
         sections |= {f"{name}, {split}": text for name, text in split_sections(run / split).items()}
@@ -115,8 +115,10 @@ def split_sections(folder: Path) -> dict[str, str]:
     slices = sorted(
         (row for row in read_rows(folder / "slices.csv") if row["ssim"]), key=lambda row: float(row["ssim"])
     )
-    lines = [[f"case {one['case']} week {one['week']} slice {one['slice']}", one["ssim"], one["ssim_body"], one["psnr"]]
-             for one in slices[:8]]  # fmt: skip
+    names = [f"case {one['case']} week {one['week']} slice {one['slice']}" if one["week"] else
+             f"{one.get('file') or one['case']}, slice {one['slice']}" for one in slices[:8]]  # fmt: skip
+    scores = [[one[name] for name in ("ssim", "ssim_body", "psnr")] for one in slices[:8]]
+    lines = [[name, *those] for name, those in zip(names, scores, strict=True)]
     panels = picture(folder / "best_median_worst.png", "worst, median and best slices")
     return sections | {"Worst slices": table(["slice", "ssim", "ssim_body", "psnr (dB)"], lines) + panels}
 

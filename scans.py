@@ -29,7 +29,7 @@ import sources
 import utils
 from metrics import SCORE_NAMES
 from modules import VQVAE, load_checkpoint
-from recipes import newest_run
+from recipes import newest_run, training_files
 from utils import UserError
 
 SHIPPED = Path(__file__).parent / "resources" / "pelvis.pt"
@@ -120,10 +120,16 @@ def output_names(files: list[Path]) -> Iterator[str]:
         yield name
 
 
-def pick_model(args: argparse.Namespace) -> tuple[VQVAE, dict]:
-    """The model of --run, of the newest run, or the one that comes with the repository; its slices' description."""
+def pick_run(args: argparse.Namespace) -> Path | None:
+    """--run, or the newest run; None: there is none."""
     newest = any(Path(args.runs_dir).glob("*/best.pt"))
-    path = Path(args.run or newest_run(Path(args.runs_dir))) / "best.pt" if args.run or newest else SHIPPED
+    return Path(args.run or newest_run(Path(args.runs_dir))) if args.run or newest else None
+
+
+def pick_model(args: argparse.Namespace) -> tuple[VQVAE, dict]:
+    """The model of `pick_run`, or the one that comes with the repository; its slices' description."""
+    run = pick_run(args)
+    path = run / "best.pt" if run else SHIPPED
     model = VQVAE.from_checkpoint(path, utils.pick_device(args.device))
     print(f"model: {path}, {model.bits_per_pixel:.4f} bits per pixel")
     slices = load_checkpoint(path).get("slices")
@@ -139,12 +145,16 @@ def reconstruct_file(model: VQVAE, file: Path, scan: nifti.Scan, name: str, args
         error = np.abs(planes - scan.planes)
         whole = scan.kind.kind in "iu" and error.max() < 32767  # integers take a fourth of the room
         utils.write_bytes(folder / f"{name}_error.nii.gz", scan.file_of(error, np.dtype("i2" if whole else "f4")))
-    scores = score_planes(scan, planes, coded, file)
+    level = dataset.empty_level(scan.planes)
+    empty = np.array([dataset.is_empty(plane, level) for plane in scan.planes]) | (coded.std == 0)
+    scores = score_planes(scan, planes, empty, file)
     heading = f"{name}, {model.bits_per_pixel:.4f} bits per pixel"
-    draw(folder / f"{name}.png", scan, planes, coded, scores, heading)
+    if not empty.all():
+        draw(folder / f"{name}.png", scan, planes, coded, np.flatnonzero(~empty), scores["ssim"], heading)
     # 64 bits a slice are its mean and deviation.
     bits = coded.codes.size * math.log2(model.vector_quantization.num_embeddings) + 64 * len(planes)
-    row = {"file": name, "slices": len(planes), "rows": planes.shape[1], "columns": planes.shape[2]}
+    row = {"file": name, "path": sources.printable(str(file)), "slices": len(planes), "empty_slices": int(empty.sum())}
+    row |= {"rows": planes.shape[1], "columns": planes.shape[2]}
     row |= {score: f"{np.nanmean(values):.6f}" if np.isfinite(values).any() else "" for score, values in scores.items()}
     row |= {"bits_per_pixel": f"{bits / planes.size:.5f}", "code_bytes": math.ceil(bits / 8)}
     if args.export_codes:
@@ -152,8 +162,8 @@ def reconstruct_file(model: VQVAE, file: Path, scan: nifti.Scan, name: str, args
     return row | {"file_bytes": file.stat().st_size}
 
 
-def score_planes(scan: nifti.Scan, planes: np.ndarray, coded: Coded, file: Path) -> dict[str, np.ndarray]:
-    """{score: (N,)}, NaN for slices of one value or under 11 pixels; by organ where there is a segmentation."""
+def score_planes(scan: nifti.Scan, planes: np.ndarray, empty: np.ndarray, file: Path) -> dict[str, np.ndarray]:
+    """{score: (N,)}, NaN for empty slices and those under 11 pixels; by organ where there is a segmentation."""
     labels = None
     if mask := sources.mask_of(file):
         try:
@@ -171,19 +181,18 @@ def score_planes(scan: nifti.Scan, planes: np.ndarray, coded: Coded, file: Path)
             by_organ = metrics.organ_scores(*pair, torch.from_numpy(labels[some].astype(np.int64)))
             scores |= {f"{organ}_{score}": x for organ, those in by_organ.items() for score, x in those.items()}
         for score, values in scores.items():
-            found.setdefault(score, []).append(values.masked_fill(torch.from_numpy(coded.std[some] == 0), torch.nan))
+            found.setdefault(score, []).append(values.masked_fill(torch.from_numpy(empty[some]), torch.nan))
     return {score: torch.cat(parts).numpy() for score, parts in found.items()}
 
 
-def draw(path: Path, scan: nifti.Scan, planes: np.ndarray, coded: Coded, scores: dict, heading: str) -> None:
-    """Up to four slices, spread over those that show something."""
-    shown = np.flatnonzero(coded.std > 0)
-    if not len(shown):
-        return
+def draw(
+    path: Path, scan: nifti.Scan, planes: np.ndarray, coded: Coded, shown: np.ndarray, ssim: np.ndarray, heading: str
+) -> None:
+    """Up to four slices, spread over those that show something, whose indices are `shown`."""
     chosen = np.unique(shown[np.linspace(0, len(shown) - 1, 6).round().astype(int)[1:-1]])
     mean, std = (x[chosen, None, None] for x in (coded.mean, coded.std))
     pair = [torch.from_numpy(((x[chosen] - mean) / std).astype(np.float32))[:, None] for x in (scan.planes, planes)]
-    titles = [f"slice {i}\nssim {scores['ssim'][i]:.3f}" for i in chosen]
+    titles = [f"slice {i}\nssim {ssim[i]:.3f}" for i in chosen]
     plots.plot_reconstructions(path, *pair, titles, heading, scan.spacing)
 
 
@@ -236,6 +245,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     axis = int(args.axis) if args.axis in ("0", "1", "2") else args.axis or slices["axis"]
     size = tuple(slices["size"]) if args.resize else None
+    learned = training_files(run) if (run := pick_run(args)) else set()
     for file, name in zip(bar := tqdm(files, unit=" files"), output_names(files), strict=True):
         try:
             if args.from_codes:
@@ -246,13 +256,18 @@ def reconstruct(args: argparse.Namespace) -> int:
             scan = nifti.read_scan(file, axis)
             if (warning := strange_spacing(scan, slices["spacing"])) and not size:
                 bar.write(f"warning: {sources.printable(str(file))}: {warning}")
-            rows.append(reconstruct_file(model, file, scan, name, args, size))
+            row = reconstruct_file(model, file, scan, name, args, size)
+            rows.append(row | {"in_training": "yes" if file.resolve() in learned else ""})
         except ValueError as error:
             bad.append(sources.printable(f"{file} {error}"))
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))  # organs are not in every file
         utils.save_csv(Path(args.out) / "scores.csv", [{name: row.get(name, "") for name in names} for row in rows])
         print_rows(rows)
+        if count := sum(bool(row["in_training"]) for row in rows):
+            print(
+                f"note: {count} of {len(rows)} files are of the run's training: scores on them say nothing about others"
+            )
     print(f"{len(files) - len(bad)} of {len(files)} files done, in {args.out}")
     if bad:
         raise UserError(f"{len(bad)} of {len(files)} files can't be used:\n  " + "\n  ".join(bad))
@@ -300,20 +315,22 @@ def export(args: argparse.Namespace) -> int:
 
 def strange_spacing(scan: nifti.Scan, trained: list[float] | None) -> str:
     """Where voxels are over 1.5 times as large as those in training, or as small: what that means."""
-    if not trained:
+    if not trained or not min(*trained, *scan.spacing) > 0:
         return ""
     ratios = [found / known for found, known in zip(scan.spacing, trained, strict=True)]
     if max(*ratios, *(1 / max(ratio, 1e-9) for ratio in ratios)) <= 1.5:
         return ""
     found, known = (" x ".join(f"{value:.2f}" for value in values) for values in (scan.spacing, trained))
-    return f"its voxels are {found} mm in the slice, the model was trained at {known}: expect less"
+    return f"its voxels are {found} mm in the slice, the model is for about {known}: expect less"
 
 
 def print_rows(rows: list[dict]) -> None:
-    print(f"\n{'file':40}{'slices':>8}{'ssim':>9}{'ssim_body':>11}{'psnr (dB)':>11}{'bits per pixel':>16}")
+    print(f"\n{'file':40}{'slices':>8}{'empty':>7}{'ssim':>9}{'ssim_body':>11}{'psnr (dB)':>11}{'bits per pixel':>16}")
     for row in rows[:20]:
         cells = [f"{float(row[name]):{width}}" if row[name] else " " * int(width.split(".")[0])
                  for name, width in (("ssim", "9.4f"), ("ssim_body", "11.4f"), ("psnr", "11.2f"))]  # fmt: skip
-        print(f"{row['file'][:39]:40}{row['slices']:8}{''.join(cells)}{row['bits_per_pixel']:>16}")
+        print(
+            f"{row['file'][:39]:40}{row['slices']:8}{row['empty_slices']:7}{''.join(cells)}{row['bits_per_pixel']:>16}"
+        )
     if len(rows) > 20:
         print(f"... and {len(rows) - 20} more, in scores.csv")

@@ -25,12 +25,14 @@ HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(
 EXPECTED = """expected one of
   keras_slices_train/ keras_slices_validate/ keras_slices_test/   (HipMRI's 2D form)
   semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...                (HipMRI's 3D form)
-  train/ validate/ test/                                          (your own 2D .nii or .nii.gz slices)"""
+  train/ validate/ test/                                          (your own 2D .nii or .nii.gz slices)
+  any folder of scans, or one scan                                (with --axis coronal, sagittal or axial)"""
 
 _SPLIT_OF = {"train": "train", "training": "train", "val": "validate", "valid": "validate", "validate": "validate"}
 _SPLIT_OF |= {"validation": "validate", "test": "test", "testing": "test"}
 _NIFTI = re.compile(r"\.nii(?:\.gz)?$", re.I)
 _MASK = re.compile(r"seg_|.*semantic", re.I)
+_SEQUENCE = re.compile(r"(t[12]|pd|flair|dwi|adc|dce|swi|bold|asl|tof|mra|mri?|ct|pet)(?![a-z]{3})", re.I)
 _NAME = re.compile(r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I)
 
 
@@ -154,7 +156,7 @@ def find_splits(root: str | Path) -> Source:
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if not root.is_dir():
-        raise DataError(f"{root} is {'a file' if root.exists() else 'missing'}; {EXPECTED}\nGive the folder.")
+        raise DataError(f"{root} is {'a file' if root.exists() else 'missing'}; {EXPECTED}")
     folders, unreadable = [root], []
     for where in ("", "one level below", "two levels below", "one level above"):
         if where == "one level above":
@@ -186,25 +188,28 @@ def find_splits(root: str | Path) -> Source:
 
 
 def find_source(
-    root: str | Path, axis: str | None = None, split: Sequence | None = None, seed: int = 0, known: dict | None = None
-) -> Source:
+    root: str | Path, axis: str | None = None, split: Sequence | None = None, seed: int = 0, known: dict | None = None,
+    others: bool = True,
+) -> Source:  # fmt: skip
     """`find_splits`, or, where an axis is named, `find_scans`. Raises DataError."""
     if axis is not None:
-        return find_scans(root, split, seed, known)
+        return find_scans(root, split, seed, known, others)
     if split is not None:
         raise DataError("--split is for scans of any kind, which --axis asks for: name both, or neither.")
     return find_splits(root)
 
 
-def find_scans(root: str | Path, split: Sequence | None = None, seed: int = 0, known: dict | None = None) -> Source:
+def find_scans(
+    root: str | Path, split: Sequence | None = None, seed: int = 0, known: dict | None = None, others: bool = True
+) -> Source:
     """Any NIfTI files, volumes or slices, in a folder at any depth, or a single file; split by subject.
 
     split: shares of the subjects, (0.8, 0.1, 0.1) by default, drawn by the seed; or a CSV file, which has the columns
-    `split` and `subject` or `file` (a path within the folder). Files that it does not name are left out.
+    `split` and `subject` or `file` (a path within the folder). Files that it does not name are left out. Without it,
+    folders that are named as splits (train, val, test ...) are the splits, where all files are in such.
     known: {split: {subject: [file within the folder]}} of a run, as `placed` gives it: its files stay where they were,
-    and scans of nobody it was trained on, which have come since or are in another folder, are in validate and test.
-    Whose a file is: `sub-<name>` in its path, as BIDS has it; the folder below root, where several files have one name;
-    else the case of `parse_name`. Raises DataError.
+    and scans of nobody it was trained on, which have come since or are in another folder, are in validate and test,
+    or, without `others`, left out. Whose a file is: see `_subjects`. Raises DataError.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if root.is_file():
@@ -215,22 +220,25 @@ def find_scans(root: str | Path, split: Sequence | None = None, seed: int = 0, k
         left = len(found) - len(files)
     if not files:
         raise DataError(f"no .nii or .nii.gz file in {root}, at any depth; point --data at a folder of scans.")
-    subjects = _subjects(files, root)
-    names = sorted(set(subjects.values()))
-    notes = [f"{root}: {len(files):,} scan(s) of {len(names):,} subject(s)"]
+    subjects, rule = _subjects(files, root)
+    names, of_folders = sorted(set(subjects.values())), _splits_by_folder(files, root)
+    notes = [f"{root}: {len(files):,} scan(s) of {len(names):,} subject(s), {rule}"]
     if left:
         notes.append(f"{left:,} file(s) that are named as segmentations or as outputs of predict.py are left out")
     if known:
-        chosen = _as_known(known, files, subjects, root)
+        chosen = _as_known(known, files, subjects, root, others)
     elif split is not None and len(split) == 1:
         chosen = _read_splits(Path(split[0]), files, subjects, root)
+    elif split is None and of_folders:
+        chosen = of_folders
+        notes.append("the splits are those that the folders name")
     else:
         drawn, several = _draw_splits(names, _shares(split), seed)
         notes += several
         chosen = {part: [file for file in files if subjects[file] in drawn[part]] for part in drawn}
     source = Source(root, "scans", {part: found for part, found in chosen.items() if found}, notes, subjects)
     counts = ", ".join(f"{part} {len(found):,}" for part, found in source.splits.items())
-    notes = [*notes, f"by subject: {counts} scan(s)"]
+    notes = [*notes, f"{counts} scan(s)"]
     trained = {subjects[file] for file in source.splits.get("train", [])}
     for part in ("validate", "test"):
         if both := sorted(trained & {subjects[file] for file in source.splits.get(part, [])}):
@@ -255,18 +263,56 @@ def placed(source: Source) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _subjects(files: list[Path], root: Path) -> dict[Path, str]:
-    stems = Counter(_NIFTI.sub("", file.name).lower() for file in files)
-    found = {}
+def _subjects(files: list[Path], root: Path) -> tuple[dict[Path, str], str]:
+    """Whose each file is, and a line that says by which rule, with examples.
+
+    `sub-<name>` in its path, as BIDS has it; else the case of a name like HipMRI's; else, where files are in several
+    folders, the first of its folders that not all of them are in (two people taken for one do no harm, one person taken
+    for two does); but its name, where the same names are in several folders, as in T1/p01.nii.gz, T2/p01.nii.gz.
+    """
+    found: dict[Path, str] = {}
+    rules: dict[str, str] = {}  # each, and an example of it
+    unnamed: dict[Path, list[str]] = {}  # their folders below root, without those that name splits
     for file in files:
-        folders = file.relative_to(root).parts[:-1]
+        folders = list(file.relative_to(root).parts[:-1])
         bids = [part[4:] for part in folders if part.startswith("sub-")] or re.findall("^sub-([A-Za-z0-9]+)", file.name)
-        alike = stems[_NIFTI.sub("", file.name).lower()] > 1
-        found[file] = printable(bids[0] if bids else folders[0] if alike and folders else parse_name(file).case)
-    return found
+        name = parse_name(file)
+        if bids or name.case != name.stem:
+            found[file] = bids[0] if bids else name.case
+            rules.setdefault("sub-<name> in the path" if bids else "the case in the name", str(file.relative_to(root)))
+        else:
+            unnamed[file] = [part for part in folders if not (_split_of(Path(part)) or _NIFTI.search(part))]
+    while unnamed and all(unnamed.values()) and len({folders[0] for folders in unnamed.values()}) == 1:
+        unnamed = {file: folders[1:] for file, folders in unnamed.items()}
+    stems = {file: parse_name(file).stem for file in unnamed}
+    tops = {file: folders[0] for file, folders in unnamed.items() if folders}
+    alike = Counter(stem for stem, _ in {(stems[file], top) for file, top in tops.items()})
+    by_folder = not any(count > 1 for count in alike.values())
+    if tops and not by_folder:
+        sequences = [any(map(_SEQUENCE.match, names)) for names in (alike, set(tops.values()))]
+        by_folder = sequences[0] if sequences[0] != sequences[1] else len(set(tops.values())) >= len(alike)
+    for file, stem in stems.items():
+        found[file] = tops[file] if by_folder and file in tops else stem
+        rules.setdefault("the folder" if by_folder and file in tops else "the name", str(file.relative_to(root)))
+    found = {file: printable(found[file]) for file in files}
+    told = "; ".join(f"by {rule}: {example} is of {found[root / example]}" for rule, example in rules.items())
+    return found, printable(f"{told} (--split takes a table, if that is wrong)")
 
 
-def _as_known(known: dict, files: list[Path], subjects: dict[Path, str], root: Path) -> dict[str, list[Path]]:
+def _splits_by_folder(files: list[Path], root: Path) -> dict[str, list[Path]]:
+    """The splits that folders name, where every file is below such a folder, and not all below one; else none."""
+    chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    for file in files:
+        named = [split for part in file.relative_to(root).parts[:-1] if (split := _split_of(Path(part)))]
+        if not named:
+            return {}
+        chosen[named[0]].append(file)
+    return chosen if sum(map(bool, chosen.values())) > 1 else {}
+
+
+def _as_known(
+    known: dict, files: list[Path], subjects: dict[Path, str], root: Path, others: bool
+) -> dict[str, list[Path]]:
     """The splits of a run; who it was trained on is in no other."""
     chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
     places = {(root / name, subject) for those in known.values() for subject, names in those.items() for name in names}
@@ -277,7 +323,7 @@ def _as_known(known: dict, files: list[Path], subjects: dict[Path, str], root: P
             for split, those in known.items():  # with few subjects, one file is in several
                 if str(file.relative_to(root)) in those.get(subject, []):
                     chosen[split].append(file)
-        elif subject not in trained:
+        elif others and subject not in trained:
             for split in ("validate", "test"):
                 chosen[split].append(file)
     return chosen
@@ -289,10 +335,11 @@ def _shares(split: Sequence | None) -> list[float]:
         shares = [float(share) for share in (split or (0.8, 0.1, 0.1))]
     except (TypeError, ValueError):
         shares = []
-    if len(shares) != 3 or min(shares) < 0 or not shares[0] or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != 3 or min(shares) < 0 or not shares[0] * shares[1] or abs(sum(shares) - 1) > 1e-6:
         given = " ".join(map(str, split or []))
         raise DataError(
-            f"--split is {given}; expected three shares that add up to 1, such as 0.8 0.1 0.1, or a CSV file."
+            f"--split is {given}; expected three shares that add up to 1, such as 0.8 0.1 0.1, or a CSV file. Only the "
+            "last, of the test split, may be 0: validation chooses the checkpoint."
         )
     return shares
 

@@ -31,7 +31,7 @@ import report
 import sources
 import utils
 from modules import VQVAE, CheckpointError, PatchDiscriminator
-from recipes import check_arguments, open_run, parse_arguments
+from recipes import check_arguments, known_scans, open_run, parse_arguments
 from utils import UserError, process_count, process_rank
 
 SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
@@ -39,8 +39,11 @@ SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
 # ---------------------------------------------------------------- data
 
 
-def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices, dict]:
-    """The training and validation splits; makes the sample data, and shortens the run, where no other is given."""
+def load_data(args: dict, given: dict, known: dict | None = None) -> tuple[dataset.Slices, dataset.Slices, dict]:
+    """The training and validation splits; makes the sample data, and shortens the run, where no other is given.
+
+    known: of a run that goes on, which scans are in which split, see `sources.find_scans`. They are also returned.
+    """
     root, line = sources.find_data(args["data"])
     print(line)
     if root is None:
@@ -50,9 +53,17 @@ def load_data(args: dict, given: dict) -> tuple[dataset.Slices, dataset.Slices, 
         if "epochs" not in given:
             args["epochs"] = SAMPLE_EPOCHS
             print(f"training {SAMPLE_EPOCHS} epochs on it; --epochs trains longer")
-    source = sources.find_source(root, args["axis"], args["split"], args["seed"])
+    source = sources.find_source(root, args["axis"], args["split"], args["seed"], known, others=False)
     options = {key: args[key] for key in ("cache_dir", "fit", "planes", "axis", "size", "skip_bad_files")}
-    train, validation = (dataset.load_split(source, split, **options) for split in ("train", "validate"))
+    loaded, errors = [], []
+    for split in ("train", "validate"):
+        try:
+            loaded.append(dataset.load_split(source, split, **options))
+        except sources.DataError as error:  # what is wrong with both splits is told at once
+            errors.append(str(error))
+    if errors:
+        raise sources.DataError("\n".join(dict.fromkeys(errors)))
+    train, validation = loaded
     for note in [*source.notes, *train.notes, *validation.notes]:
         print(f"note: {note}")
     if validation.constant.all():
@@ -192,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     utils.be_deterministic(args["deterministic"])
     utils.keep_freed_memory()
     with utils.first_process_first():
-        train, validation, scans = load_data(args, given)
+        known = known_scans(folder) if args["resume"] else None
+        train, validation, scans = load_data(args, given, known)
     run = Run(folder, args, f"{train.fingerprint} {validation.fingerprint}", train.description)
     if run.device.type != "cpu":
         for slices in (train, validation):
@@ -219,8 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         return code
     if first:
         page = report.write_report(folder)
-        print(f"best validation ssim {run.best:.4f}; all of it is in {page}; next, the test split:")
-        print("    " + utils.command("predict.py", "--run", folder))
+        split = ["--split", "validate"] if scans and "test" not in scans else []
+        print(f"best validation ssim {run.best:.4f}; all of it is in {page}; next, its scores:")
+        print("    " + utils.command("predict.py", "--run", folder, *split))
     return 0
 
 

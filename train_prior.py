@@ -115,11 +115,15 @@ class Codes:
     """The codes of a split's N slices and of their mirror images, and where each slice lies in its volume.
 
     codes: (N, V, h, w) int32, V of MIRRORS. positions: (N,). brightness: (K,), of the slices where each code stands.
-    names: the N slices'.
+    names: the N slices'. spacing: of their pixels in mm, None where that is not known.
     """
 
-    def __init__(self, codes: Tensor, positions: Tensor, brightness: Tensor, names: Sequence[sources.SliceName]):
+    def __init__(
+        self, codes: Tensor, positions: Tensor, brightness: Tensor, names: Sequence[sources.SliceName],
+        spacing: Sequence[float] | None = None,
+    ):  # fmt: skip
         self.codes, self.positions, self.brightness, self.names = codes, positions, brightness, names
+        self.spacing = spacing
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -145,7 +149,8 @@ def encode(model: VQVAE, slices: dataset.Slices, mirrors: Sequence[tuple]) -> Co
         for total, values in zip(sums, (bright, torch.ones_like(bright)), strict=True):
             total.index_add_(0, views[:, 0].flatten(), values.flatten())
         codes.append(views.int().cpu())
-    return Codes(torch.cat(codes), slices.positions, (sums[0] / sums[1].clamp_min(1)).cpu(), slices.names)
+    brightness = (sums[0] / sums[1].clamp_min(1)).cpu()
+    return Codes(torch.cat(codes), slices.positions, brightness, slices.names, slices.description["spacing"])
 
 
 def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[str, float]:
@@ -247,7 +252,8 @@ class Run(loop.Run):
         name = f"epoch_{self.epochs_done}"
         heading = f"{self.folder.parent.name}, drawn from the prior after epoch {self.epochs_done}"
         titles = [f"position {place:.1f}" for place in position.tolist()]
-        plots.plot_slices(self.folder / "plots" / name / f"{name}_samples.png", images, titles, heading)
+        path = self.folder / "plots" / name / f"{name}_samples.png"
+        plots.plot_slices(path, images, titles, heading, spacing=validation.spacing)
         plots.plot_curves(self.folder / "bits_plot.png", self.history, self.BEST, heading)
 
 

@@ -114,7 +114,7 @@ def test_figure_shows_worst_median_and_best(trained, monkeypatch):
     scores = dict.fromkeys(SCORE_NAMES, ssim)
     model = VQVAE.from_checkpoint(trained / "best.pt")
     predict.draw(trained / "test", model, Data(), scores, torch.ones(16), "title")
-    picked = [(title.split(":")[0], int(title.split("slice ")[1].split()[0])) for title in shown["t"]]
+    picked = [(title.split("\n")[0], int(title.split("slice ")[1].split()[0])) for title in shown["t"]]
     assert picked == [("worst", 10), ("worst", 1), ("median", 8), ("median", 0), ("best", 5), ("best", 2)]
 
 

@@ -153,7 +153,7 @@ def test_odd_voxels_are_told(tmp_path, reconstruct, capsys):
     reconstruct(write(tmp_path / "same.nii.gz", volume((30, 9, 30))))
     assert "warning" not in capsys.readouterr().out
     reconstruct(write(tmp_path / "fine.nii.gz", volume((30, 9, 30)), np.diag([0.5, 1, 0.5, 1])))
-    assert "its voxels are 0.50 x 0.50 mm in the slice, the model was trained at 1.70 x 2.00" in capsys.readouterr().out
+    assert "its voxels are 0.50 x 0.50 mm in the slice, the model is for about 1.70 x 2.00" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- files and folders
@@ -433,7 +433,8 @@ def test_slices_and_volumes_take_the_room_that_they_need(tmp_path):
     for i in range(6):
         write(tmp_path / "mixed" / f"sub-{i}.nii.gz", volume((20, 28)) + i)
     write(tmp_path / "mixed" / "sub-3.nii.gz", volume((20, 40, 28)))
-    source = sources.find_source(tmp_path / "mixed", "coronal", ["1", "0", "0"])
+    everyone = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(6)}}
+    source = sources.find_source(tmp_path / "mixed", "coronal", known=everyone)
     slices = dataset.load_split(source, "train", axis="coronal", size=(16, 32), cache_dir=tmp_path, progress=False)
     assert [name.case for name in slices.names] == ["0", "1", "2", *["3"] * 40, "4", "5"]
     assert np.load(next(tmp_path.glob("*/pixels.npy")), mmap_mode="r").shape == (45, 16, 32)
@@ -445,7 +446,8 @@ def test_slices_and_volumes_take_the_room_that_they_need(tmp_path):
 def test_a_file_that_grows_while_it_is_read_takes_no_other_files_rows(tmp_path, monkeypatch):
     for i in range(3):
         write(tmp_path / "study" / f"sub-{i}.nii.gz", volume())
-    source = sources.find_source(tmp_path / "study", "coronal", ["1", "0", "0"])
+    everyone = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(3)}}
+    source = sources.find_source(tmp_path / "study", "coronal", known=everyone)
     real = nifti.read_header
     write(tmp_path / "before.nii.gz", volume((20, 5, 28)))
     names = {"sub-1.nii.gz": tmp_path / "before.nii.gz"}
@@ -539,23 +541,180 @@ def test_who_was_trained_on_stays_out_of_the_test_split(study, tmp_path, monkeyp
     assert {name.case for name in found.names} == {"N"}
 
 
-def test_whose_a_file_is(tmp_path):
-    for patient in range(4):
-        for kind in ("T1", "T2"):
-            write(tmp_path / "folders" / f"patient_{patient}" / f"{kind}.nii.gz", volume())
-        write(tmp_path / "bids" / f"sub-pat_{patient}" / "anat" / f"sub-pat_{patient}_T1w.nii.gz", volume())
-        write(tmp_path / "flat" / f"sub-{patient}_ses-1_T1w.nii.gz", volume())
-    for name in ("flat/sub-0_dseg.nii.gz", "flat/labelsTr/x.nii.gz", "flat/sub-1_T1w_reconstruction.nii.gz"):
-        write(tmp_path / name, volume())
-    expected = {
-        "folders": {f"patient_{i}" for i in range(4)},
-        "bids": {f"pat_{i}" for i in range(4)},
-        "flat": set("0123"),
-    }
-    for folder, names in expected.items():
-        source = sources.find_source(tmp_path / folder, "axial")
-        assert set(source.subjects.values()) == names
+PATIENTS = [f"p{i:02d}" for i in range(4)]
+LAYOUTS = {  # paths, and whose they are
+    "sub-": ([f"sub-{p}/anat/sub-{p}_T1w" for p in PATIENTS], PATIENTS),
+    "flat sub-": ([f"sub-{p}_ses-{n}_T1w" for p in PATIENTS for n in (1, 2)], PATIENTS),
+    "a folder each": ([f"{p}/{kind}" for p in PATIENTS for kind in ("T1", "T2")], PATIENTS),
+    "a folder each, other names": ([f"{p}/{p}_{n}" for p in PATIENTS for n in "ab"], PATIENTS),
+    "more sequences than folders": (
+        [f"{p}/{kind}" for p in PATIENTS[:2] for kind in ("T1", "T2", "DWI")],
+        PATIENTS[:2],
+    ),
+    "below one more folder": ([f"images/{p}/T1" for p in PATIENTS], PATIENTS),
+    "a folder a sequence": ([f"{kind}/{p}" for p in PATIENTS for kind in ("T1", "T2")], PATIENTS),
+    "a folder a kind": ([f"{kind}/{p}" for p in PATIENTS for kind in ("native", "enhanced")], PATIENTS),
+    "flat": (PATIENTS, PATIENTS),
+    "HipMRI's names": (["a/Case_004_Week0", "a/Case_004_Week1", "b/Case_005_Week0"], ["004", "005"]),
+    "folders of splits": ([f"{split}/{n}" for split in ("train", "val", "test") for n in "12"], ["1", "2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whose_a_file_is(tmp_path, layout):
+    paths, expected = LAYOUTS[layout]
+    for path in paths:
+        write(tmp_path / "data" / f"{path}.nii.gz", volume((8, 8, 8)))
+    source = sources.find_source(tmp_path / "data", "axial")
+    assert set(source.subjects.values()) == set(expected)
+    for path in paths:
+        whose = source.subjects[tmp_path / "data" / f"{path}.nii.gz"]
+        assert whose in path.replace("Case_", "").replace("sub-", "").replace("_", "/").split("/")
+    example = source.subjects[source.splits["train"][0]]
+    assert "is of" in source.notes[0] and "--split takes a table" in source.notes[0] and example
+
+
+def test_folders_that_are_named_as_splits_are_the_splits(tmp_path):
+    for name in ("train/a/1", "train/b/2", "val/3", "test/4", "test/5"):
+        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
+    source = sources.find_source(tmp_path, "axial")
+    found = {split: [file.name[0] for file in files] for split, files in source.splits.items()}
+    assert found == {"train": ["1", "2"], "validate": ["3"], "test": ["4", "5"]}
+    assert any("those that the folders name" in note for note in source.notes)
+    drawn = sources.find_source(tmp_path, "axial", ["0.6", "0.2", "0.2"])
+    assert len(drawn.splits["train"]) == 3
+    (tmp_path / "6.nii.gz").write_bytes((tmp_path / "val" / "3.nii.gz").read_bytes())
+    assert len(sources.find_source(tmp_path, "axial").splits["train"]) == 4
+
+
+def test_segmentations_and_outputs_are_no_scans(tmp_path):
+    for name in ("sub-0_T1w", "sub-0_dseg", "labelsTr/x", "sub-1_T1w_reconstruction"):
+        write(tmp_path / f"{name}.nii.gz", volume())
+    source = sources.find_source(tmp_path, "axial")
+    assert len(source.subjects) == 1
     assert any("3 file(s) that are named as segmentations or as outputs" in note for note in source.notes)
+
+
+def test_slices_get_the_size_that_most_have(tmp_path):
+    """Not that of the first files, and what is resized by much is told."""
+    write(tmp_path / "d" / "sub-0.nii.gz", volume((20, 24, 3)))
+    for i in range(1, 4):
+        write(tmp_path / "d" / f"sub-{i}.nii.gz", volume((64, 96, 3)))
+    everyone = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(4)}}
+    source = sources.find_source(tmp_path / "d", "axial", known=everyone)
+    slices = dataset.load_split(source, "train", axis="axial", cache_dir=tmp_path, progress=False)
+    assert slices.size == (64, 96)
+    assert any("3 slice(s) of 20 x 24 are resized to 64 x 96" in note for note in slices.notes)
+    slices = dataset.load_split(source, "train", axis="axial", size=(32, 48), cache_dir=tmp_path, progress=False)
+    assert any("9 slice(s) of 64 x 96 are resized to 32 x 48" in note for note in slices.notes)
+
+
+def test_places_in_volumes_are_by_file(tmp_path):
+    """Two volumes of one person are two volumes; 2D slices keep the numbers that their names have."""
+    for depth, name in ((5, "a"), (9, "b")):
+        write(tmp_path / "d" / f"sub-0_{name}.nii.gz", volume((16, 16, depth)))
+    for number in (3, 4, 7):
+        write(tmp_path / "d" / f"case_007_week_0_slice_{number}.nii.gz", volume((16, 16)))
+    files = [path.name for path in (tmp_path / "d").iterdir()]
+    everyone = {"train": {"0": [n for n in files if n[0] == "s"], "007": [n for n in files if n[0] == "c"]}}
+    source = sources.find_source(tmp_path / "d", "axial", known=everyone)
+    slices = dataset.load_split(source, "train", axis="axial", cache_dir=tmp_path, progress=False)
+    expected = [0, 0.25, 1, *np.linspace(0, 1, 5), *np.linspace(0, 1, 9)]
+    np.testing.assert_allclose(slices.positions, expected)
+    assert [slices.names[i].stem for i in (1, 4)] == ["case_007_week_0_slice_4", "sub-0_a_slice_1"]
+
+
+def test_a_run_goes_on_when_scans_have_come(study, tmp_path, monkeypatch, small, own_signals):
+    """With the people that it had, each in the split that it was in."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--data", "study", "--axis", "axial", *small, "--name", "a", "--epochs"]
+    assert train.main([*command, "1"]) == 0
+    before = utils.load_json(tmp_path / "runs" / "a" / "config.json")["scans"]
+    for name in "0Z":  # before and after the others
+        write(study / f"sub-{name}" / f"sub-{name}_T2w.nii.gz", volume() + 50)
+    assert train.main([*command, "2", "--resume"]) == 0
+    assert utils.load_json(tmp_path / "runs" / "a" / "config.json")["scans"] == before
+
+
+def test_an_empty_test_split_is_said(study, tmp_path, monkeypatch, small, own_signals, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sources.DataError, match="Only the last, of the test split, may be 0"):
+        train.main(["--data", "study", "--axis", "axial", "--split", "0.8", "0", "0.2", *small])
+    command = ["--data", "study", "--axis", "axial", "--split", "0.8", "0.2", "0", *small, "--epochs", "1"]
+    assert train.main([*command, "--name", "a"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--run runs/a --split validate")
+    with pytest.raises(sources.DataError, match=r"is in the test split \(train 8, validate 2\): its share was 0"):
+        predict.main(["--run", "runs/a"])
+
+
+def test_what_a_run_was_trained_on_is_told(study, tmp_path, monkeypatch, small, own_signals, capsys):
+    """In scores.csv, with the paths; and slices.csv has which file a slice is of."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", "study", "--axis", "axial", *small, "--epochs", "1", "--name", "a"]) == 0
+    kept = utils.load_json(tmp_path / "runs" / "a" / "config.json")["scans"]
+    assert predict.main(["study", "-o", "out", "--device", "cpu"]) == 0
+    rows = {row["path"]: row["in_training"] for row in rows_of(tmp_path / "out")}
+    trained = {f"study/{file}" for files in kept["train"].values() for file in files}
+    assert {path for path, told in rows.items() if told == "yes"} == trained and len(rows) == 10
+    assert "note: 6 of 10 files are of the run's training" in capsys.readouterr().out
+    assert predict.main(["--run", "runs/a", "--html", "--device", "cpu"]) == 0
+    with open("runs/a/test/slices.csv") as file:
+        slices = [(row["file"], row["slice"]) for row in csv.DictReader(file)]
+    assert len(set(slices)) == len(slices) == 44
+    assert {file for file, _ in slices} == {file for files in kept["test"].values() for file in files}
+    assert f"{slices[0][0]}, slice" in (tmp_path / "runs" / "a" / "report.html").read_text()
+
+
+def test_empty_slices_are_not_scored(tmp_path, reconstruct):
+    array = np.zeros((24, 24, 10), np.int16)
+    array[:, :, 3:7] = volume((24, 24, 4))
+    array[0, 0, 8] = 900  # a slice of next to nothing
+    folder = reconstruct(write(tmp_path / "scan.nii.gz", array), "--axis axial")
+    row = rows_of(folder)[0]
+    assert (row["slices"], row["empty_slices"]) == ("10", "6")
+    back = np.moveaxis(np.asarray(nib.load(folder / "scan_reconstruction.nii.gz").dataobj), 2, 0)[3:7]
+    pair = [torch.from_numpy(x.astype(np.float32))[:, None] for x in (np.moveaxis(array, 2, 0)[3:7], back)]
+    assert float(row["psnr"]) == pytest.approx(float(slice_scores(*pair)["psnr"].mean()), abs=0.02)
+
+
+def test_affines_of_zeros_are_no_matter_in_the_end(tmp_path, run, monkeypatch, small, own_signals):
+    """Slices whose form is of zeros are trained on, and reconstructed by models that know voxel sizes or don't."""
+    for i in range(3):
+        path = write(tmp_path / "d" / f"sub-{i}.nii.gz", volume((32, 32)))
+        image = nib.load(path)
+        header = image.header.copy()
+        header["sform_code"], header["qform_code"] = 2, 0
+        header["srow_x"] = header["srow_y"] = header["srow_z"] = 0
+        path.write_bytes(gzip.compress(bytes(header.binaryblock) + bytes(4) + np.asarray(image.dataobj).tobytes("F")))
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", "d", "--axis", "axial", *small, "--epochs", "1", "--name", "a"]) == 0
+    for folder in ("runs/a", str(run)):
+        assert predict.main(["d", "-o", "out", "--run", folder, "--device", "cpu"]) == 0
+        assert len(rows_of(tmp_path / "out")) == 3
+
+
+def test_headers_that_claim_more_than_files_hold_take_no_room(tmp_path):
+    write(tmp_path / "d" / "sub-0.nii.gz", volume((16, 16, 4)))
+    image = nib.Nifti1Image(np.zeros((16, 16, 4), np.int16), np.eye(4))
+    content = bytearray(image.to_bytes())
+    content[46:48] = (30000).to_bytes(2, "little")  # planes
+    (tmp_path / "d" / "sub-1.nii").write_bytes(content)
+    (tmp_path / "d" / "sub-2.nii.gz").write_bytes(gzip.compress(content))
+    everyone = {"train": {"0": ["sub-0.nii.gz"], "1": ["sub-1.nii"], "2": ["sub-2.nii.gz"]}}
+    source = sources.find_source(tmp_path / "d", "axial", known=everyone)
+    options = {"axis": "axial", "cache_dir": tmp_path, "progress": False}
+    with pytest.raises(sources.DataError, match=r"(?s)2 of the 3 files.*sub-1.nii is truncated.*sub-2.nii.gz is trunc"):
+        dataset.load_split(source, "train", **options)
+    assert len(dataset.load_split(source, "train", skip_bad_files=True, **options)) == 4
+    assert np.load(next(tmp_path.glob("*/pixels.npy")), mmap_mode="r").shape[0] == 6
+
+
+def test_what_is_wrong_with_both_splits_is_told_at_once(tmp_path, write_slices, monkeypatch, small):
+    data = write_slices(tmp_path / "d")
+    for split, case in (("train", "004"), ("validate", "036")):
+        (data / f"keras_slices_{split}" / f"case_{case}_week_0_slice_0.nii.gz").write_bytes(b"")
+    with pytest.raises(sources.DataError, match=r"(?s)of the train split.*of the validate split"):
+        train.main(["--data", str(data), *small, "--dry-run"])
 
 
 def test_names_never_collide(tmp_path):

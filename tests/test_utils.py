@@ -96,10 +96,19 @@ def test_pictures_have_the_bodys_proportions(monkeypatch, tmp_path, size, spacin
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or real(figure, path))
     images = torch.rand(3, 1, *size)
     plots.plot_reconstructions(tmp_path / "a.png", images, images + 0.1, ["a", "b", "c"], "heading", spacing)
+    plots.plot_slices(tmp_path / "b.png", images, ["a", "b", "c"], "heading", spacing=spacing)
+    codes, colours = torch.zeros(size[0] // 4, size[1] // 4, dtype=torch.long), torch.rand(2, 3)
+    plots.plot_code_map(tmp_path / "c.png", images[0], images[0], codes, colours, "title", spacing)
     mm = spacing if spacing and min(spacing) else (1, 1)
     expected = size[1] * mm[1] / (size[0] * mm[0])
     panels = [axis.get_position() for axis in figures[0].axes[:9]]
     width, height = figures[0].get_size_inches()
+    for figure, count in zip(figures[1:], (3, 3), strict=True):
+        assert len(figure.axes) == count
+    for figure in figures:
+        for axis in figure.axes[: 9 if figure is figures[0] else 3]:
+            panel, (wide, high) = axis.get_position(), figure.get_size_inches()
+            assert panel.height * high / (panel.width * wide) == pytest.approx(expected, rel=0.08)  # codes are 4 x 4
     for panel in panels:
         assert panel.height * height / (panel.width * width) == pytest.approx(expected, rel=0.02)
     assert sum(panel.width * panel.height for panel in panels) > 0.5
@@ -116,3 +125,11 @@ def test_precision_of_a_cpu(monkeypatch, feature, expected):
     assert utils.pick_precision("float32", cpu) == "float32"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert utils.pick_precision("auto", cpu) == "float32"
+
+
+def test_long_names_stay_within_their_panels():
+    assert plots._fitted("short\nssim 0.9", 2, 8) == "short\nssim 0.9"
+    name = "sub-0123456789_ses-20240101_acq-sagittal_run-01_T2w_slice_117"
+    found = plots._fitted(f"{name}\nssim 0.9", 2, 8)
+    assert len(found.splitlines()[0]) <= 30 and found.startswith("sub-01") and "slice_117\nssim 0.9" in found
+    assert plots._fitted("$a$", 2, 8) == r"\$a\$"
