@@ -59,6 +59,7 @@ from sources import (
 
 SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
 STD_FLOOR = 0.05  # of the split's median deviation: a nearly empty slice must not have its noise blown up
+TRIM = 16  # pixels of a side, less than which are rather cut off than resampled; strides divide it
 POOL_FROM = 500  # slices: starting processes costs more than decoding fewer than this
 CACHE_FORMAT = 2  # raise it when what is written to the cache changes
 
@@ -80,7 +81,7 @@ class _Preprocessing:
     """What is done to a file's pixels; part of the cache's key."""
 
     form: str  # a key of _DIMENSIONS
-    fit: str  # "resize" or "crop"
+    fit: str  # "resize", "crop" or "trim", see `_cut`
     planes: int  # at most, of a volume, its central ones
     axis: str | int = "coronal"  # along which volumes are cut, as nifti.planes has it
     size: tuple[int, int] = SIZE  # rows and columns that slices are brought to
@@ -115,19 +116,25 @@ def is_empty(image: np.ndarray, level: float) -> bool:
     return bool((image > level).mean() < 0.05)
 
 
-def _cut(shape: Sequence[int], size: tuple[int, int] = SIZE) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the largest centre of size's proportions in (rows, columns)."""
+def _cut(shape: Sequence[int], fit: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of what is taken of (rows, columns) before it is resized to `size`.
+
+    "crop": the largest centre of size's proportions; "trim": the centre of that size, where less than TRIM is cut off
+    of either side; else, and for "resize", all.
+    """
     (rows, columns), ratio = shape, size[0] / size[1]
-    height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
+    height, width = rows, columns
+    if fit == "crop":
+        height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
+    elif fit == "trim" and 0 <= rows - size[0] < TRIM and 0 <= columns - size[1] < TRIM:
+        height, width = size
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
 def _fit(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
-    """Bring a slice to `size`, float64: "resize" squeezes, "crop" first cuts out the centre in proportion."""
-    if fit == "crop":
-        top, left, height, width = _cut(image.shape, size)
-        image = image[top : top + height, left : left + width]
-    image = image.astype(np.float64)
+    """Bring a slice to `size`, float64: what `_cut` takes of it, resized where that has another size."""
+    top, left, height, width = _cut(image.shape, fit, size)
+    image = image[top : top + height, left : left + width].astype(np.float64)
     if image.shape == size:
         return image
     return resize(torch.from_numpy(image)[None], list(size), antialias=True)[0].numpy()
@@ -216,7 +223,7 @@ def slice_affine(
         through = nifti.AXES[axis] if isinstance(axis, str) else axis
         order = [*(i for i in range(3) if i != through), through]
         affine, shape = affine[:, [*order, 3]], [shape[i] for i in order]
-    rows, columns = _cut(shape[:2], size)[2:] if fit == "crop" else shape[:2]
+    rows, columns = _cut(shape[:2], fit, size)[2:]
     affine = affine @ np.diag([rows / size[0], columns / size[1], 1, 1])
     affine[:3, 3] = -affine[:3, :2] @ (np.array(size) - 1) / 2
     return affine
@@ -495,9 +502,8 @@ class Slices(torch.utils.data.Dataset):
                 image = scaled(stored[plane]).astype(np.uint8)
             except (ValueError, IndexError) as error:
                 raise DataError(f"{mask} {error}; expected a segmentation like its image, or none.") from error
-            if self.fit == "crop":
-                top, left, height, width = _cut(image.shape, self.size)
-                image = image[top : top + height, left : left + width]
+            top, left, height, width = _cut(image.shape, self.fit, self.size)
+            image = image[top : top + height, left : left + width]
             image = torch.from_numpy(np.ascontiguousarray(image))[None]
             labels[i] = resize(image, list(self.size), InterpolationMode.NEAREST_EXACT)[0]
         return labels
@@ -613,7 +619,8 @@ def load_split(
 ) -> Slices:
     """Load "train", "validate" or "test" of a `Source`, decoding it into the cache if it isn't there yet.
 
-    fit: "resize" squeezes slices of another size; "crop" first cuts out their centre in proportion. planes: how many
+    fit: "resize" squeezes slices of another size (of scans, less than TRIM pixels a side are cut off instead); "crop"
+    first cuts out their centre in proportion. planes: how many
     central planes of a volume are taken, 1 to 256 (60 of HipMRI's, all of others). axis: along which scans are cut,
     see `nifti.planes`. size: rows and columns, (256, 128) or, of scans, most slices' own, in multiples of 16. workers:
     processes that decode; by default one a core, or none where there is little to do. Raises DataError where the split
@@ -643,7 +650,7 @@ def load_split(
     axis = int(axis) if axis in ("0", "1", "2") else axis or "coronal"
     planes = 1 if source.form == "2D" else planes or {"3D": 60, "scans": nifti.MAX_VOXELS}[source.form]
     if source.form == "scans":
-        size = size or _usual_size(source.splits["train"], axis)
+        size, fit = size or _usual_size(source.splits["train"], axis), "trim" if fit == "resize" else fit
     recipe = _Preprocessing(source.form, fit, planes, axis, tuple(size or SIZE))
     pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)
     if len(bad) and not skip_bad_files:
@@ -663,14 +670,14 @@ def load_split(
 
 
 def _usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
-    """Most slices' size, of some 50 files, to the nearest multiples of 16."""
+    """Most slices' size, of some 50 files, down to multiples of TRIM."""
     found = Counter()
     for file in files[:: -(-len(files) // 50)]:
         with contextlib.suppress(ValueError):  # reading it will say why
             count, *shape = nifti.planes_shape(nifti.read_header(file), axis)
             found[tuple(shape)] += count
     (rows, columns), _ = found.most_common(1)[0] if found else (SIZE, 1)
-    rows, columns = (max(16, round(side / 16) * 16) for side in (rows, columns))
+    rows, columns = (max(TRIM, side // TRIM * TRIM) for side in (rows, columns))
     return rows, columns
 
 
@@ -709,8 +716,9 @@ def _notes(
     rows, columns = recipe.size
     shapes, counts = np.unique(np.stack([records["height"], records["width"]], 1), axis=0, return_counts=True)
     for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
-        stretch = (height / rows) / (width / columns)
-        change, shrunk = max(stretch, 1 / stretch) - 1, (height * width / (rows * columns)) ** 0.5
+        kept = _cut((height, width), recipe.fit, recipe.size)[2:] if recipe.fit == "trim" else (height, width)
+        stretch = (kept[0] / rows) / (kept[1] / columns)
+        change, shrunk = max(stretch, 1 / stretch) - 1, (kept[0] * kept[1] / (rows * columns)) ** 0.5
         if change > 0.05 and recipe.fit == "crop":
             notes.append(f"{split}: {count:,} slice(s) of {height} x {width} lose their edges to --fit crop")
         elif change > 0.05:
