@@ -240,7 +240,7 @@ def find_scans(
     counts = ", ".join(f"{part} {len(found):,}" for part, found in source.splits.items())
     notes = [*notes, f"{counts} scan(s)"]
     trained = {subjects[file] for file in source.splits.get("train", [])}
-    for part in ("validate", "test"):
+    for part in ("validate", "test") if len(names) > 1 else ():  # of one subject it has been said
         if both := sorted(trained & {subjects[file] for file in source.splits.get(part, [])}):
             notes.append(f"warning: {len(both)} subject(s) in both train and {part} ({', '.join(both[:5])}): "
                          "scores are too good")  # fmt: skip
