@@ -53,7 +53,7 @@ pelvis: .venv/runtime       ## resources/pelvis.pt, the model that comes along; 
 brain: .venv/runtime        ## a model of one T1 brain, and what comes back of it; needs $$HIPMRI_REAL_DATA; half an hour
 	@$(have_real_data)
 	rm -rf runs/brain runs/brain_out
-	$(BIN)/python train.py --data $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz --axis coronal --epochs 40 --name brain
+	$(BIN)/python train.py --data $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz --axis coronal --name brain
 	$(BIN)/python predict.py $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz --run runs/brain -o runs/brain_out --export-codes
 	cp runs/brain_out/anat-T1w.png resources/brain.png
 	sed "s|$$HIPMRI_REAL_DATA/||" runs/brain_out/scores.csv > runs/brain_out/kept && mv runs/brain_out/kept benchmarks/results/brain.csv
