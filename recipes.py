@@ -253,7 +253,13 @@ def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path
 def known_scans(run: Path) -> dict[str, dict[str, list[str]]] | None:
     """Which scans were in which split, as `sources.placed` told it to the run's config.json; None: it had no scans."""
     known = utils.load_json(run / "config.json").get("scans")
-    if not (known is None or (isinstance(known, dict) and all(isinstance(those, dict) for those in known.values()))):
+    whole = known is None or (
+        isinstance(known, dict) and known.keys() <= sources.HIPMRI_CASES.keys()
+        and all(isinstance(those, dict) for those in known.values())
+        and all(isinstance(names, list) for those in known.values() for names in those.values())
+        and all(isinstance(name, str) for those in known.values() for names in those.values() for name in names)
+    )  # fmt: skip
+    if not whole:
         raise UserError(f"{run / 'config.json'} has scans {known!r:.80}; expected what train.py writes")
     return known
 

@@ -221,7 +221,7 @@ def find_scans(
     if not files:
         raise DataError(f"no .nii or .nii.gz file in {root}, at any depth; point --data at a folder of scans.")
     subjects, rule = _subjects(files, root)
-    names, of_folders = sorted(set(subjects.values())), _splits_by_folder(files, root)
+    names = sorted(set(subjects.values()))
     notes = [f"{root}: {len(files):,} scan(s) of {len(names):,} subject(s), {rule}"]
     if left:
         notes.append(f"{left:,} file(s) that are named as segmentations or as outputs of predict.py are left out")
@@ -229,8 +229,8 @@ def find_scans(
         chosen = _as_known(known, files, subjects, root, others)
     elif split is not None and len(split) == 1:
         chosen = _read_splits(Path(split[0]), files, subjects, root)
-    elif split is None and of_folders:
-        chosen = of_folders
+    elif split is None and (by_folder := _splits_by_folder(files, root)):
+        chosen = by_folder
         notes.append("the splits are those that the folders name")
     else:
         drawn, several = _draw_splits(names, _shares(split), seed)
@@ -313,19 +313,24 @@ def _splits_by_folder(files: list[Path], root: Path) -> dict[str, list[Path]]:
 def _as_known(
     known: dict, files: list[Path], subjects: dict[Path, str], root: Path, others: bool
 ) -> dict[str, list[Path]]:
-    """The splits of a run; who it was trained on is in no other."""
+    """The splits of a run; who it was trained on is in no other. Its files are whose they were: `subjects` is changed.
+
+    Whose another file is may go by another rule than then: it is no stranger by either.
+    """
     chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
-    places = {(root / name, subject) for those in known.values() for subject, names in those.items() for name in names}
-    trained = set(known.get("train", {}))
+    owners = {split: {root / name: subject for subject, names in those.items() for name in names}
+              for split, those in known.items()}  # fmt: skip
+    trained = set(known.get("train", {})) | {subjects[file] for file in files if file in owners.get("train", {})}
     for file in files:
-        subject = subjects[file]
-        if (file, subject) in places:
-            for split, those in known.items():  # with few subjects, one file is in several
-                if str(file.relative_to(root)) in those.get(subject, []):
-                    chosen[split].append(file)
-        elif others and subject not in trained:
-            for split in ("validate", "test"):
-                chosen[split].append(file)
+        splits = [
+            split for split, those in owners.items() if file in those
+        ]  # with few subjects, one file is in several
+        if splits:
+            subjects[file] = owners[splits[0]][file]
+        elif others and subjects[file] not in trained:
+            splits = ["validate", "test"]
+        for split in splits:
+            chosen[split].append(file)
     return chosen
 
 

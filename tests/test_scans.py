@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import json
 import zipfile
 
 import nibabel as nib
@@ -19,7 +20,7 @@ import train
 import utils
 from metrics import ORGANS, organ_scores, slice_scores
 from modules import VQVAE
-from recipes import load_run_data
+from recipes import known_scans, load_run_data
 from utils import UserError
 
 AFFINE = np.array([[1.7, 0, 0, -20], [0, 1.5, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1.0]])
@@ -577,6 +578,20 @@ def test_whose_a_file_is(tmp_path, layout):
     assert "is of" in source.notes[0] and "--split takes a table" in source.notes[0] and example
 
 
+def test_a_run_knows_its_people_when_the_rule_has_changed(tmp_path):
+    """Files went by their names; with files in folders they go by those, and nobody of training gets into the test."""
+    for name in ("p1/p1_a", "p2/p2_a", "p3/p3_a"):
+        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
+    known = {"train": {"p1_a": ["p1/p1_a.nii.gz"]}, "validate": {"p2_a": ["p2/p2_a.nii.gz"]}}
+    write(tmp_path / "p1" / "p1_b.nii.gz", volume((8, 8, 8)))
+    source = sources.find_source(tmp_path, "axial", known=known)
+    found = {split: [file.name for file in files] for split, files in source.splits.items()}
+    assert found == {
+        "train": ["p1_a.nii.gz"], "validate": ["p2_a.nii.gz", "p3_a.nii.gz"], "test": ["p3_a.nii.gz"]
+    }  # fmt: skip
+    assert sources.placed(source)["train"] == known["train"]
+
+
 def test_folders_that_are_named_as_splits_are_the_splits(tmp_path):
     for name in ("train/a/1", "train/b/2", "val/3", "test/4", "test/5"):
         write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
@@ -625,6 +640,15 @@ def test_places_in_volumes_are_by_file(tmp_path):
     expected = [0, 0.25, 1, *np.linspace(0, 1, 5), *np.linspace(0, 1, 9)]
     np.testing.assert_allclose(slices.positions, expected)
     assert [slices.names[i].stem for i in (1, 4)] == ["case_007_week_0_slice_4", "sub-0_a_slice_1"]
+
+
+@pytest.mark.parametrize(
+    "odd", [7, {"train": 7}, {"train": {"A": 7}}, {"train": {"A": [7]}}, {"else": {"A": ["a.nii"]}}]
+)
+def test_splits_of_a_run_that_are_none(tmp_path, odd):
+    (tmp_path / "config.json").write_text(json.dumps({"scans": odd}))
+    with pytest.raises(UserError, match="expected what train.py writes"):
+        known_scans(tmp_path)
 
 
 def test_a_run_goes_on_when_scans_have_come(study, tmp_path, monkeypatch, small, own_signals):
