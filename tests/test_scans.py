@@ -647,7 +647,7 @@ def test_places_in_volumes_are_by_file(tmp_path):
 )
 def test_splits_of_a_run_that_are_none(tmp_path, odd):
     (tmp_path / "config.json").write_text(json.dumps({"scans": odd}))
-    with pytest.raises(UserError, match="expected what train.py writes"):
+    with pytest.raises(UserError, match="expected what train"):
         known_scans(tmp_path)
 
 
