@@ -50,13 +50,16 @@ pelvis: .venv/runtime       ## resources/pelvis.pt, the model that comes along; 
 	$(BIN)/python resources/make_pelvis.py
 	$(call keep_scores,pelvis)
 
-brain: .venv/runtime        ## a model of one T1 brain, and what comes back of it; needs $$HIPMRI_REAL_DATA; half an hour
+BRAIN = $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz
+brain: .venv/runtime        ## a model of one T1 brain, and what it and pelvis.pt make of it; needs $$HIPMRI_REAL_DATA; half an hour
 	@$(have_real_data)
 	rm -rf runs/brain runs/brain_out
-	$(BIN)/python train.py --data $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz --axis coronal --name brain
-	$(BIN)/python predict.py $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz --run runs/brain -o runs/brain_out --export-codes
+	$(BIN)/python train.py --data $(BRAIN) --axis coronal --name brain
+	$(BIN)/python predict.py $(BRAIN) --run runs/brain -o runs/brain_out --export-codes
+	$(BIN)/python predict.py $(BRAIN) --runs-dir resources -o runs/brain_out/pelvis --export-codes
 	cp runs/brain_out/anat-T1w.png resources/brain.png
-	sed "s|$$HIPMRI_REAL_DATA/||" runs/brain_out/scores.csv > runs/brain_out/kept && mv runs/brain_out/kept benchmarks/results/brain.csv
+	sed "s|$$HIPMRI_REAL_DATA/||" runs/brain_out/scores.csv > benchmarks/results/brain.csv
+	sed "s|$$HIPMRI_REAL_DATA/||" runs/brain_out/pelvis/scores.csv > benchmarks/results/brain_by_pelvis.csv
 
 faults: .venv/dev           ## 50 kills at random moments, and what was lost: ten minutes
 	$(BIN)/python benchmarks/faults.py
