@@ -58,8 +58,8 @@ brain: .venv/runtime        ## a model of one T1 brain, and what it and pelvis.p
 	$(BIN)/python predict.py $(BRAIN) --run runs/brain -o runs/brain_out --export-codes
 	$(BIN)/python predict.py $(BRAIN) --runs-dir resources -o runs/brain_out/pelvis --export-codes
 	cp runs/brain_out/anat-T1w.png resources/brain.png
-	sed "s|$$HIPMRI_REAL_DATA/||" runs/brain_out/scores.csv > benchmarks/results/brain.csv
-	sed "s|$$HIPMRI_REAL_DATA/||" runs/brain_out/pelvis/scores.csv > benchmarks/results/brain_by_pelvis.csv
+	sed "s|,[^,]*/brain_volume/|,brain_volume/|" runs/brain_out/scores.csv > benchmarks/results/brain.csv
+	sed "s|,[^,]*/brain_volume/|,brain_volume/|" runs/brain_out/pelvis/scores.csv > benchmarks/results/brain_by_pelvis.csv
 
 faults: .venv/dev           ## 50 kills at random moments, and what was lost: ten minutes
 	$(BIN)/python benchmarks/faults.py

@@ -59,7 +59,6 @@ from sources import (
 
 SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
 STD_FLOOR = 0.05  # of the split's median deviation: a nearly empty slice must not have its noise blown up
-TRIM = 16  # pixels of a side, less than which are rather cut off than resampled; strides divide it
 POOL_FROM = 500  # slices: starting processes costs more than decoding fewer than this
 CACHE_FORMAT = 2  # raise it when what is written to the cache changes
 
@@ -119,14 +118,14 @@ def is_empty(image: np.ndarray, level: float) -> bool:
 def _cut(shape: Sequence[int], fit: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Top, left, height and width of what is taken of (rows, columns) before it is resized to `size`.
 
-    "crop": the largest centre of size's proportions; "trim": the centre of that size, where less than TRIM is cut off
-    of either side; else, and for "resize", all.
+    "crop": the largest centre of size's proportions; "trim": the centre of that size, where at most a tenth of either
+    side is cut off; else, and for "resize", all.
     """
     (rows, columns), ratio = shape, size[0] / size[1]
     height, width = rows, columns
     if fit == "crop":
         height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
-    elif fit == "trim" and 0 <= rows - size[0] < TRIM and 0 <= columns - size[1] < TRIM:
+    elif fit == "trim" and 0 <= rows - size[0] <= rows // 10 and 0 <= columns - size[1] <= columns // 10:
         height, width = size
     return (rows - height) // 2, (columns - width) // 2, height, width
 
@@ -609,7 +608,7 @@ def load_split(
     split: str,
     *,
     cache_dir: str | Path | None = None,
-    fit: str = "resize",
+    fit: str | None = None,
     planes: int | None = None,
     axis: str | int | None = None,
     size: Sequence[int] | None = None,
@@ -619,24 +618,28 @@ def load_split(
 ) -> Slices:
     """Load "train", "validate" or "test" of a `Source`, decoding it into the cache if it isn't there yet.
 
-    fit: "resize" squeezes slices of another size (of scans, less than TRIM pixels a side are cut off instead); "crop"
-    first cuts out their centre in proportion. planes: how many
+    fit: "resize" squeezes slices of another size; "crop" first cuts out their centre in proportion; "trim", which scans
+    get by default, cuts off a few pixels and squeezes only what is of quite another size. planes: how many
     central planes of a volume are taken, 1 to 256 (60 of HipMRI's, all of others). axis: along which scans are cut,
     see `nifti.planes`. size: rows and columns, (256, 128) or, of scans, most slices' own, in multiples of 16. workers:
     processes that decode; by default one a core, or none where there is little to do. Raises DataError where the split
     is missing, where files are bad (all are listed; `skip_bad_files` goes on without them) and where the cache can't
     be written.
     """
-    if split not in HIPMRI_CASES or fit not in ("resize", "crop") or not 1 <= (60 if planes is None else planes) <= 256:
+    if (
+        split not in HIPMRI_CASES
+        or fit not in (None, "resize", "crop", "trim")
+        or not 1 <= (60 if planes is None else planes) <= 256
+    ):
         raise DataError(
             f"split is {split!r}, fit {fit!r} and planes {planes}; expected a split of "
-            "train, validate, test, a fit of resize, crop, and 1 to 256 planes."
+            "train, validate, test, a fit of resize, crop, trim, and 1 to 256 planes."
         )
     if not source.splits.get(split) and source.form == "scans":
         have = ", ".join(f"{part} {len(files):,}" for part, files in source.splits.items())
         raise DataError(
             f"no scan of {source.root} is in the {split} split ({have}): its share was 0, or no row of the table, no "
-            "folder and no run has put one there."
+            "folder and no run has put one there. Give --split other shares or a table, or a folder that is named so."
         )
     if not source.splits.get(split):
         found, cases = "\n".join(describe(source.root)), HIPMRI_CASES[split]
@@ -650,8 +653,8 @@ def load_split(
     axis = int(axis) if axis in ("0", "1", "2") else axis or "coronal"
     planes = 1 if source.form == "2D" else planes or {"3D": 60, "scans": nifti.MAX_VOXELS}[source.form]
     if source.form == "scans":
-        size, fit = size or _usual_size(source.splits["train"], axis), "trim" if fit == "resize" else fit
-    recipe = _Preprocessing(source.form, fit, planes, axis, tuple(size or SIZE))
+        size, fit = size or _usual_size(source.splits.get("train") or source.splits[split], axis), fit or "trim"
+    recipe = _Preprocessing(source.form, fit or "resize", planes, axis, tuple(size or SIZE))
     pixels, records, bad = _cached(source, split, recipe, _cache_root(cache_dir), workers, progress)
     if len(bad) and not skip_bad_files:
         raise _unusable(source, split, bad)
@@ -670,14 +673,16 @@ def load_split(
 
 
 def _usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
-    """Most slices' size, of some 50 files, down to multiples of TRIM."""
+    """Most slices' size, of some 50 files, in multiples of 16: below, where `_cut` trims that little, or nearest."""
     found = Counter()
     for file in files[:: -(-len(files) // 50)]:
         with contextlib.suppress(ValueError):  # reading it will say why
             count, *shape = nifti.planes_shape(nifti.read_header(file), axis)
             found[tuple(shape)] += count
     (rows, columns), _ = found.most_common(1)[0] if found else (SIZE, 1)
-    rows, columns = (max(TRIM, side // TRIM * TRIM) for side in (rows, columns))
+    below = [(side // 16 * 16, max(16, round(side / 16) * 16)) for side in (rows, columns)]
+    rows, columns = (low if side - low <= side // 10 else nearest
+                     for side, (low, nearest) in zip((rows, columns), below, strict=True))  # fmt: skip
     return rows, columns
 
 
@@ -716,9 +721,13 @@ def _notes(
     rows, columns = recipe.size
     shapes, counts = np.unique(np.stack([records["height"], records["width"]], 1), axis=0, return_counts=True)
     for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
-        kept = _cut((height, width), recipe.fit, recipe.size)[2:] if recipe.fit == "trim" else (height, width)
-        stretch = (kept[0] / rows) / (kept[1] / columns)
-        change, shrunk = max(stretch, 1 / stretch) - 1, (kept[0] * kept[1] / (rows * columns)) ** 0.5
+        *_, tall, wide = (
+            (0, 0, height, width) if recipe.fit == "crop" else _cut((height, width), recipe.fit, recipe.size)
+        )
+        stretch = (tall / rows) / (wide / columns)
+        change, shrunk = max(stretch, 1 / stretch) - 1, (tall * wide / (rows * columns)) ** 0.5
+        if (tall, wide) != (height, width):
+            notes.append(f"{split}: {count:,} slice(s) of {height} x {width} are cut to {tall} x {wide}")
         if change > 0.05 and recipe.fit == "crop":
             notes.append(f"{split}: {count:,} slice(s) of {height} x {width} lose their edges to --fit crop")
         elif change > 0.05:

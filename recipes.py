@@ -48,9 +48,10 @@ RECIPES = {
     "refine_channels":     (0,          16,       ANY,                    "of one more, full-size convolution"),
 }  # fmt: skip
 DEFAULTS = {
-    "data": None, "axis": None, "split": None, "size": None, "fit": "resize", "planes": None, "skip_bad_files": False,
-    "cache_dir": None, "recipe": "tuned", "name": None, "runs_dir": "runs", "resume": False, "dry_run": False,
-    "plot_every": 10, "device": "auto", "precision": "auto", "compile": None, "deterministic": False, "seed": 0,
+    "data": None, "axis": None, "split": None, "subjects": None, "size": None, "fit": None, "planes": None,
+    "skip_bad_files": False, "cache_dir": None, "recipe": "tuned", "name": None, "runs_dir": "runs", "resume": False,
+    "dry_run": False, "plot_every": 10, "device": "auto", "precision": "auto", "compile": None, "deterministic": False,
+    "seed": 0,
 }  # fmt: skip
 KINDS = {"compile": bool, "split": list, "size": list, "planes": int}  # of what has no default; all others: str
 # What --resume may change; anything else would make it another run.
@@ -71,8 +72,14 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     axes = ("coronal", "sagittal", "axial", "0", "1", "2")
     flag("--axis", choices=axes, help="scans of any kind, cut this way: by the affine, or as stored")
     flag("--split", nargs="+", metavar="S", help="of scans: three shares of subjects, or a CSV file (0.8 0.1 0.1)")
+    flag(
+        "--subjects",
+        metavar="REGEX",
+        help="of scans: what finds in a path whose it is (sub-<name>, else the file's name)",
+    )
     flag("--size", nargs=2, type=int, metavar=("H", "W"), help="of slices (256 128; of scans, most slices' own)")
-    flag("--fit", choices=("resize", "crop"), help="what is of another size: resize it, or centre-crop (resize)")
+    flag("--fit", choices=("resize", "crop", "trim"), help="what is of another size: resize it, centre-crop it, or cut "
+         "off a few pixels and resize only what is of quite another (resize; scans trim)")  # fmt: skip
     flag("--planes", type=int, help="of volumes, how many central planes are slices (HipMRI 60, scans all)")
     flag("--skip-bad-files", action="store_true", help="go on without files that can't be used, and count them")
     flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
@@ -264,14 +271,14 @@ def known_scans(run: Path) -> dict[str, dict[str, list[str]]] | None:
     return known
 
 
-def training_files(run: Path) -> set[Path]:
-    """The files that a run was trained on, links followed; none where they are no longer where they were."""
+def training_files(run: Path) -> set[Path] | None:
+    """The files that a run was trained on, links followed; None where they are no longer where they were."""
     try:
         arguments = read_arguments(run, with_defaults("tuned", {}))
-        chosen = [arguments.get(name) for name in ("axis", "split", "seed")]
+        chosen = [arguments.get(name) for name in ("axis", "split", "seed", "subjects")]
         source = sources.find_source(arguments.get("data") or "", *chosen, known_scans(run), others=False)
-    except (UserError, sources.DataError):
-        return set()
+    except (UserError, sources.DataError, OSError):
+        return None
     return {file.resolve() for file in source.splits.get("train", [])}
 
 
@@ -286,7 +293,7 @@ def load_run_data(
     print(line if data else f"data: {root} (the run's own)")
     known = known_scans(run)
     axis, parts = trained_with.get("axis"), None if known else trained_with.get("split")
-    source = sources.find_source(root, axis, parts, trained_with.get("seed", 0), known)
+    source = sources.find_source(root, axis, parts, trained_with.get("seed", 0), trained_with.get("subjects"), known)
     options = {key: trained_with[key] for key in ("fit", "planes", "axis", "size") if key in trained_with}
     options["skip_bad_files"] = skip_bad_files or trained_with.get("skip_bad_files", False)
     slices = dataset.load_split(source, split, cache_dir=cache_dir or trained_with.get("cache_dir"), **options)

@@ -245,7 +245,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     axis = int(args.axis) if args.axis in ("0", "1", "2") else args.axis or slices["axis"]
     size = tuple(slices["size"]) if args.resize else None
-    learned = training_files(run) if (run := pick_run(args)) else set()
+    learned = training_files(run) if not args.from_codes and (run := pick_run(args)) else None
     for file, name in zip(bar := tqdm(files, unit=" files"), output_names(files), strict=True):
         try:
             if args.from_codes:
@@ -257,14 +257,18 @@ def reconstruct(args: argparse.Namespace) -> int:
             if (warning := strange_spacing(scan, slices["spacing"])) and not size:
                 bar.write(f"warning: {sources.printable(str(file))}: {warning}")
             row = reconstruct_file(model, file, scan, name, args, size)
-            rows.append(row | {"in_training": "yes" if file.resolve() in learned else ""})
+            rows.append(
+                row | {"in_training": "unknown" if learned is None else ("no", "yes")[file.resolve() in learned]}
+            )
+            if row["empty_slices"] == row["slices"]:
+                bar.write(f"note: {name} has no slice that shows anything: no picture, and no scores")
         except ValueError as error:
             bad.append(sources.printable(f"{file} {error}"))
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))  # organs are not in every file
         utils.save_csv(Path(args.out) / "scores.csv", [{name: row.get(name, "") for name in names} for row in rows])
         print_rows(rows)
-        if count := sum(bool(row["in_training"]) for row in rows):
+        if count := sum(row["in_training"] == "yes" for row in rows):
             print(
                 f"note: {count} of {len(rows)} files are of the run's training: scores on them say nothing about others"
             )

@@ -32,7 +32,6 @@ _SPLIT_OF = {"train": "train", "training": "train", "val": "validate", "valid": 
 _SPLIT_OF |= {"validation": "validate", "test": "test", "testing": "test"}
 _NIFTI = re.compile(r"\.nii(?:\.gz)?$", re.I)
 _MASK = re.compile(r"seg_|.*semantic", re.I)
-_SEQUENCE = re.compile(r"(t[12]|pd|flair|dwi|adc|dce|swi|bold|asl|tof|mra|mri?|ct|pet)(?![a-z]{3})", re.I)
 _NAME = re.compile(r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I)
 
 
@@ -188,28 +187,30 @@ def find_splits(root: str | Path) -> Source:
 
 
 def find_source(
-    root: str | Path, axis: str | None = None, split: Sequence | None = None, seed: int = 0, known: dict | None = None,
-    others: bool = True,
+    root: str | Path, axis: str | None = None, split: Sequence | None = None, seed: int = 0,
+    subjects: str | None = None, known: dict | None = None, others: bool = True,
 ) -> Source:  # fmt: skip
     """`find_splits`, or, where an axis is named, `find_scans`. Raises DataError."""
     if axis is not None:
-        return find_scans(root, split, seed, known, others)
-    if split is not None:
-        raise DataError("--split is for scans of any kind, which --axis asks for: name both, or neither.")
+        return find_scans(root, split, seed, subjects, known, others)
+    if split is not None or subjects is not None:
+        raise DataError("--split and --subjects are for scans of any kind, which --axis asks for: name it, or neither.")
     return find_splits(root)
 
 
 def find_scans(
-    root: str | Path, split: Sequence | None = None, seed: int = 0, known: dict | None = None, others: bool = True
-) -> Source:
+    root: str | Path, split: Sequence | None = None, seed: int = 0, pattern: str | None = None,
+    known: dict | None = None, others: bool = True,
+) -> Source:  # fmt: skip
     """Any NIfTI files, volumes or slices, in a folder at any depth, or a single file; split by subject.
 
     split: shares of the subjects, (0.8, 0.1, 0.1) by default, drawn by the seed; or a CSV file, which has the columns
     `split` and `subject` or `file` (a path within the folder). Files that it does not name are left out. Without it,
-    folders that are named as splits (train, val, test ...) are the splits, where all files are in such.
+    folders that are named as splits (train, val, test ...) are the splits.
+    pattern: a regular expression that finds in a path whose scan it is, see `_owner`.
     known: {split: {subject: [file within the folder]}} of a run, as `placed` gives it: its files stay where they were,
     and scans of nobody it was trained on, which have come since or are in another folder, are in validate and test,
-    or, without `others`, left out. Whose a file is: see `_subjects`. Raises DataError.
+    or, without `others`, left out. Raises DataError.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if root.is_file():
@@ -220,30 +221,38 @@ def find_scans(
         left = len(found) - len(files)
     if not files:
         raise DataError(f"no .nii or .nii.gz file in {root}, at any depth; point --data at a folder of scans.")
-    subjects, rule = _subjects(files, root)
-    names = sorted(set(subjects.values()))
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise DataError(f"--subjects {pattern!r} is no regular expression: {error}.") from error
+    by_folder = {} if known or split is not None else _splits_by_folder(files, root)
+    drawing = not known and not by_folder and not (split is not None and len(split) == 1)
+    subjects, rule = _subjects(files, root, pattern, needed=drawing)
+    names, several = sorted(set(subjects.values())), []
     notes = [f"{root}: {len(files):,} scan(s) of {len(names):,} subject(s), {rule}"]
     if left:
         notes.append(f"{left:,} file(s) that are named as segmentations or as outputs of predict.py are left out")
     if known:
         chosen = _as_known(known, files, subjects, root, others)
-    elif split is not None and len(split) == 1:
-        chosen = _read_splits(Path(split[0]), files, subjects, root)
-    elif split is None and (by_folder := _splits_by_folder(files, root)):
+    elif by_folder:
         chosen = by_folder
         notes.append("the splits are those that the folders name")
-    else:
+    elif drawing:
         drawn, several = _draw_splits(names, _shares(split), seed)
         notes += several
         chosen = {part: [file for file in files if subjects[file] in drawn[part]] for part in drawn}
+    else:
+        chosen = _read_splits(Path(split[0]), files, subjects, root)
     source = Source(root, "scans", {part: found for part, found in chosen.items() if found}, notes, subjects)
     counts = ", ".join(f"{part} {len(found):,}" for part, found in source.splits.items())
     notes = [*notes, f"{counts} scan(s)"]
     trained = {subjects[file] for file in source.splits.get("train", [])}
-    for part in ("validate", "test") if len(names) > 1 else ():  # of one subject it has been said
+    for part in ("validate", "test"):
+        if several:  # of few subjects it has been said
+            break
         if both := sorted(trained & {subjects[file] for file in source.splits.get(part, [])}):
             notes.append(f"warning: {len(both)} subject(s) in both train and {part} ({', '.join(both[:5])}): "
-                         "scores are too good")  # fmt: skip
+                         "if these are the same people, scores are too good")  # fmt: skip
     return replace(source, notes=notes)
 
 
@@ -263,51 +272,74 @@ def placed(source: Source) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _subjects(files: list[Path], root: Path) -> tuple[dict[Path, str], str]:
-    """Whose each file is, and a line that says by which rule, with examples.
+def _owner(file: Path, root: Path, pattern: str | None) -> str | None:
+    """Whose a file is, by what its path says: what `pattern` finds there, or `sub-<name>`, or the case of its name."""
+    path = file.relative_to(root)
+    if pattern:
+        found = re.search(pattern, path.as_posix())
+        return found and (found[1] if found.re.groups else found[0])
+    bids = [part[4:] for part in path.parts[:-1] if part.startswith("sub-")]
+    bids += re.findall("^sub-([A-Za-z0-9]+)", file.name)
+    name = parse_name(file)
+    return bids[0] if bids else name.case if name.case != name.stem else None
 
-    `sub-<name>` in its path, as BIDS has it; else the case of a name like HipMRI's; else, where files are in several
-    folders, the first of its folders that not all of them are in (two people taken for one do no harm, one person taken
-    for two does); but its name, where the same names are in several folders, as in T1/p01.nii.gz, T2/p01.nii.gz.
+
+def _subjects(files: list[Path], root: Path, pattern: str | None, needed: bool) -> tuple[dict[Path, str], str]:
+    """Whose each file is, and a line that says how that was told, with an example.
+
+    Where its path does not say (see `_owner`), files in one folder are each somebody's, and in several its folder says;
+    but if it is `needed` to know, and a folder has several, a DataError: a wrong guess would put one person into two
+    splits.
     """
-    found: dict[Path, str] = {}
-    rules: dict[str, str] = {}  # each, and an example of it
-    unnamed: dict[Path, list[str]] = {}  # their folders below root, without those that name splits
-    for file in files:
-        folders = list(file.relative_to(root).parts[:-1])
-        bids = [part[4:] for part in folders if part.startswith("sub-")] or re.findall("^sub-([A-Za-z0-9]+)", file.name)
-        name = parse_name(file)
-        if bids or name.case != name.stem:
-            found[file] = bids[0] if bids else name.case
-            rules.setdefault("sub-<name> in the path" if bids else "the case in the name", str(file.relative_to(root)))
-        else:
-            unnamed[file] = [part for part in folders if not (_split_of(Path(part)) or _NIFTI.search(part))]
-    while unnamed and all(unnamed.values()) and len({folders[0] for folders in unnamed.values()}) == 1:
-        unnamed = {file: folders[1:] for file, folders in unnamed.items()}
-    stems = {file: parse_name(file).stem for file in unnamed}
-    tops = {file: folders[0] for file, folders in unnamed.items() if folders}
-    alike = Counter(stem for stem, _ in {(stems[file], top) for file, top in tops.items()})
-    by_folder = not any(count > 1 for count in alike.values())
-    if tops and not by_folder:
-        sequences = [any(map(_SEQUENCE.match, names)) for names in (alike, set(tops.values()))]
-        by_folder = sequences[0] if sequences[0] != sequences[1] else len(set(tops.values())) >= len(alike)
-    for file, stem in stems.items():
-        found[file] = tops[file] if by_folder and file in tops else stem
-        rules.setdefault("the folder" if by_folder and file in tops else "the name", str(file.relative_to(root)))
-    found = {file: printable(found[file]) for file in files}
-    told = "; ".join(f"by {rule}: {example} is of {found[root / example]}" for rule, example in rules.items())
-    return found, printable(f"{told} (--split takes a table, if that is wrong)")
+    owners = {file: _owner(file, root, pattern) for file in files}
+    unknown = [file for file in files if not owners[file]]
+    if unknown and pattern and needed:
+        names = listing([str(file.relative_to(root)) for file in unknown], most=5)
+        raise DataError(f"--subjects {pattern!r} finds nothing in the path of {len(unknown)} scan(s):\n{names}\n"
+                        "expected a regular expression that finds in each path whose scan it is.")  # fmt: skip
+    paths = {file: [part for part in file.relative_to(root).parts if not _split_of(Path(part))] for file in unknown}
+    while paths and min(map(len, paths.values())) > 1 and len({parts[0] for parts in paths.values()}) == 1:
+        paths = {file: parts[1:] for file, parts in paths.items()}  # a folder that all are in tells nobody's name
+    tops = Counter(parts[0] if len(parts) > 1 else None for parts in paths.values())
+    if needed and len(tops) > 1 and max(tops.values()) > 1:
+        some = next(file for file in unknown if len(paths[file]) > 1).relative_to(root)
+        shared, folders = os.path.commonpath([file.parent for file in unknown]), len(set(tops) - {None})
+        start = "".join(f"{re.escape(part)}/" for part in Path(shared).relative_to(root).parts)
+        raise DataError(
+            f"whose scan is whose can't be told in {root}: {len(unknown)} files in {folders} folders, such as {some}, "
+            "and no sub-<name> in their paths. Say it, so that nobody gets into two splits, by a regular expression:\n"
+            f"  --subjects '^{start}([^/]+)/'   each of these folders is somebody's\n"
+            "  --subjects '([^/]+)\\.nii'   each name is somebody's, in whatever folder\n"
+            "  --subjects 'IXI\\d+'   whatever in a path is of this kind\n"
+            "or by a table: --split splits.csv, with columns split and file."
+        )
+    by_folder = len(tops) > 1
+    for file in unknown:
+        stem = _NIFTI.sub("", paths[file][-1])
+        owners[file] = paths[file][0] if by_folder and len(paths[file]) > 1 else stem
+    subjects = {file: printable(owner or "") for file, owner in owners.items()}
+    told = f"{files[0].relative_to(root)} is of {subjects[files[0]]}"
+    if unknown and needed and len(files) > 1:
+        told += "; each file is taken for another person's (--subjects tells it otherwise)"
+    return subjects, printable(told)
 
 
 def _splits_by_folder(files: list[Path], root: Path) -> dict[str, list[Path]]:
-    """The splits that folders name, where every file is below such a folder, and not all below one; else none."""
-    chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    """The splits that folders name, if at least two are; then every file must be below one. Else none."""
+    chosen: dict[str | None, list[Path]] = {split: [] for split in (*HIPMRI_CASES, None)}
     for file in files:
         named = [split for part in file.relative_to(root).parts[:-1] if (split := _split_of(Path(part)))]
-        if not named:
-            return {}
-        chosen[named[0]].append(file)
-    return chosen if sum(map(bool, chosen.values())) > 1 else {}
+        chosen[named[0] if named else None].append(file)
+    others = chosen.pop(None)
+    if sum(map(bool, chosen.values())) < 2:
+        return {}
+    if others:
+        raise DataError(
+            f"{len(others)} scan(s) of {root} are in none of the folders that are named as splits:\n"
+            f"{listing([str(file.relative_to(root)) for file in others], most=5)}\nMove them away, or say with --split "
+            "0.8 0.1 0.1, or a CSV file, what the splits are."
+        )
+    return chosen
 
 
 def _as_known(
@@ -315,19 +347,19 @@ def _as_known(
 ) -> dict[str, list[Path]]:
     """The splits of a run; who it was trained on is in no other. Its files are whose they were: `subjects` is changed.
 
-    Whose another file is may go by another rule than then: it is no stranger by either.
+    Another file is no stranger if its name, or a folder that it is in, is called as somebody of training is.
     """
     chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
     owners = {split: {root / name: subject for subject, names in those.items() for name in names}
               for split, those in known.items()}  # fmt: skip
-    trained = set(known.get("train", {})) | {subjects[file] for file in files if file in owners.get("train", {})}
+    trained = set(known.get("train", {}))
     for file in files:
         splits = [
             split for split, those in owners.items() if file in those
         ]  # with few subjects, one file is in several
         if splits:
             subjects[file] = owners[splits[0]][file]
-        elif others and subjects[file] not in trained:
+        elif others and not trained & {subjects[file], parse_name(file).stem, *file.relative_to(root).parts}:
             splits = ["validate", "test"]
         for split in splits:
             chosen[split].append(file)
@@ -340,7 +372,7 @@ def _shares(split: Sequence | None) -> list[float]:
         shares = [float(share) for share in (split or (0.8, 0.1, 0.1))]
     except (TypeError, ValueError):
         shares = []
-    if len(shares) != 3 or min(shares) < 0 or not shares[0] * shares[1] or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != 3 or not min(shares) >= 0 or not shares[0] * shares[1] or not abs(sum(shares) - 1) <= 1e-6:
         given = " ".join(map(str, split or []))
         raise DataError(
             f"--split is {given}; expected three shares that add up to 1, such as 0.8 0.1 0.1, or a CSV file. Only the "

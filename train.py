@@ -53,7 +53,7 @@ def load_data(args: dict, given: dict, known: dict | None = None) -> tuple[datas
         if "epochs" not in given:
             args["epochs"] = SAMPLE_EPOCHS
             print(f"training {SAMPLE_EPOCHS} epochs on it; --epochs trains longer")
-    source = sources.find_source(root, args["axis"], args["split"], args["seed"], known, others=False)
+    source = sources.find_source(root, args["axis"], args["split"], args["seed"], args["subjects"], known, others=False)
     options = {key: args[key] for key in ("cache_dir", "fit", "planes", "axis", "size", "skip_bad_files")}
     loaded, errors = [], []
     for split in ("train", "validate"):
@@ -69,8 +69,8 @@ def load_data(args: dict, given: dict, known: dict | None = None) -> tuple[datas
     if validation.constant.all():
         raise UserError(f"all {len(validation)} validation slices are constant: no checkpoint could be chosen by them")
     args["data"] = str(Path(root if source.form == "scans" else source.root).resolve())
-    args["size"] = list(train.size)
-    return train, validation, sources.placed(source) if source.form == "scans" else {}
+    args["size"], args["fit"] = list(train.size), train.fit
+    return train, validation, known or (sources.placed(source) if source.form == "scans" else {})
 
 
 # ---------------------------------------------------------------- the run

@@ -188,7 +188,9 @@ def test_paths_that_hold_nothing(tmp_path, monkeypatch, command, message):
 
 @pytest.mark.parametrize(("command", "message"), [
     (["scan.nii"], "say with -o where"), (["--error-map"], "--error-map is for your own files"),
-    (["-o", "x"], "--out is for your own files"),
+    (["-o", "x"], "--out is for your own files"), (["scan.nii", "-o", "x", "--html"], "--html is for a split"),
+    (["scan.nii", "-o", "x", "--split", "train"], "--split is for a split"),
+    (["--export", "-o", "x", "--data", "y"], "--data is for a split"),
 ])  # fmt: skip
 def test_flags_that_belong_together(capsys, command, message):
     with pytest.raises(SystemExit):
@@ -402,21 +404,18 @@ def test_too_few_subjects_are_told(study, count):
     assert (source.splits["train"] == source.splits["test"]) == (count == 1)
 
 
-@pytest.mark.parametrize(("axis", "count"), [("sagittal", 16), ("coronal", 19), ("axial", 22), ("2", 22)])
-def test_scans_are_cut_and_empty_slices_left_out(study, tmp_path, axis, count):
+@pytest.mark.parametrize(("axis", "count", "size"), [
+    ("sagittal", 16, (32, 32)), ("coronal", 19, (16, 32)), ("axial", 22, (16, 32)), ("2", 22, (16, 32)),
+])  # fmt: skip
+def test_scans_are_cut_and_empty_slices_left_out(study, tmp_path, axis, count, size):
     source = sources.find_source(study, axis)
     train_slices = dataset.load_split(source, "train", axis=axis, cache_dir=tmp_path / "cache", progress=False)
-    assert len(train_slices) == 6 * count and train_slices.size == (16, 16)  # their own, down to multiples of 16
+    assert len(train_slices) == 6 * count and train_slices.size == size
     through = int(axis) if axis == "2" else nifti.AXES[axis]
     plane = np.moveaxis(nib.load(train_slices.files[0]).get_fdata(), through, 0)[train_slices.names[0].slice]
     resized = dataset.load_split(source, "train", axis=axis, size=plane.shape, cache_dir=tmp_path / "c", progress=False)
     expected = torch.from_numpy((plane - plane.mean()) / plane.std()).float()
     torch.testing.assert_close(resized[0][0], expected, atol=1e-3, rtol=0)
-    top, left = ((side - 16) // 2 for side in plane.shape)
-    inside = plane[top : top + 16, left : left + 16]  # the rest is cut off, nothing is resampled
-    expected = torch.from_numpy((inside - inside.mean()) / inside.std()).float()
-    torch.testing.assert_close(train_slices[0][0], expected, atol=1e-3, rtol=0)
-    np.testing.assert_allclose(train_slices.description["spacing"], np.delete([1.7, 1.5, 2.0], through), rtol=1e-5)
     spacing = np.delete([1.7, 1.5, 2.0], through)
     np.testing.assert_allclose(resized.description["spacing"], spacing, rtol=1e-5)
 
@@ -546,50 +545,60 @@ def test_who_was_trained_on_stays_out_of_the_test_split(study, tmp_path, monkeyp
 
 
 PATIENTS = [f"p{i:02d}" for i in range(4)]
-LAYOUTS = {  # paths, and whose they are
-    "sub-": ([f"sub-{p}/anat/sub-{p}_T1w" for p in PATIENTS], PATIENTS),
-    "flat sub-": ([f"sub-{p}_ses-{n}_T1w" for p in PATIENTS for n in (1, 2)], PATIENTS),
-    "a folder each": ([f"{p}/{kind}" for p in PATIENTS for kind in ("T1", "T2")], PATIENTS),
-    "a folder each, other names": ([f"{p}/{p}_{n}" for p in PATIENTS for n in "ab"], PATIENTS),
-    "more sequences than folders": (
-        [f"{p}/{kind}" for p in PATIENTS[:2] for kind in ("T1", "T2", "DWI")],
-        PATIENTS[:2],
-    ),
-    "below one more folder": ([f"images/{p}/T1" for p in PATIENTS], PATIENTS),
-    "a folder a sequence": ([f"{kind}/{p}" for p in PATIENTS for kind in ("T1", "T2")], PATIENTS),
-    "a folder a kind": ([f"{kind}/{p}" for p in PATIENTS for kind in ("native", "enhanced")], PATIENTS),
-    "flat": (PATIENTS, PATIENTS),
-    "HipMRI's names": (["a/Case_004_Week0", "a/Case_004_Week1", "b/Case_005_Week0"], ["004", "005"]),
-    "folders of splits": ([f"{split}/{n}" for split in ("train", "val", "test") for n in "12"], ["1", "2"]),
+LAYOUTS = {  # paths, whose they are, and --subjects
+    "sub-": ([f"sub-{p}/anat/sub-{p}_T1w" for p in PATIENTS], PATIENTS, None),
+    "flat sub-": ([f"sub-{p}_ses-{n}_T1w" for p in PATIENTS for n in (1, 2)], PATIENTS, None),
+    "HipMRI's names": (["a/Case_004_Week0", "a/Case_004_Week1", "b/Case_005_Week0"], ["004", "005"], None),
+    "flat": (PATIENTS, PATIENTS, None),
+    "flat, below other folders": ([f"a/b/{p}" for p in PATIENTS], PATIENTS, None),
+    "a folder with one file each": ([f"images/{p}/T1" for p in PATIENTS], PATIENTS, None),
+    "a folder each": ([f"{p}/{kind}" for p in PATIENTS for kind in ("T1", "T2")], PATIENTS, "^([^/]+)/"),
+    "a folder a sequence": ([f"{kind}/{p}" for p in PATIENTS for kind in ("T1", "T2")], PATIENTS, r"([^/]+)\.nii"),
+    "IXI": ([f"IXI-{kind}/{p}-{kind}" for p in PATIENTS for kind in ("T1", "T2")], PATIENTS, r"p\d+"),
+    "sites": ([f"site{p[-1] in '01'}/{p}" for p in PATIENTS], PATIENTS, r"p\d+"),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_whose_a_file_is(tmp_path, layout):
-    paths, expected = LAYOUTS[layout]
+    """Told by the path, or by --subjects; never guessed where a wrong guess would put one person into two splits."""
+    paths, expected, pattern = LAYOUTS[layout]
     for path in paths:
         write(tmp_path / "data" / f"{path}.nii.gz", volume((8, 8, 8)))
-    source = sources.find_source(tmp_path / "data", "axial")
+    if pattern:
+        with pytest.raises(sources.DataError, match="whose scan is whose can't be told") as error:
+            sources.find_source(tmp_path / "data", "axial")
+        if pattern.startswith(("^", "(")):  # it is what the error proposes
+            assert f"--subjects '{pattern}'" in str(error.value)
+    source = sources.find_source(tmp_path / "data", "axial", None, 0, pattern)
     assert set(source.subjects.values()) == set(expected)
-    for path in paths:
-        whose = source.subjects[tmp_path / "data" / f"{path}.nii.gz"]
-        assert whose in path.replace("Case_", "").replace("sub-", "").replace("_", "/").split("/")
-    example = source.subjects[source.splits["train"][0]]
-    assert "is of" in source.notes[0] and "--split takes a table" in source.notes[0] and example
+    assert all(whose in str(file.relative_to(tmp_path)) for file, whose in source.subjects.items())
+    assert "is of" in source.notes[0] and ("another person's" in source.notes[0]) == (len(paths) == 4 and not (
+        pattern or layout == "sub-"))  # fmt: skip
 
 
-def test_a_run_knows_its_people_when_the_rule_has_changed(tmp_path):
-    """Files went by their names; with files in folders they go by those, and nobody of training gets into the test."""
-    for name in ("p1/p1_a", "p2/p2_a", "p3/p3_a"):
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("q", r"finds nothing in the path of 2 scan"), ("(", "no regular exp")]
+)
+def test_patterns_that_cannot_be_used(tmp_path, pattern, message):
+    for name in "ab":
         write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
-    known = {"train": {"p1_a": ["p1/p1_a.nii.gz"]}, "validate": {"p2_a": ["p2/p2_a.nii.gz"]}}
-    write(tmp_path / "p1" / "p1_b.nii.gz", volume((8, 8, 8)))
+    with pytest.raises(sources.DataError, match=message):
+        sources.find_source(tmp_path, "axial", None, 0, pattern)
+
+
+def test_people_of_training_are_known_in_another_folder(tmp_path):
+    """Whatever level it is: by the name of a file or of a folder that it is in."""
+    known = {"train": {"p0": ["p0.nii.gz"], "p1": ["p1.nii.gz"]}, "validate": {"p2": ["p2.nii.gz"]}}
+    names = ("p0", "p2", "p9", "batch/p1", "batch/p8", "p0/T1", "p7/T1", "p7/T2")
+    for name in names:
+        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
     source = sources.find_source(tmp_path, "axial", known=known)
-    found = {split: [file.name for file in files] for split, files in source.splits.items()}
-    assert found == {
-        "train": ["p1_a.nii.gz"], "validate": ["p2_a.nii.gz", "p3_a.nii.gz"], "test": ["p3_a.nii.gz"]
-    }  # fmt: skip
-    assert sources.placed(source)["train"] == known["train"]
+    found = {split: {str(file.relative_to(tmp_path))[:-7] for file in files} for split, files in source.splits.items()}
+    strangers = {"p9", "batch/p8", "p7/T1", "p7/T2"}
+    assert found == {"train": {"p0"}, "validate": {"p2", *strangers}, "test": strangers}
+    alone = sources.find_source(tmp_path, "axial", known=known, others=False)
+    assert {split: len(files) for split, files in alone.splits.items()} == {"train": 1, "validate": 1}
 
 
 def test_folders_that_are_named_as_splits_are_the_splits(tmp_path):
@@ -599,10 +608,29 @@ def test_folders_that_are_named_as_splits_are_the_splits(tmp_path):
     found = {split: [file.name[0] for file in files] for split, files in source.splits.items()}
     assert found == {"train": ["1", "2"], "validate": ["3"], "test": ["4", "5"]}
     assert any("those that the folders name" in note for note in source.notes)
-    drawn = sources.find_source(tmp_path, "axial", ["0.6", "0.2", "0.2"])
+    drawn = sources.find_source(tmp_path, "axial", ["0.6", "0.2", "0.2"], 0, r"([^/]+)\.nii")
     assert len(drawn.splits["train"]) == 3
     (tmp_path / "6.nii.gz").write_bytes((tmp_path / "val" / "3.nii.gz").read_bytes())
-    assert len(sources.find_source(tmp_path, "axial").splits["train"]) == 4
+    with pytest.raises(sources.DataError, match=r"(?s)1 scan\(s\).*in none of the folders.*6.nii.gz"):
+        sources.find_source(tmp_path, "axial")
+
+
+@pytest.mark.parametrize("names", [("val/1", "test/2"), ("train/1", "test/2")])
+def test_splits_that_lack_one(tmp_path, names, small):
+    for name in names:
+        write(tmp_path / "d" / f"{name}.nii.gz", volume())
+    with pytest.raises(sources.DataError, match=r"is in the (train|validate) split .*Give --split"):
+        train.main(["--data", str(tmp_path / "d"), "--axis", "axial", *small, "--dry-run"])
+
+
+def test_one_person_in_two_splits_is_told(tmp_path):
+    for name in ("train/sub-1", "val/sub-2", "test/sub-1"):
+        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
+    notes = sources.find_source(tmp_path, "axial").notes
+    assert any("1 subject(s) in both train and test (1)" in note for note in notes)
+    known = {split: {"1": ["train/sub-1.nii.gz"]} for split in ("train", "validate", "test")}
+    notes = sources.find_source(tmp_path, "axial", known=known).notes
+    assert sum("in both train and" in note for note in notes) == 2
 
 
 def test_segmentations_and_outputs_are_no_scans(tmp_path):
@@ -625,6 +653,30 @@ def test_slices_get_the_size_that_most_have(tmp_path):
     assert any("3 slice(s) of 20 x 24 are resized to 64 x 96" in note for note in slices.notes)
     slices = dataset.load_split(source, "train", axis="axial", size=(32, 48), cache_dir=tmp_path, progress=False)
     assert any("9 slice(s) of 64 x 96 are resized to 32 x 48" in note for note in slices.notes)
+
+
+def test_what_is_little_larger_is_cut_not_resampled(tmp_path):
+    """Slices, their segmentations and their affine; what would lose over a tenth is resized."""
+    labels = np.random.default_rng(0).integers(0, 6, (34, 4, 50)).astype(np.uint8)
+    for case in ("004", "005"):
+        shape = (34, 4, 50) if case == "004" else (34, 4, 60)
+        array = np.resize(labels, shape) * np.int16(100)
+        array[:, 1] += 7
+        write(tmp_path / "semantic_MRs_anon" / f"Case_{case}_Week0_LFOV.nii.gz", array)
+        write(tmp_path / "semantic_labels_anon" / f"Case_{case}_Week0_SEMANTIC_LFOV.nii.gz", np.resize(labels, shape))
+    everyone = {"train": {c: [f"semantic_MRs_anon/Case_{c}_Week0_LFOV.nii.gz"] for c in ("004", "005")}}
+    source = sources.find_source(tmp_path, "coronal", known=everyone)
+    slices = dataset.load_split(source, "train", axis="coronal", cache_dir=tmp_path, progress=False)
+    assert slices.size == (32, 48) and slices.fit == "trim" and len(slices) == 8
+    inside = labels[1:33, :, 1:49]
+    images = slices.denormalise(slices.batch(torch.arange(4)), torch.arange(4))[:, 0].round()
+    assert torch.equal(slices.labels()[:4], torch.from_numpy(inside).movedim(1, 0))
+    assert torch.equal(images[0], torch.from_numpy(inside[:, 0]).float() * 100)
+    np.testing.assert_allclose(
+        slices.description["spacing"], [1.753125, 2.25], rtol=1e-5
+    )  # medians of 1.7 and 1.80625, 2 and 2.5
+    assert any("4 slice(s) of 34 x 50 are cut to 32 x 48" in note for note in slices.notes)
+    assert slices.labels()[4:].shape == (4, 32, 48) and any("34 x 60 are resized" in note for note in slices.notes)
 
 
 def test_places_in_volumes_are_by_file(tmp_path):
@@ -683,6 +735,7 @@ def test_what_a_run_was_trained_on_is_told(study, tmp_path, monkeypatch, small, 
     rows = {row["path"]: row["in_training"] for row in rows_of(tmp_path / "out")}
     trained = {f"study/{file}" for files in kept["train"].values() for file in files}
     assert {path for path, told in rows.items() if told == "yes"} == trained and len(rows) == 10
+    assert set(rows.values()) == {"yes", "no"}
     assert "note: 6 of 10 files are of the run's training" in capsys.readouterr().out
     assert predict.main(["--run", "runs/a", "--html", "--device", "cpu"]) == 0
     with open("runs/a/test/slices.csv") as file:
