@@ -86,7 +86,7 @@ def plot_reconstructions(
             axis.set_xticks([])
             axis.set_yticks([])
     bar = {"shrink": 0.3, "anchor": (0, 0), "fraction": 0.03, "pad": 0.01}  # beside the errors
-    figure.colorbar(shown, ax=axes, label="standard deviations", **bar)
+    figure.colorbar(shown, ax=axes, **bar).set_label("standard deviations", fontsize=8)
     figure.suptitle(_fitted(heading, size[0], 10), fontsize=10)
     save_figure(figure, path)
 
