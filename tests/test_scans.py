@@ -660,7 +660,7 @@ def test_what_is_little_larger_is_cut_not_resampled(tmp_path):
     labels = np.random.default_rng(0).integers(0, 6, (34, 4, 50)).astype(np.uint8)
     for case in ("004", "005"):
         shape = (34, 4, 50) if case == "004" else (34, 4, 60)
-        array = np.resize(labels, shape) * np.int16(100)
+        array = np.resize(labels, shape).astype(np.int16) * 100
         array[:, 1] += 7
         write(tmp_path / "semantic_MRs_anon" / f"Case_{case}_Week0_LFOV.nii.gz", array)
         write(tmp_path / "semantic_labels_anon" / f"Case_{case}_Week0_SEMANTIC_LFOV.nii.gz", np.resize(labels, shape))
