@@ -246,7 +246,8 @@ def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
     try:
         with np.errstate(all="ignore"):
             nifti = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
-    except (nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):  # no rotation and sizes: kept as it is, in the other of the two forms
+    except (nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
+        # No rotation and sizes: kept as it is, in the other of the two forms.
         nifti = nib.Nifti1Image(voxels, None, dtype=voxels.dtype)
         nifti.set_sform(affine, code=2)
     nifti.header.set_xyzt_units("mm")
