@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz
 
 SHAPE = (24, 16)
+FLOATS = st.floats(width=32, allow_subnormal=False)  # older torch takes those from the whole process
 
 
 def nifti(array=None, **fields) -> bytes:
@@ -88,7 +89,7 @@ def test_what_the_long_form_counts_as_a_crash(tmp_path):
 @given(
     dims=st.lists(st.integers(-3, 40) | st.integers(-(1 << 15), (1 << 15) - 1), min_size=8, max_size=8),
     datatype=st.sampled_from([0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 768, 1792, 2304]) | st.integers(0, 3000),
-    slope=st.floats(width=32), inter=st.floats(width=32), offset=st.floats(width=32) | st.just(352.0),
+    slope=FLOATS, inter=FLOATS, offset=FLOATS | st.just(352.0),
     order=st.sampled_from("<>"), compress=st.booleans(), pixels=st.binary(max_size=2000),
 )  # fmt: skip
 def test_any_header_ends_in_a_slice_or_the_one_error(tmp_path_factory, dims, datatype, slope, inter, offset, order,
