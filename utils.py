@@ -35,7 +35,10 @@ def run_script(main, *user_errors: type[Exception]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text; stderr does it anyway
     try:
-        sys.exit(main())
+        code = main()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            exit_at_once(code or 0)
+        sys.exit(code)
     except (UserError, OSError, RuntimeError, *user_errors) as error:
         lost = lost_process(error)
         if isinstance(error, RuntimeError) and not lost:
@@ -44,12 +47,17 @@ def run_script(main, *user_errors: type[Exception]) -> None:
         what = f"another process of this run ended or hangs ({first_line(error)})" if lost else error
         print(f"{who}error: {what}", file=sys.stderr)
         if process_count() > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(2)  # taking leave of the others could wait for them forever
+            exit_at_once(2)  # taking leave of the others could wait for them forever
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def exit_at_once(code: int) -> None:
+    """Without Python's own end, in which a thread of gloo's that still holds a tensor would abort the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def first_line(error: Exception) -> str:
