@@ -17,6 +17,7 @@ off by more than half a step, (max - min) / 131,070 of that slice.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -469,7 +470,7 @@ class Slices(torch.utils.data.Dataset):
         recipe = self._recipe
         return slice_affine(self.files[0], recipe.form, recipe.fit, recipe.axis, recipe.size)
 
-    @property
+    @functools.cached_property
     def description(self) -> dict:
         """Size, mm between rows and between columns (median of some 50 files), and the axis volumes were cut along."""
         recipe, files, sizes = self._recipe, list(dict.fromkeys(self.files)), []
@@ -721,9 +722,9 @@ def _notes(
     rows, columns = recipe.size
     shapes, counts = np.unique(np.stack([records["height"], records["width"]], 1), axis=0, return_counts=True)
     for (height, width), count in zip(shapes.tolist(), counts.tolist(), strict=True):
-        *_, tall, wide = (
-            (0, 0, height, width) if recipe.fit == "crop" else _cut((height, width), recipe.fit, recipe.size)
-        )
+        tall, wide = height, width
+        if recipe.fit == "trim":
+            tall, wide = _cut((height, width), recipe.fit, recipe.size)[2:]
         stretch = (tall / rows) / (wide / columns)
         change, shrunk = max(stretch, 1 / stretch) - 1, (tall * wide / (rows * columns)) ** 0.5
         if (tall, wide) != (height, width):
