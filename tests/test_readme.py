@@ -14,7 +14,6 @@ import train
 import train_prior
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("readme")  # one after the other: later commands use what earlier ones made
 MARK = "<!-- tests/test_readme.py runs this -->\n"
 SCRIPTS = {"train.py": train, "predict.py": predict, "train_prior.py": train_prior, "generate.py": generate}
 
