@@ -27,20 +27,20 @@ import torch
 from tqdm import tqdm
 
 import dataset
-import metrics
-import plots
-import report
-import scans
-import sources
 import utils
-from metrics import SCORE_NAMES, SSIM_NAMES
-from modules import VQVAE, CheckpointError
-from recipes import load_run_data, newest_run
+from evaluation import export_onnx, metrics, plots, reconstruct, report
+from evaluation.metrics import SCORE_NAMES, SSIM_NAMES
+from modules import VQVAE
+from mri.files import printable
+from training.checkpoint import load_model
+from training.run_folder import load_run_data, newest_run
 from utils import UserError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flag = parser.add_argument
     flag(
         "paths",
@@ -48,35 +48,72 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="your own NIfTI files, or folders of them; without, a split is evaluated",
     )
-    flag("--run", metavar="DIR", help="folder of the run (the newest in --runs-dir that has a best.pt)")
+    flag(
+        "--run",
+        metavar="DIR",
+        help="folder of the run (the newest in --runs-dir that has a best.pt)",
+    )
     flag("--runs-dir", metavar="DIR", default="runs", help="where runs are kept (runs)")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
     flag = parser.add_argument_group("a split").add_argument
     flag("--data", metavar="DIR", help="folder of slices or volumes (the run's own)")
-    flag("--split", choices=("train", "validate", "test"), default="test", help="which split to evaluate (test)")
+    flag(
+        "--split",
+        choices=("train", "validate", "test"),
+        default="test",
+        help="which split to evaluate (test)",
+    )
     flag("--html", action="store_true", help="also <run>/report.html, all of the run on one page")
     flag("--batch-size", type=int, default=16, help="slices at a time; changes no figure (16)")
-    flag("--skip-bad-files", action="store_true", help="go on without files that can't be used, and count them")
-    flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
+    flag(
+        "--skip-bad-files",
+        action="store_true",
+        help="go on without files that can't be used, and count them",
+    )
+    flag(
+        "--cache-dir",
+        metavar="DIR",
+        help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache",
+    )
     flag = parser.add_argument_group("your own files").add_argument
     flag("-o", "--out", metavar="DIR", help="where to write; needed with PATH")
     axes = ("coronal", "sagittal", "axial", "0", "1", "2")
-    flag("--axis", choices=axes, help="which way volumes are cut: by the affine, or as they are stored (the run's)")
-    flag("--resize", action="store_true", help="bring slices to the size of the training slices, and back")
+    flag(
+        "--axis",
+        choices=axes,
+        help="which way volumes are cut: by the affine, or as they are stored (the run's)",
+    )
+    flag(
+        "--resize",
+        action="store_true",
+        help="bring slices to the size of the training slices, and back",
+    )
     flag("--error-map", action="store_true", help="also |reconstruction - original|: edges, noise, odd scanners; "
          "no map of anomalies, as lesions may be reproduced faithfully")  # fmt: skip
     flag("--export-codes", action="store_true", help="also the codes, as .npz")
-    flag("--from-codes", action="store_true", help="PATH are .npz files of --export-codes: write what they stand for")
-    flag("--export", action="store_true", help="write encoder.onnx and decoder.onnx to --out; needs onnx, onnxscript")
+    flag(
+        "--from-codes",
+        action="store_true",
+        help="PATH are .npz files of --export-codes: write what they stand for",
+    )
+    flag(
+        "--export",
+        action="store_true",
+        help="write encoder.onnx and decoder.onnx to --out; needs onnx, onnxscript",
+    )
     args = parser.parse_args(argv)
     of_files = ("axis", "resize", "error_map", "export_codes", "from_codes")
-    given = [name for name in of_files if getattr(args, name)] + ["out"] * bool(args.out and not args.export)
+    given = [name for name in of_files if getattr(args, name)] + ["out"] * bool(
+        args.out and not args.export
+    )
     if given and not args.paths:
         parser.error(f"--{given[0].replace('_', '-')} is for your own files: name them")
     of_splits = ("data", "split", "html", "batch_size", "skip_bad_files", "cache_dir")
     given = [name for name in of_splits if getattr(args, name) != parser.get_default(name)]
     if given and (args.paths or args.export):
-        parser.error(f"--{given[0].replace('_', '-')} is for a split: leave it out with PATH and --export")
+        parser.error(
+            f"--{given[0].replace('_', '-')} is for a split: leave it out with PATH and --export"
+        )
     if (args.paths or args.export) and not args.out:
         parser.error("say with -o where to write")
     if args.paths and args.export:
@@ -84,12 +121,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def summarize(scores: dict[str, torch.Tensor], counts: torch.Tensor, data: dataset.Slices) -> dict:
+def summarize(
+    scores: dict[str, torch.Tensor], counts: torch.Tensor, data: dataset.SliceDataset
+) -> dict:
     """What metrics.json holds of the figures: each score's mean over slices and over each case's slices."""
     kept = ~data.constant.numpy()
     cases = [name.case for name, keep in zip(data.names, kept, strict=True) if keep]
-    summary = {name: metrics.mean_by_case(scores[name].double().numpy()[kept], cases) for name in SCORE_NAMES}
-    summary["codes_used"], summary["perplexity"] = metrics.code_use(counts)
+    summary = {
+        name: metrics.mean_by_case(scores[name].double().numpy()[kept], cases)
+        for name in SCORE_NAMES
+    }
+    summary["codes_used"], summary["perplexity"] = metrics.code_usage(counts)
     return summary | {"slices": int(kept.sum()), "excluded_slices": int((~kept).sum())}
 
 
@@ -105,16 +147,23 @@ def print_table(summary: dict, num_embeddings: int) -> None:
         cells = [f"{value:.{digits}f}" for value in [mean, *(by_case.values() if few else [])]]
         if not few:
             cells.append("{:.{d}f} to {:.{d}f}".format(*interval(list(by_case.values())), d=digits))
-        print(f"{name + (' (dB)' if name == 'psnr' else ''):14}" + "".join(f"{cell:>18}" for cell in cells))
+        print(
+            f"{name + (' (dB)' if name == 'psnr' else ''):14}"
+            + "".join(f"{cell:>18}" for cell in cells)
+        )
     print(
         f"\n{summary['bits_per_pixel']:.4f} bits per pixel; {summary['codes_used']} of {num_embeddings} codes used, "
         f"perplexity {summary['perplexity']:.0f}; {summary['slices']} slices, "
         f"{summary['excluded_slices']} constant ones excluded"
     )
     if few:
-        print(f"{len(cases)} case(s): too few for a confidence interval; each case's own mean is shown instead")
+        print(
+            f"{len(cases)} case(s): too few for a confidence interval; each case's own mean is shown instead"
+        )
     else:
-        print(f"the interval is of the mean over {len(cases)} cases (bootstrap), if each case is a patient")
+        print(
+            f"the interval is of the mean over {len(cases)} cases (bootstrap), if each case is a patient"
+        )
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -124,7 +173,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def score_organs(model: VQVAE, data: dataset.Slices, batch_size: int) -> dict[str, dict]:
+def score_organs(model: VQVAE, data: dataset.SliceDataset, batch_size: int) -> dict[str, dict]:
     """{organ: {score: mean and each case's mean}}, where segmentations lie beside the slices; {}: they don't."""
     labels, device = data.labels(), next(model.parameters()).device
     if labels is None:
@@ -132,16 +181,26 @@ def score_organs(model: VQVAE, data: dataset.Slices, batch_size: int) -> dict[st
     found: list[dict] = []
     groups = torch.arange(len(data)).split(batch_size)
     for indices, images in zip(groups, data.batches(groups, device), strict=True):
-        found.append(metrics.organ_scores(images, model(images).reconstruction, labels[indices].to(device)))
+        found.append(metrics.organ_scores(images, model(images)[0], labels[indices].to(device)))
     cases, organs = np.array([name.case for name in data.names]), {}
     for organ in found[0]:
-        values = {score: torch.cat([part[organ][score] for part in found]).cpu().numpy() for score in found[0][organ]}
+        values = {
+            score: torch.cat([part[organ][score] for part in found]).cpu().numpy()
+            for score in found[0][organ]
+        }
         seen = ~np.isnan(values["psnr"])
         if seen.any():
             organs[organ] = {}
-            for score, x in values.items():  # at the very edge an organ has a PSNR, and no window for SSIM
+            for (
+                score,
+                x,
+            ) in values.items():  # at the very edge an organ has a PSNR, and no window for SSIM
                 has = ~np.isnan(x)
-                mean = metrics.mean_by_case(x[has], cases[has].tolist()) if has.any() else {"mean": None, "by_case": {}}
+                mean = (
+                    metrics.mean_by_case(x[has], cases[has].tolist())
+                    if has.any()
+                    else {"mean": None, "by_case": {}}
+                )
                 organs[organ][score] = mean
             organs[organ]["slices"] = int(seen.sum())
     return organs
@@ -155,34 +214,53 @@ def print_organs(organs: dict[str, dict]) -> None:
         print(f"{organ:14}{found['slices']:8}{ssim:>10}{psnr:12.2f}{bias:+12.4f}")
 
 
-def write_slices(path: Path, data: dataset.Slices, root: str, scores: dict[str, torch.Tensor]) -> None:
+def write_slices(
+    path: Path, data: dataset.SliceDataset, root: str, scores: dict[str, torch.Tensor]
+) -> None:
     """slices.csv: a row a slice, constant ones with empty scores; `file` is within the data's folder, root."""
     rows = []
     for i, (name, file) in enumerate(zip(data.names, data.files, strict=True)):
-        place = sources.printable(os.path.relpath(file, root))
+        place = printable(os.path.relpath(file, root))
         row = {"case": name.case, "week": name.week, "slice": name.slice, "file": place}
-        row |= {score: "" if data.constant[i] else f"{scores[score][i]:.6f}" for score in SCORE_NAMES}
+        row |= {
+            score: "" if data.constant[i] else f"{scores[score][i]:.6f}" for score in SCORE_NAMES
+        }
         rows.append(row)
-    utils.save_csv(path, rows)
+    utils.write_csv(path, rows)
 
 
 def code_colours(model: VQVAE) -> torch.Tensor:
     """A colour for each code, (K, 3) in [0, 1]: three main directions of the embeddings: like codes look alike."""
     weight = model.vector_quantization.embedding.weight.detach().cpu()
-    directions = torch.linalg.svd(weight - weight.mean(0), full_matrices=False).Vh[:3]  # (3 or fewer, D)
+    directions = torch.linalg.svd(weight - weight.mean(0), full_matrices=False).Vh[
+        :3
+    ]  # (3 or fewer, D)
     ranks = (weight @ directions.T).argsort(0).argsort(0)  # ranks spread the colours evenly
     colours = ranks / max(1, len(weight) - 1)
     return torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]))
 
 
 @torch.no_grad()
-def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts: torch.Tensor, title: str) -> None:
+def draw(
+    folder: Path,
+    model: VQVAE,
+    data: dataset.SliceDataset,
+    scores: dict,
+    counts: torch.Tensor,
+    title: str,
+) -> None:
     """The figures that a person would rather look at than read."""
     device = next(model.parameters()).device
     ssim = scores["ssim"]
-    order = ssim.masked_fill(data.constant, torch.inf).argsort()[: int((~data.constant).sum())]  # worst first
+    order = ssim.masked_fill(data.constant, torch.inf).argsort()[
+        : int((~data.constant).sum())
+    ]  # worst first
     middle = len(order) // 2
-    groups = {"worst": order[:2], "median": order[max(middle - 1, 0) : middle + 1], "best": order[-2:]}
+    groups = {
+        "worst": order[:2],
+        "median": order[max(middle - 1, 0) : middle + 1],
+        "best": order[-2:],
+    }
     labels: dict[int, str] = {}
     for label in ("worst", "best", "median"):  # of few slices each is shown once
         for i in groups[label].tolist():
@@ -190,18 +268,22 @@ def draw(folder: Path, model: VQVAE, data: dataset.Slices, scores: dict, counts:
     chosen = {i: labels[i] for i in order.tolist() if i in labels}  # worst first
     indices = torch.tensor(list(chosen))
     originals = data.batch(indices)
-    output = model(originals.to(device))
-    reconstructions = output.reconstruction.cpu()
+    reconstructions, quantized = model(originals.to(device))
+    reconstructions = reconstructions.cpu()
     titles = [f"{label}\n{data.names[i]}\nssim {ssim[i]:.3f}" for i, label in chosen.items()]
     spacing = data.description["spacing"]
-    plots.plot_reconstructions(folder / "best_median_worst.png", originals, reconstructions, titles, title, spacing)
+    plots.plot_reconstructions(
+        folder / "best_median_worst.png", originals, reconstructions, titles, title, spacing
+    )
     plots.plot_score_histogram(
         folder / "ssim_histogram.png", {name: scores[name].numpy() for name in SSIM_NAMES}, title
     )
-    used, perplexity = metrics.code_use(counts)
+    used, perplexity = metrics.code_usage(counts)
     heading = f"{title}; {used} of {len(counts)} used, perplexity {perplexity:.0f}"
-    plots.plot_code_use(folder / "code_use.png", counts, heading)
-    first_codes = output.indices.reshape(*output.indices.shape[:3], -1)[..., 0]  # of several codebooks, the first
+    plots.plot_code_usage(folder / "code_use.png", counts, heading)
+    first_codes = quantized.indices.reshape(*quantized.indices.shape[:3], -1)[
+        ..., 0
+    ]  # of several codebooks, the first
     one = list(chosen.values()).index("median") if "median" in chosen.values() else 0
     plots.plot_code_map(
         folder / "code_map.png", originals[one], reconstructions[one], first_codes[one], code_colours(model),
@@ -214,26 +296,34 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     utils.keep_freed_memory()
     if args.paths:
-        return scans.reconstruct(args)
+        return reconstruct.reconstruct(args)
     if args.export:
-        return scans.export(args)
+        return export_onnx.export(args)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; expected 1 or more")
     run = Path(args.run) if args.run else newest_run(Path(args.runs_dir))
     device = utils.pick_device(args.device)
-    model = VQVAE.from_checkpoint(run / "best.pt", device)
+    model = load_model(VQVAE, run / "best.pt", device)
     print(f"model: {run / 'best.pt'}")
     options = {"cache_dir": args.cache_dir, "skip_bad_files": args.skip_bad_files}
     data, root = load_run_data(run, args.split, args.data, **options)
     if data.constant.all():
-        raise UserError(f"all {len(data)} slices of {args.split} are constant; there is nothing to measure")
+        raise UserError(
+            f"all {len(data)} slices of {args.split} are constant; there is nothing to measure"
+        )
 
     def bar(batches):
         return tqdm(batches, desc=args.split, unit=" batches")
 
-    scores, counts, _ = metrics.evaluate(model, data, args.batch_size, device, SCORE_NAMES, progress=bar)
+    scores, counts, _ = metrics.evaluate(
+        model, data, args.batch_size, device, SCORE_NAMES, progress=bar
+    )
     summary = summarize(scores, counts, data)
-    summary |= {"bits_per_pixel": model.bits_per_pixel, "num_embeddings": len(counts), "split": args.split}
+    summary |= {
+        "bits_per_pixel": model.bits_per_pixel,
+        "num_embeddings": len(counts),
+        "split": args.split,
+    }
     summary |= {"checkpoint": str(run / "best.pt"), "data": root}
     summary |= {"device": utils.describe_device(device), "versions": utils.versions()}
     print_table(summary, len(counts))
@@ -243,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
 
     folder = run / args.split
     folder.mkdir(exist_ok=True)
-    utils.save_json(folder / "metrics.json", summary)
+    utils.write_json(folder / "metrics.json", summary)
     write_slices(folder / "slices.csv", data, root, scores)
     title = f"{run.name}, {args.split}, {model.bits_per_pixel:.4f} bits per pixel"
     draw(folder, model, data, scores, counts, title)
@@ -254,4 +344,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, sources.DataError, CheckpointError)
+    utils.run_script(main)

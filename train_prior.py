@@ -5,7 +5,7 @@
     python train_prior.py --resume                   # go on with it
     torchrun --nproc-per-node 2 train_prior.py ...   # several processes, by which --batch-size must divide
 
-The run's training slices are encoded once, also mirrored; a causal transformer (modules.CodePrior) learns how likely
+The run's training slices are encoded once, also mirrored; a causal transformer (model.CodePrior) learns how likely
 each code is after those before it. Writes to <run>/prior/: config.json, metrics.csv, best.pt (by bits per code on the
 validation split), last.pt, metrics.json (bits beside log2 K, entropy and gzip), bits_plot.png, plots/.
 """
@@ -13,35 +13,33 @@ validation split), last.pt, metrics.json (bits beside log2 K, entropy and gzip),
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-import dataset
-import loop
-import plots
-import sources
 import utils
-from modules import VQVAE, CheckpointError, CodePrior
-from recipes import (
-    add_training_flags,
-    check_run_arguments,
+from evaluation import plots
+from modules import VQVAE
+from prior.codes import MIRRORS, CodeDataset, compressed_bits, encode_split
+from prior.model import CodePrior
+from training import distributed
+from training import run as loop
+from training.checkpoint import load_model
+from training.config import add_training_flags, check_run_arguments
+from training.distributed import get_world_size
+from training.run_folder import (
     last_checkpoint,
     load_run_data,
     newest_run,
     saved_arguments,
     unfinished_checkpoint,
-)  # fmt: skip
-from utils import UserError, process_count
+)
+from utils import UserError
 
 SOME, SHARE = (1, 1e9), (0, 0.99)
 FLAGS = {
@@ -63,26 +61,51 @@ DEFAULTS = {name: row[0] for name, row in FLAGS.items()} | {
     "device": "auto", "precision": "auto", "compile": None, "deterministic": False, "seed": 0,
 }  # fmt: skip
 FIXED = {"warmup": 0.05, "schedule": "cosine", "clip_grad_norm": 1.0}  # what `loop` reads besides
-RESUMABLE = {"run", "runs_dir", "data", "cache_dir", "resume", "dry_run", "plot_every", "device", "compile", "epochs"}
+RESUMABLE = {
+    "run",
+    "runs_dir",
+    "data",
+    "cache_dir",
+    "resume",
+    "dry_run",
+    "plot_every",
+    "device",
+    "compile",
+    "epochs",
+}
 UNKNOWN = 0.1  # share of training slices whose place in the volume is not told: it may be unknown when drawing
-MIRRORS = ((), (-2,), (-1,), (-2, -1))  # CodePrior.VIEWS: axes of (B, 1, H, W) that are flipped
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict:
     """The flags that were typed, no defaults among them: those differ between a new run and a resumed one."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     flag = parser.add_argument
-    flag("--run", metavar="DIR", help="folder of the VQ-VAE's run (the newest in --runs-dir that has a best.pt)")
+    flag(
+        "--run",
+        metavar="DIR",
+        help="folder of the VQ-VAE's run (the newest in --runs-dir that has a best.pt)",
+    )
     flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
     flag("--data", metavar="DIR", help="folder of slices or volumes (the run's own)")
-    flag("--cache-dir", metavar="DIR", help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache")
+    flag(
+        "--cache-dir",
+        metavar="DIR",
+        help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache",
+    )
     for name, (default, _, text) in FLAGS.items():
         kind = int if isinstance(default, int) else float
         flag("--" + name.replace("_", "-"), type=kind, metavar="X", help=f"{text} ({default})")
     flag("--resume", action="store_true", help="go on with the run's prior")
-    flag("--plot-every", type=int, metavar="N", help="draw four slices each N epochs, at the first and the last (10)")
+    flag(
+        "--plot-every",
+        type=int,
+        metavar="N",
+        help="draw four slices each N epochs, at the first and the last (10)",
+    )
     add_training_flags(flag)
     return vars(parser.parse_args(argv))
 
@@ -94,75 +117,24 @@ def open_prior(given: dict) -> tuple[Path, dict, dict | None]:
         run = Path(given["run"])
     elif given.get("resume"):
         advice = "start one without --resume, or name its run with --run"
-        run = newest_run(runs_dir, "prior/config.json", f"no prior to go on with in {runs_dir}; {advice}")
+        run = newest_run(
+            runs_dir, "prior/config.json", f"no prior to go on with in {runs_dir}; {advice}"
+        )
     else:
         run = newest_run(runs_dir)
     folder = run / "prior"
     if given.get("resume"):
         args = DEFAULTS | saved_arguments(folder, given, RESUMABLE, DEFAULTS | FIXED) | given
-        if not (folder / "metrics.json").exists():  # perhaps all epochs are done, and not yet their report
+        if not (
+            folder / "metrics.json"
+        ).exists():  # perhaps all epochs are done, and not yet their report
             return run, args, last_checkpoint(folder)
         return run, args, unfinished_checkpoint(folder, args)
     if (folder / "config.json").exists():
-        raise UserError(f"{folder} exists; add --resume to go on with it, or move it away to train another")
+        raise UserError(
+            f"{folder} exists; add --resume to go on with it, or move it away to train another"
+        )
     return run, DEFAULTS | FIXED | given, None
-
-
-# ---------------------------------------------------------------- codes
-
-
-class Codes:
-    """The codes of a split's N slices and of their mirror images, and where each slice lies in its volume.
-
-    codes: (N, V, h, w) int32, V of MIRRORS. positions: (N,). brightness: (K,), of the slices where each code stands.
-    names: the N slices'. spacing: of their pixels in mm, None where that is not known.
-    """
-
-    def __init__(
-        self, codes: Tensor, positions: Tensor, brightness: Tensor, names: Sequence[sources.SliceName],
-        spacing: Sequence[float] | None = None,
-    ):  # fmt: skip
-        self.codes, self.positions, self.brightness, self.names = codes, positions, brightness, names
-        self.spacing = spacing
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        for group in groups:
-            yield self.codes[group].to(device).long(), self.positions[group].to(device)
-
-
-@torch.no_grad()
-def encode(model: VQVAE, slices: dataset.Slices, mirrors: Sequence[tuple]) -> Codes:
-    """All slices of a split, seen through each of the mirrors.
-
-    Brightness is the mean z-score over the pixels that a code stands for, on a scale that bends like a logarithm: fat
-    and bladder would take up most of a straight one.
-    """
-    device = next(model.parameters()).device
-    groups = torch.arange(len(slices)).split(16)
-    codes, sums = [], torch.zeros(2, model.vector_quantization.num_embeddings, device=device)
-    for images in tqdm(slices.batches(groups, device), f"encoding {slices.split}", len(groups), unit=" batches"):
-        views = torch.stack([model.encode(images.flip(axes)) for axes in mirrors], 1)  # (B, V, h, w)
-        bright = torch.asinh(F.avg_pool2d(images, model.stride)[:, 0])  # (B, h, w)
-        for total, values in zip(sums, (bright, torch.ones_like(bright)), strict=True):
-            total.index_add_(0, views[:, 0].flatten(), values.flatten())
-        codes.append(views.int().cpu())
-    brightness = (sums[0] / sums[1].clamp_min(1)).cpu()
-    return Codes(torch.cat(codes), slices.positions, brightness, slices.names, slices.description["spacing"])
-
-
-def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[str, float]:
-    """Bits a code of (N, h, w) by what knows no context: fixed length, frequencies in `train`, and gzip of a slice."""
-    counts = torch.bincount(train.flatten(), minlength=num_embeddings).double() + 0.1
-    kind = np.uint8 if num_embeddings <= 256 else np.uint16
-    files = [len(gzip.compress(one.numpy().astype(kind).tobytes(), 9)) for one in codes]
-    return {
-        "fixed_length": math.log2(num_embeddings),
-        "empirical_entropy": float(-(counts / counts.sum()).log2()[codes.flatten()].mean()),
-        "gzip": 8 * sum(files) / codes.numel(),
-    }
 
 
 # ---------------------------------------------------------------- the run
@@ -177,7 +149,9 @@ class Run(loop.Run):
         "({val_outline_bits:.4f} of them the outlines'), {seconds:.1f} s"
     )
 
-    def __init__(self, folder: Path, args: dict, fingerprint: str, vqvae: VQVAE, train: Codes):
+    def __init__(
+        self, folder: Path, args: dict, fingerprint: str, vqvae: VQVAE, train: CodeDataset
+    ):
         torch.manual_seed(args["seed"])
         quantizer = vqvae.vector_quantization
         shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train.codes.shape[-2:])
@@ -189,7 +163,9 @@ class Run(loop.Run):
             model.initialize(embedding, train.brightness, codes, train.positions, generator)
         except ValueError as error:
             raise UserError(str(error)) from None
-        blocks = [2**n for n in reversed(range(1, args["num_grids"]))]  # coarse to fine, as the model's grids
+        blocks = [
+            2**n for n in reversed(range(1, args["num_grids"]))
+        ]  # coarse to fine, as the model's grids
         self.LOSSES = (*(f"train_outline_{block}" for block in blocks), "train_codes")
         self.SHOWN = len(self.LOSSES)
         super().__init__(folder, args, fingerprint, model=model)
@@ -199,10 +175,14 @@ class Run(loop.Run):
         """Weight decay pulls at matrices alone, as is usual, not at biases, of which some are tables of frequencies."""
         matrices, others = [], []
         for name, parameter in self.model.named_parameters():
-            (matrices if parameter.ndim > 1 and not name.endswith("bias") else others).append(parameter)
+            (matrices if parameter.ndim > 1 and not name.endswith("bias") else others).append(
+                parameter
+            )
         groups = [{"params": matrices, "weight_decay": self.args["weight_decay"]}]
         groups.append({"params": others, "weight_decay": 0.0})
-        return torch.optim.AdamW(groups, lr=self.args["learning_rate"], betas=(0.9, 0.95), fused=True)
+        return torch.optim.AdamW(
+            groups, lr=self.args["learning_rate"], betas=(0.9, 0.95), fused=True
+        )
 
     def eager_losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """-ln p of a code of each grid, means, (num_grids,), of slices' codes (B, V, h, w), V views.
@@ -223,25 +203,29 @@ class Run(loop.Run):
         pyramid = self.model.pyramid(codes)
         logits = model(pyramid, position, view)
         pairs = zip(logits, pyramid, strict=True)
-        return torch.stack([F.cross_entropy(found.flatten(0, 2), true.flatten()) for found, true in pairs])
+        return torch.stack(
+            [F.cross_entropy(found.flatten(0, 2), true.flatten()) for found, true in pairs]
+        )
 
     @torch.no_grad()
-    def validate(self, validation: Codes) -> dict:
+    def validate(self, validation: CodeDataset) -> dict:
         """Of slices as they are, in float32: bits per code, those of the outlines shared out among its codes."""
         self.model.eval()
         totals = torch.zeros(len(self.LOSSES), device=self.device)
-        groups = torch.arange(len(validation)).split(self.args["batch_size"])[utils.process_rank() :: process_count()]
+        groups = torch.arange(len(validation)).split(self.args["batch_size"])[
+            distributed.get_rank() :: get_world_size()
+        ]
         for codes, position in validation.batches(groups, self.device):
             view = torch.zeros(len(codes), dtype=torch.long, device=self.device)
             totals += self.nats(self.model, codes[:, 0], position, view) * len(codes)
         self.model.train()
-        nats = (utils.sum_over_processes(totals) / len(validation)).tolist()
+        nats = (distributed.all_reduce_sum(totals) / len(validation)).tolist()
         shares = [4.0**-n for n in reversed(range(len(nats)))]
         bits = [value * share / math.log(2) for value, share in zip(nats, shares, strict=True)]
         return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
 
     @torch.no_grad()
-    def plot(self, validation: Codes) -> None:
+    def plot(self, validation: CodeDataset) -> None:
         """Four slices drawn from the prior, from equal random numbers every time; and the curves."""
         self.model.eval()
         position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=self.device)
@@ -257,40 +241,54 @@ class Run(loop.Run):
         plots.plot_curves(self.folder / "bits_plot.png", self.history, self.BEST, heading)
 
 
-def report(run: Run, train: Codes, validation: Codes) -> dict:
+def report(run: Run, train: CodeDataset, validation: CodeDataset) -> dict:
     """Bits per code and per pixel of the validation split under best.pt, beside what knows no context."""
-    run.model.load_state_dict(CodePrior.from_checkpoint(run.folder / "best.pt").state_dict())
+    run.model.load_state_dict(load_model(CodePrior, run.folder / "best.pt").state_dict())
     bits = {"prior": run.validate(validation)["val_bits"]}
     bits |= compressed_bits(
-        train.codes[:, 0].long(), validation.codes[:, 0].long(), run.vqvae.vector_quantization.num_embeddings
+        train.codes[:, 0].long(),
+        validation.codes[:, 0].long(),
+        run.vqvae.vector_quantization.num_embeddings,
     )
     bits = dict(sorted(bits.items(), key=lambda item: item[1]))
     pixels = run.vqvae.stride**2
     print(f"\nvalidation, {len(validation)} slices{'bits per code':>26}{'bits per pixel':>18}")
     for name, value in bits.items():
         print(f"{name.replace('_', ' '):24}{value:26.3f}{value / pixels:18.4f}")
-    both = {name: {"bits_per_code": value, "bits_per_pixel": value / pixels} for name, value in bits.items()}
+    both = {
+        name: {"bits_per_code": value, "bits_per_pixel": value / pixels}
+        for name, value in bits.items()
+    }
     return {"validation": both, "slices": {"train": len(train), "validate": len(validation)}}
 
 
 def main(argv: list[str] | None = None) -> int:
     given = parse_arguments(argv)
-    utils.join_processes()
+    distributed.init()
     vqvae_run, args, checkpoint = open_prior(given)
     bounds = {name: row[1] for name, row in FLAGS.items()}
-    check_run_arguments(args, bounds, process_count())
-    utils.be_deterministic(args["deterministic"])
+    check_run_arguments(args, bounds, get_world_size())
+    utils.set_deterministic(args["deterministic"])
     utils.keep_freed_memory()
-    vqvae = VQVAE.from_checkpoint(vqvae_run / "best.pt", utils.pick_device(args["device"]))
+    vqvae = load_model(VQVAE, vqvae_run / "best.pt", utils.pick_device(args["device"]))
     print(f"model: {vqvae_run / 'best.pt'}")
     if (count := vqvae.vector_quantization.num_codebooks) > 1:
-        raise UserError(f"{vqvae_run} has {count} codebooks; a prior is for one: train with --num-codebooks 1")
-    with utils.first_process_first():
-        loaded = [load_run_data(vqvae_run, split, args["data"], args["cache_dir"]) for split in ("train", "validate")]
+        raise UserError(
+            f"{vqvae_run} has {count} codebooks; a prior is for one: train with --num-codebooks 1"
+        )
+    with distributed.rank_zero_first():
+        loaded = [
+            load_run_data(vqvae_run, split, args["data"], args["cache_dir"])
+            for split in ("train", "validate")
+        ]
     slices, args["data"] = [split for split, _ in loaded], loaded[0][1]
-    train, validation = (encode(vqvae, *some) for some in zip(slices, (MIRRORS, MIRRORS[:1]), strict=True))
+    train, validation = (
+        encode_split(vqvae, *some) for some in zip(slices, (MIRRORS, MIRRORS[:1]), strict=True)
+    )
     # Of slices and codebook, not of the codes: another device may round one of millions to another code.
-    codebook = hashlib.sha256(vqvae.vector_quantization.embedding.weight.detach().cpu().numpy().tobytes()).hexdigest()
+    codebook = hashlib.sha256(
+        vqvae.vector_quantization.embedding.weight.detach().cpu().numpy().tobytes()
+    ).hexdigest()
     fingerprint = " ".join([*(split.fingerprint for split in slices), codebook[:16]])
     run = Run(vqvae_run / "prior", args, fingerprint, vqvae, train)
     if checkpoint:
@@ -304,17 +302,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(f"prior: {sum(p.numel() for p in run.model.parameters()):,} parameters")
     loop.announce(run, train, validation, "prior")
-    config = {"slices": {"train": len(train), "validate": len(validation)}, "vqvae": str(vqvae_run / "best.pt")}
-    resume = utils.command("train_prior.py", "--resume", "--run", vqvae_run)
-    first = utils.process_rank() == 0  # asked while there are others
+    config = {
+        "slices": {"train": len(train), "validate": len(validation)},
+        "vqvae": str(vqvae_run / "best.pt"),
+    }
+    resume = utils.format_command("train_prior.py", "--resume", "--run", vqvae_run)
+    first = distributed.get_rank() == 0  # asked while there are others
     if (code := loop.carry_out(run, train, validation, config, resume)) or args["dry_run"]:
         return code
     if first:
-        utils.save_json(run.folder / "metrics.json", report(run, train, validation) | {"versions": utils.versions()})
+        utils.write_json(
+            run.folder / "metrics.json",
+            report(run, train, validation) | {"versions": utils.versions()},
+        )
         print(f"the plots are in {run.folder}; next, slices drawn from it:")
-        print("    " + utils.command("generate.py", "--run", vqvae_run))
+        print("    " + utils.format_command("generate.py", "--run", vqvae_run))
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_script(main, sources.DataError, CheckpointError)
+    utils.run_script(main)

@@ -35,18 +35,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rate_distortion import MS_SSIM_WEIGHTS
 
-import loop
 import modules
 import predict
-import recipes
-import sources
 import train
 import utils
-from modules import Decoder, Encoder, Quantized, ResidualLayer, ResidualStack, VectorQuantizer, ssim_loss
+from modules import (
+    VQVAE,
+    Decoder,
+    Encoder,
+    Quantized,
+    ResidualLayer,
+    ResidualStack,
+    VectorQuantizer,
+    ssim_loss,
+)
+from training import run
+from training.config import RECIPES, parse_arguments, with_defaults
 from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -143,7 +150,10 @@ class SimVQ(VectorQuantizer):
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor, *others, **more) -> None:
-        product, self.embedding = self.embedding, nn.Embedding(*self.embedding.table.shape, device=vectors.device)
+        product, self.embedding = (
+            self.embedding,
+            nn.Embedding(*self.embedding.table.shape, device=vectors.device),
+        )
         super().initialize(vectors, *others, **more)  # writes into an embedding
         product.table.copy_(self.embedding.weight)
         self.embedding = product
@@ -174,13 +184,22 @@ class NormalisedLayer(ResidualLayer):
 def four_scales_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     """The SSIM term at four scales, with MS-SSIM's weights; summed, as the gradient of its product has no bound."""
     scales = [[F.avg_pool2d(x.float(), 2**i) for x in (reconstructions, images)] for i in range(4)]
-    return sum(weight * ssim_loss(*pair) for weight, pair in zip(MS_SSIM_WEIGHTS, scales, strict=True))
+    return sum(
+        weight * ssim_loss(*pair) for weight, pair in zip(MS_SSIM_WEIGHTS, scales, strict=True)
+    )
 
 
 class CodeGridEncoder(Encoder):
     """The residual stack after the last convolution, on the code grid: a quarter of the work a layer and channel."""
 
-    def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, stride: int):
+    def __init__(
+        self,
+        channels: int,
+        residual_channels: int,
+        num_layers: int,
+        embedding_dim: int,
+        stride: int,
+    ):
         super().__init__(channels, residual_channels, 0, embedding_dim, stride)
         self.code_stack = ResidualStack(embedding_dim, embedding_dim, num_layers)
 
@@ -191,9 +210,13 @@ class CodeGridEncoder(Encoder):
 class CodeGridDecoder(Decoder):
     """The residual stack before the first convolution, on the code grid."""
 
-    def __init__(self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, *others):
+    def __init__(
+        self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, *others
+    ):
         super().__init__(channels, residual_channels, 0, embedding_dim, *others)
-        self.code_stack = ResidualStack(embedding_dim, embedding_dim, num_layers)  # Decoder.forward applies it first
+        self.code_stack = ResidualStack(
+            embedding_dim, embedding_dim, num_layers
+        )  # Decoder.forward applies it first
 
 
 # ---------------------------------------------------------------- variants
@@ -201,7 +224,9 @@ class CodeGridDecoder(Decoder):
 
 class Variant(NamedTuple):
     flags: str  # of train.py
-    replaced: Mapping[str, Callable] = MappingProxyType({})  # names in modules.py: what stands in for them
+    replaced: Mapping[str, Callable] = MappingProxyType(
+        {}
+    )  # names in modules.py: what stands in for them
 
 
 CODE_GRID = {"Encoder": CodeGridEncoder, "Decoder": CodeGridDecoder}
@@ -218,7 +243,9 @@ VARIANTS = {
     "tuned, SSIM at four scales": Variant("", {"ssim_loss": four_scales_loss}),
     "tuned, no refinement": Variant("--refine-channels 0"),
     "tuned, no code layers": Variant("--num-code-layers 0"),
-    "tuned, the document's architecture": Variant("--num-residual-layers 2 --num-code-layers 0 --refine-channels 0"),
+    "tuned, the document's architecture": Variant(
+        "--num-residual-layers 2 --num-code-layers 0 --refine-channels 0"
+    ),
     "tuned, whole slices": Variant("--crop 0"),
     "tuned, learning rate 1e-3": Variant("--learning-rate 1e-3"),
     "tuned, learning rate 4e-3": Variant("--learning-rate 4e-3"),
@@ -226,7 +253,9 @@ VARIANTS = {
     "tuned, commitment cost 1": Variant("--commitment-cost 1"),
     "tuned, codes of 16 numbers": Variant("--embedding-dim 16"),
     "tuned, stride 8, 4 residual codebooks": Variant("--stride 8 --num-codebooks 4"),
-    "tuned, depth at the code grid": Variant("--num-residual-layers 4 --num-code-layers 0", CODE_GRID),
+    "tuned, depth at the code grid": Variant(
+        "--num-residual-layers 4 --num-code-layers 0", CODE_GRID
+    ),
     "tuned, sub-pixel decoder": Variant("", {"Decoder": SubPixelDecoder}),
     "tuned, batch normalisation": Variant("", {"ResidualLayer": NormalisedLayer}),
     "tuned, FSQ 8 x 8 x 8": Variant("", {"VectorQuantizer": FSQ}),
@@ -256,7 +285,15 @@ def replaced(stand_ins: Mapping[str, Callable]):
 def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
     """Train and evaluate one variant with one seed; what the results file holds of it."""
     chosen = VARIANTS[variant]
-    flags = [*chosen.flags.split(), "--epochs", str(args.epochs), "--seed", str(seed), "--precision", args.precision]
+    flags = [
+        *chosen.flags.split(),
+        "--epochs",
+        str(args.epochs),
+        "--seed",
+        str(seed),
+        "--precision",
+        args.precision,
+    ]
     name = "".join(c if c.isalnum() else "_" for c in f"{variant} epochs {args.epochs} seed {seed}")
     run = args.runs_dir / args.data.resolve().name / name
     if epochs_done(run, args.data, flags) < args.epochs:
@@ -270,7 +307,7 @@ def run_once(args: argparse.Namespace, variant: str, seed: int) -> dict:
     with open(run / "metrics.csv") as file:
         history = list(csv.DictReader(file))
     with replaced(chosen.replaced):
-        model = modules.VQVAE.from_checkpoint(run / "best.pt")
+        model = modules.load_model(VQVAE, run / "best.pt")
     return {
         "variant": variant, "flags": chosen.flags, "replaced": {k: v.__name__ for k, v in chosen.replaced.items()},
         "seed": seed, "epochs": len(history),
@@ -291,13 +328,21 @@ def epochs_done(run: Path, data: Path, flags: list[str]) -> int:
         return 0
     trained_with = json.loads((run / "config.json").read_text())["arguments"]
     trained_on, data = Path(trained_with["data"]), data.resolve()
-    if data not in (trained_on, *trained_on.parents) and data.parent != trained_on:  # train.py looks around a little
-        raise UserError(f"{run} was trained on {trained_on}, not on {data}: name another --runs-dir")
-    given = recipes.parse_arguments(flags)
-    expected = recipes.with_defaults(given.get("recipe", "tuned"), given)
-    changed = [key for key in (*recipes.RECIPES, "seed", "precision") if trained_with.get(key) != expected[key]]
+    if (
+        data not in (trained_on, *trained_on.parents) and data.parent != trained_on
+    ):  # train.py looks around a little
+        raise UserError(
+            f"{run} was trained on {trained_on}, not on {data}: name another --runs-dir"
+        )
+    given = parse_arguments(flags)
+    expected = with_defaults(given.get("recipe", "tuned"), given)
+    changed = [
+        key for key in (*RECIPES, "seed", "precision") if trained_with.get(key) != expected[key]
+    ]
     if changed:
-        raise UserError(f"{run} was trained with other {', '.join(changed)}: name another --runs-dir")
+        raise UserError(
+            f"{run} was trained with other {', '.join(changed)}: name another --runs-dir"
+        )
     return len((run / "metrics.csv").read_text().splitlines()) - 1
 
 
@@ -325,16 +370,26 @@ def multiply_adds(model: nn.Module) -> int:
 def relative_step_time(args: argparse.Namespace, rounds: int = 3) -> dict[str, float]:
     """Each variant's training step over the document's: medians of steps timed in turn, alone on the machine."""
     utils.keep_freed_memory()  # as in training
-    given = {name: recipes.parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}}
+    given = {
+        name: parse_arguments(VARIANTS[name].flags.split()) for name in {"document", *args.variants}
+    }
     seconds: dict[str, list[float]] = {variant: [] for variant in given}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        slices, *_ = train.load_data(recipes.with_defaults("tuned", {"data": str(args.data)}), {"epochs": 1})
+        slices, *_ = train.load_data(
+            with_defaults("tuned", {"data": str(args.data)}), {"epochs": 1}
+        )
     for _ in range(rounds):
         for variant, flags in given.items():
-            settings = recipes.with_defaults(flags.get("recipe", "tuned"), flags | {"precision": args.precision})
+            settings = with_defaults(
+                flags.get("recipe", "tuned"), flags | {"precision": args.precision}
+            )
             with replaced(VARIANTS[variant].replaced):
-                seconds[variant].append(loop.seconds_a_step(train.Run(Path(), settings, ""), slices, steps=1))
-    return {v: statistics.median(s) / statistics.median(seconds["document"]) for v, s in seconds.items()}
+                seconds[variant].append(
+                    run.seconds_a_step(train.Run(Path(), settings, ""), slices, steps=1)
+                )
+    return {
+        v: statistics.median(s) / statistics.median(seconds["document"]) for v, s in seconds.items()
+    }
 
 
 # ---------------------------------------------------------------- table
@@ -356,15 +411,24 @@ def table(results: list[dict]) -> str:
     for variant in dict.fromkeys(row["variant"] for row in results):
         rows = [row for row in results if row["variant"] == variant]
         cells = [variant, str(len(rows)), str(rows[0]["epochs"]), f"{rows[0]['gmac']:.2f}"]
-        cells += [f"{rows[0]['step_time']:.2f}" if "step_time" in rows[0] else "", f"{rows[0]['bits_per_pixel']:.4f}"]
+        cells += [
+            f"{rows[0]['step_time']:.2f}" if "step_time" in rows[0] else "",
+            f"{rows[0]['bits_per_pixel']:.4f}",
+        ]
         cells += [cell(rows, lambda row: row["validation_ssim"], 3)]
-        cells += [cell(rows, lambda row, n=n: row["test"][n]["mean"], 2 if n == "psnr" else 3) for n in SCORES]
-        cells += [cell(rows, lambda row: row["codes_used"], 0), cell(rows, lambda row: row["perplexity"], 0)]
+        cells += [
+            cell(rows, lambda row, n=n: row["test"][n]["mean"], 2 if n == "psnr" else 3)
+            for n in SCORES
+        ]
+        cells += [
+            cell(rows, lambda row: row["codes_used"], 0),
+            cell(rows, lambda row: row["perplexity"], 0),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "GMAC: multiply-adds of a whole slice, forward, search included. Step time: of 16 slices in training, as",
-        "the variant crops them, over the document's. Codes used and perplexity: of all codebooks together.",
+        "the variant crops them, over the document's. CodeDataset used and perplexity: of all codebooks together.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -376,32 +440,62 @@ def write(out: Path, results: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flag = parser.add_argument
     flag("--data", type=Path, required=True, help="folder of slices, as for train.py")
-    flag("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"of {list(VARIANTS)}")
-    flag("--seeds", type=int, nargs="+", default=[0], help="a run of each variant for each seed (0)")
+    flag(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"of {list(VARIANTS)}",
+    )
+    flag(
+        "--seeds", type=int, nargs="+", default=[0], help="a run of each variant for each seed (0)"
+    )
     flag("--epochs", type=int, default=100, help="of every run (100)")
     flag("--precision", default="auto", help="of every run, as for train.py (auto)")
-    flag("--jobs", type=int, default=1, help="runs at a time, each with its share of the CPU's cores (1)")
-    flag("--runs-dir", type=Path, default=Path("runs/ablation"), help="where the runs are kept (runs/ablation)")
-    flag("--out", type=Path, help="result files, without ending (benchmarks/results/ablation_<data>)")
+    flag(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time, each with its share of the CPU's cores (1)",
+    )
+    flag(
+        "--runs-dir",
+        type=Path,
+        default=Path("runs/ablation"),
+        help="where the runs are kept (runs/ablation)",
+    )
+    flag(
+        "--out", type=Path, help="result files, without ending (benchmarks/results/ablation_<data>)"
+    )
     args = parser.parse_args()
     args.variants = list(dict.fromkeys(args.variants))
     if args.jobs < 1 or args.epochs < 1:
-        raise UserError(f"--jobs is {args.jobs} and --epochs {args.epochs}; expected 1 or more of each")
+        raise UserError(
+            f"--jobs is {args.jobs} and --epochs {args.epochs}; expected 1 or more of each"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = args.out or RESULTS / f"ablation_{args.data.resolve().name}"
     threads = max(1, torch.get_num_threads() // args.jobs)
     results: list[dict] = []
-    order = [(args, variant, seed) for seed in args.seeds for variant in args.variants]  # a first table after one seed
+    order = [
+        (args, variant, seed) for seed in args.seeds for variant in args.variants
+    ]  # a first table after one seed
     pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     try:
         for row in pool.map(run_once, *zip(*order, strict=True)):
             results.append(row)
             results.sort(key=lambda row: (args.variants.index(row["variant"]), row["seed"]))
             write(out, results)
-            print(f"{row['variant']}, seed {row['seed']}: validation ssim {row['validation_ssim']:.4f}", flush=True)
+            print(
+                f"{row['variant']}, seed {row['seed']}: validation ssim {row['validation_ssim']:.4f}",
+                flush=True,
+            )
     except BaseException as stop:
         for worker in active_children():
             worker.terminate()  # it saves its run first
@@ -416,4 +510,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main, sources.DataError, modules.CheckpointError)
+    utils.run_script(main)

@@ -1,4 +1,4 @@
-"""A run's codes as bits, and back: arithmetic coding under the run's prior (modules.CodePrior).
+"""A run's codes as bits, and back: arithmetic coding under the run's prior (model.CodePrior).
 
     streams = encode(prior, codes)            # (N, h, w) -> for each slice its own array of 32-bit words
     codes = decode(prior, streams)            # the same codes, on the same machine
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modules import CodePrior
+from prior.model import CodePrior
 from utils import UserError
 
 try:
@@ -28,7 +28,9 @@ BATCH = 32
 
 def check_installed() -> None:
     if constriction is None:
-        raise UserError("constriction, the arithmetic coder, is missing: pip install -r benchmarks/requirements.txt")
+        raise UserError(
+            "constriction, the arithmetic coder, is missing: pip install -r benchmarks/requirements.txt"
+        )
 
 
 def encode(prior: CodePrior, codes: Tensor) -> list[np.ndarray]:
@@ -39,9 +41,13 @@ def encode(prior: CodePrior, codes: Tensor) -> list[np.ndarray]:
         pyramid = prior.pyramid(some)
         encoders = [constriction.stream.queue.RangeEncoder() for _ in some]
 
-        def choose(number, logits: Tensor, row: int, column: int, pyramid=pyramid, encoders=encoders) -> Tensor:
+        def choose(
+            number, logits: Tensor, row: int, column: int, pyramid=pyramid, encoders=encoders
+        ) -> Tensor:
             known = pyramid[number][:, row, column]
-            for encoder, symbol, chance in zip(encoders, known.tolist(), _probabilities(logits), strict=True):
+            for encoder, symbol, chance in zip(
+                encoders, known.tolist(), _probabilities(logits), strict=True
+            ):
                 encoder.encode(np.array([symbol], dtype=np.int32), family, chance[None])
             return known
 
@@ -55,11 +61,17 @@ def decode(prior: CodePrior, streams: list[np.ndarray]) -> Tensor:
     family = constriction.stream.model.Categorical(perfect=False)
     decoded = []
     for start in range(0, len(streams), BATCH):
-        decoders = [constriction.stream.queue.RangeDecoder(words) for words in streams[start : start + BATCH]]
+        decoders = [
+            constriction.stream.queue.RangeDecoder(words)
+            for words in streams[start : start + BATCH]
+        ]
 
         def choose(number, logits: Tensor, row: int, column: int, decoders=decoders) -> Tensor:
             chances = _probabilities(logits)
-            symbols = [d.decode(family, chance[None])[0] for d, chance in zip(decoders, chances, strict=True)]
+            symbols = [
+                d.decode(family, chance[None])[0]
+                for d, chance in zip(decoders, chances, strict=True)
+            ]
             return torch.tensor(symbols, dtype=torch.long, device=logits.device)
 
         decoded.append(_walk(prior, len(decoders), choose, "decoding"))
@@ -74,5 +86,10 @@ def _probabilities(logits: Tensor) -> np.ndarray:
 def _walk(prior: CodePrior, count: int, choose, what: str) -> Tensor:
     """Through the codes of `count` slices; where in its volume each lies is not told: it would have to be sent."""
     device = prior.grids[-1].embedding.device
-    position, view = torch.full((count,), torch.nan, device=device), torch.zeros(count, dtype=torch.long, device=device)
-    return prior.walk(position, view, choose, lambda steps: tqdm(steps, f"{what} {count} slices", unit=" patches"))
+    position, view = (
+        torch.full((count,), torch.nan, device=device),
+        torch.zeros(count, dtype=torch.long, device=device),
+    )
+    return prior.walk(
+        position, view, choose, lambda steps: tqdm(steps, f"{what} {count} slices", unit=" patches")
+    )

@@ -28,22 +28,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as torchmetrics_ms_ssim
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure as torchmetrics_ms_ssim,
+)
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import entropy
 
 import dataset
-import metrics
-import plots
-import sources
 import utils
-from metrics import SCORE_NAMES, SSIM_NAMES
-from modules import VQVAE, CheckpointError, CodePrior
-from recipes import read_arguments
-from utils import UserError
+from evaluation import metrics, plots
+from evaluation.metrics import SCORE_NAMES, SSIM_NAMES
+from modules import VQVAE
+from mri import hipmri, preprocessing
+from mri.files import Source
+from prior.model import CodePrior
+from training.checkpoint import load_model
+from training.run_folder import read_arguments
+from utils import CheckpointError, UserError
 
 try:
     import imagecodecs
@@ -51,7 +54,7 @@ except ImportError:  # main() says what to install
     imagecodecs = None
 
 RATES = (0.0703125, 0.140625, 0.28125, 0.5625, 1.125)  # bits per pixel
-PIXELS = math.prod(dataset.SIZE)
+PIXELS = math.prod(preprocessing.SIZE)
 SCALE_BITS = 32  # two float16
 ACCOUNTINGS = ("file", "payload")
 SCORES = (*SSIM_NAMES, "ms_ssim", "psnr")
@@ -105,12 +108,20 @@ def jpeg_payload(file: bytes) -> int:
         if marker == 0xFFC4:  # DHT
             tables += file[start:end]
         elif marker == 0xFFDA:  # SOS: the scan goes on to EOI
-            return len(file) - 2 - end + (0 if zlib.crc32(tables) == STANDARD_TABLES else len(tables)) + 1
+            return (
+                len(file)
+                - 2
+                - end
+                + (0 if zlib.crc32(tables) == STANDARD_TABLES else len(tables))
+                + 1
+            )
 
 
 def jpeg2000_payload(file: bytes) -> int:
     """The packets: what lies between SOD, which is no segment but a bare marker, and EOC."""
-    return next(len(file) - 2 - (start - 2) for marker, start, _ in segments(file) if marker == 0xFF93)
+    return next(
+        len(file) - 2 - (start - 2) for marker, start, _ in segments(file) if marker == 0xFF93
+    )
 
 
 def jpegxl_payload(file: bytes) -> int:
@@ -132,7 +143,9 @@ def avif_payload(file: bytes) -> int:
     total = 0
     while position < end:
         kind, size, shift = file[position] >> 3 & 15, 0, 0
-        while shift == 0 or file[position] > 127:  # the size in LEB128: 7 bits a byte, the lowest first
+        while (
+            shift == 0 or file[position] > 127
+        ):  # the size in LEB128: 7 bits a byte, the lowest first
             position += 1
             size |= (file[position] & 127) << shift
             shift += 7
@@ -213,13 +226,17 @@ CODECS = {
 }  # fmt: skip
 
 
-def search(codec: Codec, depth: int, rates: Sequence[float], image: np.ndarray) -> dict[tuple, Encoded | None]:
+def search(
+    codec: Codec, depth: int, rates: Sequence[float], image: np.ndarray
+) -> dict[tuple, Encoded | None]:
     """For each rate and accounting, `image` at the finest setting that fits; None where the coarsest does not."""
     encode = functools.cache(lambda i: codec.encode(image, codec.settings[i], depth))
     steps, found = range(len(codec.settings)), {}
     for rate, accounting in itertools.product(rates, ACCOUNTINGS):
         budget = rate * image.size / 8
-        fitting = bisect.bisect_right(steps, budget, key=lambda i, count=accounting: getattr(encode(i), count))
+        fitting = bisect.bisect_right(
+            steps, budget, key=lambda i, count=accounting: getattr(encode(i), count)
+        )
         found[rate, accounting] = encode(fitting - 1) if fitting else None
     return found
 
@@ -230,7 +247,9 @@ def search(codec: Codec, depth: int, rates: Sequence[float], image: np.ndarray) 
 class Originals(NamedTuple):
     """The slices to code, constant ones left out."""
 
-    images: Tensor  # (N, 1, 256, 128) float32, intensities in a unit that keeps them in float16's range
+    images: (
+        Tensor  # (N, 1, 256, 128) float32, intensities in a unit that keeps them in float16's range
+    )
     mean: Tensor  # (N, 1, 1, 1), what z-scoring takes off
     std: Tensor  # and divides by
     cases: list[str]  # N
@@ -240,15 +259,19 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
     """The slices of the split or the volume, and how many constant ones were left out."""
     if args.volume:
         # Pixels count as square, and the centre of a plane is cropped to 2 : 1 before it is resized.
-        source = sources.Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
+        source = Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
     else:
-        source = sources.find_splits(args.data)
-    data = dataset.load_split(source, args.split, fit="crop" if args.volume else "resize", planes=args.planes)
+        source = hipmri.find_hipmri(args.data)
+    data = dataset.load_split(
+        source, args.split, fit="crop" if args.volume else "resize", planes=args.planes
+    )
     for note in [*source.notes, *data.notes]:
         print(f"note: {note}")
     kept = torch.nonzero(~data.constant).flatten()
     if not len(kept):
-        raise UserError(f"all {len(data)} slices of {args.split} are constant; there is nothing to measure")
+        raise UserError(
+            f"all {len(data)} slices of {args.split} are constant; there is nothing to measure"
+        )
     images = data.denormalise(data.batch(kept), kept)
     unit = 2.0 ** math.ceil(math.log2(float(images.abs().max())) - 14)
     mean, std = (numbers[kept].view(-1, 1, 1, 1) / unit for numbers in (data.mean, data.std))
@@ -259,18 +282,29 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
 def ms_ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Multi-scale SSIM of each slice, on `ssim`'s images: (B, 1, H, W) twice -> (B,)."""
     pixels = originals.flatten(1)
-    pair = [metrics.rescale(images, pixels.amin(1), pixels.amax(1)) for images in (reconstructions, originals)]
-    return torchmetrics_ms_ssim(*pair, reduction="none", data_range=1.0, betas=MS_SSIM_WEIGHTS).flatten()
+    pair = [
+        metrics.rescale(images, pixels.amin(1), pixels.amax(1))
+        for images in (reconstructions, originals)
+    ]
+    return torchmetrics_ms_ssim(
+        *pair, reduction="none", data_range=1.0, betas=MS_SSIM_WEIGHTS
+    ).flatten()
 
 
-def score(originals: Tensor, reconstructions: Tensor, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def score(
+    originals: Tensor, reconstructions: Tensor, names: tuple[str, ...]
+) -> dict[str, np.ndarray]:
     """Some of SCORES of each slice: (N, 1, H, W) twice -> {name: (N,)}."""
     columns = []
     for pair in zip(originals.split(16), reconstructions.split(16), strict=True):
-        columns.append(metrics.slice_scores(*pair, tuple(name for name in names if name in SCORE_NAMES)))
+        columns.append(
+            metrics.slice_scores(*pair, tuple(name for name in names if name in SCORE_NAMES))
+        )
         if "ms_ssim" in names:
             columns[-1]["ms_ssim"] = ms_ssim(*pair)
-    return {name: torch.cat([column[name] for column in columns]).double().numpy() for name in names}
+    return {
+        name: torch.cat([column[name] for column in columns]).double().numpy() for name in names
+    }
 
 
 def summarize(originals: Originals, reconstructions: Tensor) -> dict[str, dict]:
@@ -286,10 +320,14 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
     low, span = low.half().float(), (high - low).half().float()
     scaled = ((images - low) / span).clamp(0, 1)[:, 0].double().numpy()
     found = {}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # imagecodecs encodes without the interpreter's lock
+    with ThreadPoolExecutor(
+        torch.get_num_threads()
+    ) as pool:  # imagecodecs encodes without the interpreter's lock
         for depth in codec.depths:
             tasks = pool.map(functools.partial(search, codec, depth, rates), scaled)
-            found[depth] = list(tqdm(tasks, f"{codec.name}, {depth} bits", len(scaled), unit=" slices"))
+            found[depth] = list(
+                tqdm(tasks, f"{codec.name}, {depth} bits", len(scaled), unit=" slices")
+            )
     rows = []
     for rate, accounting in itertools.product(rates, ACCOUNTINGS):
         misfits, best = [], (-math.inf, {}, None)
@@ -304,14 +342,22 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
             ssim = score(images, restored, ("ssim",))["ssim"].mean()
             if ssim > best[0]:
                 best = (ssim, {"depth": depth, "bits_per_pixel": float(bits) / PIXELS}, restored)
-        row = {"method": codec.name, "rate": rate, "accounting": accounting, "misfits": min(misfits), **best[1]}
+        row = {
+            "method": codec.name,
+            "rate": rate,
+            "accounting": accounting,
+            "misfits": min(misfits),
+            **best[1],
+        }
         rows.append(row if row["misfits"] else row | {"scores": summarize(originals, best[2])})
     return rows
 
 
-def measure_run(run: Path, originals: Originals, device: torch.device, entropy_coded: bool) -> list[dict]:
+def measure_run(
+    run: Path, originals: Originals, device: torch.device, entropy_coded: bool
+) -> list[dict]:
     """The row of a run's best.pt; where it has a prior and its codes are to be entropy-coded, a second one."""
-    model = VQVAE.from_checkpoint(run / "best.pt", device)
+    model = load_model(VQVAE, run / "best.pt", device)
     trained_with = read_arguments(run, {"recipe": "tuned"})
     mean, std = originals.mean.half().float(), originals.std.half().float()
     batches = ((originals.images - mean) / std).split(16)
@@ -325,14 +371,22 @@ def measure_run(run: Path, originals: Originals, device: torch.device, entropy_c
     parameters = sum(p.numel() for p in model.parameters())
     rates = {"fixed length": (model.bits_per_pixel, parameters)}
     if entropy_coded and (run / "prior" / "best.pt").exists():
-        prior = CodePrior.from_checkpoint(run / "prior" / "best.pt", device)
+        prior = load_model(CodePrior, run / "prior" / "best.pt", device)
         parameters += sum(p.numel() for p in prior.parameters())
         bits = coded_bits(prior, torch.cat([output.indices for output in outputs]), run)
         rates["entropy-coded"] = (bits / PIXELS, parameters)
     elif entropy_coded:
-        print(f"note: {run} has no prior/best.pt, and is counted at fixed length alone; train_prior.py trains one")
+        print(
+            f"note: {run} has no prior/best.pt, and is counted at fixed length alone; train_prior.py trains one"
+        )
     return [
-        row | {"accounting": accounting, "rate": rate, "bits_per_pixel": rate + SCALE_BITS / PIXELS, "weights": weights}
+        row
+        | {
+            "accounting": accounting,
+            "rate": rate,
+            "bits_per_pixel": rate + SCALE_BITS / PIXELS,
+            "weights": weights,
+        }
         for accounting, (rate, weights) in rates.items()
     ]
 
@@ -340,10 +394,14 @@ def measure_run(run: Path, originals: Originals, device: torch.device, entropy_c
 def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:
     """Bits of a slice's stream, mean over codes (N, h, w), which come back from the streams or there is no figure."""
     if tuple(codes.shape[1:]) != (prior.height, prior.width):
-        raise UserError(f"{run / 'prior'} is of {prior.height} x {prior.width} codes, the run of other grids")
+        raise UserError(
+            f"{run / 'prior'} is of {prior.height} x {prior.width} codes, the run of other grids"
+        )
     streams = entropy.encode(prior, codes)
     if not torch.equal(entropy.decode(prior, streams), codes):
-        raise UserError(f"the codes of {run} do not come back from their streams: this machine does not compute alike")
+        raise UserError(
+            f"the codes of {run} do not come back from their streams: this machine does not compute alike"
+        )
     return 32 * sum(map(len, streams)) / len(streams)
 
 
@@ -353,14 +411,19 @@ def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:
 def table(rows: list[dict], slices: int) -> str:
     """Markdown, a row a method, rate and accounting."""
     names = " | ".join("PSNR (dB)" if name == "psnr" else f"`{name}`" for name in SCORES)
-    lines = [f"| rate | method | counted | bits per pixel | {names} |", "|" + "---|" * (4 + len(SCORES))]
+    lines = [
+        f"| rate | method | counted | bits per pixel | {names} |",
+        "|" + "---|" * (4 + len(SCORES)),
+    ]
     for row in rows:
         detail = f", {row['depth']} bits" if "depth" in row else ""
         detail += f", {row['weights']:,} weights" if "weights" in row else ""
         cells = [f"{row['rate']:.4f}", row["method"] + detail, row["accounting"]]
         if "scores" in row:
             cells.append(f"{row['bits_per_pixel']:.4f}")
-            cells += [f"{row['scores'][name]['mean']:.{2 if name == 'psnr' else 4}f}" for name in SCORES]
+            cells += [
+                f"{row['scores'][name]['mean']:.{2 if name == 'psnr' else 4}f}" for name in SCORES
+            ]
         else:
             cells += [f"does not fit ({row['misfits']} of {slices} slices)", *[""] * len(SCORES)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -376,11 +439,17 @@ def plot(path: Path, rows: list[dict], heading: str) -> None:
             point = (row["bits_per_pixel"], row["scores"]["ssim"]["mean"])
             curves.setdefault((row["method"], row["accounting"]), []).append(point)
     colours = {codec.name: f"C{number}" for number, codec in enumerate(CODECS.values())}
-    shapes = dict(zip(sorted({method for method, _ in curves} - colours.keys()), itertools.cycle("osD^vP*X")))
+    shapes = dict(
+        zip(sorted({method for method, _ in curves} - colours.keys()), itertools.cycle("osD^vP*X"))
+    )
     for (method, accounting), points in sorted(curves.items()):
         label = f"{method}, {accounting}"
         if method in colours:
-            style = {"color": colours[method], "linestyle": "-" if accounting == "payload" else "--", "marker": "."}
+            style = {
+                "color": colours[method],
+                "linestyle": "-" if accounting == "payload" else "--",
+                "marker": ".",
+            }
         else:  # a shape a run: beside the points, labels of like runs would overlap
             fill = "full" if accounting == "fixed length" else "none"
             style = {"color": "k", "linestyle": "", "marker": shapes[method], "fillstyle": fill}
@@ -395,26 +464,62 @@ def plot(path: Path, rows: list[dict], heading: str) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="DIR", help="folder of slices or volumes, as for train.py")
-    source.add_argument("--volume", type=Path, metavar="FILE", help="a NIfTI volume: its central coronal planes")
+    source.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of slices or volumes, as for train.py"
+    )
+    source.add_argument(
+        "--volume", type=Path, metavar="FILE", help="a NIfTI volume: its central coronal planes"
+    )
     flag = parser.add_argument
     flag("--split", choices=("train", "validate", "test"), default="test", help="of --data (test)")
     flag("--planes", type=int, default=60, help="of each volume (60)")
-    flag("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs, each with a best.pt (none)")
-    flag("--entropy-coded", action="store_true", help="code the codes of runs with a prior, too: a minute a run")
-    flag("--rates", type=float, nargs="+", default=RATES, help=f"of the codecs, bits per pixel {RATES}")
-    flag("--codecs", nargs="+", choices=CODECS, default=list(CODECS), metavar="NAME", help=f"of {', '.join(CODECS)}")
+    flag(
+        "--runs",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of runs, each with a best.pt (none)",
+    )
+    flag(
+        "--entropy-coded",
+        action="store_true",
+        help="code the codes of runs with a prior, too: a minute a run",
+    )
+    flag(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=RATES,
+        help=f"of the codecs, bits per pixel {RATES}",
+    )
+    flag(
+        "--codecs",
+        nargs="+",
+        choices=CODECS,
+        default=list(CODECS),
+        metavar="NAME",
+        help=f"of {', '.join(CODECS)}",
+    )
     flag("--device", default="auto", help="of the runs: auto, cuda, cuda:1, mps or cpu (auto)")
-    flag("--out", type=Path, help="result files, without ending (benchmarks/results/rate_distortion_<data>)")
+    flag(
+        "--out",
+        type=Path,
+        help="result files, without ending (benchmarks/results/rate_distortion_<data>)",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if imagecodecs is None:
-        raise UserError("imagecodecs, which has the codecs, is missing: pip install -r benchmarks/requirements.txt")
+        raise UserError(
+            "imagecodecs, which has the codecs, is missing: pip install -r benchmarks/requirements.txt"
+        )
     if args.entropy_coded:
         entropy.check_installed()
     versions = utils.versions() | {"imagecodecs": imagecodecs.__version__}
@@ -422,7 +527,9 @@ def main(argv: list[str] | None = None) -> int:
     device = utils.pick_device(args.device)
     utils.keep_freed_memory()
     originals, excluded = load(args)
-    rows = [row for run in args.runs for row in measure_run(run, originals, device, args.entropy_coded)]
+    rows = [
+        row for run in args.runs for row in measure_run(run, originals, device, args.entropy_coded)
+    ]
     for name in args.codecs:
         rows += measure_codec(CODECS[name], originals, sorted(args.rates))
     rows.sort(key=lambda row: row["rate"])  # at a rate: runs, then codecs
@@ -432,16 +539,24 @@ def main(argv: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     slices = len(originals.cases)
     result = {"data": name, "split": args.split, "planes": args.planes if args.volume else None}
-    result |= {"slices": slices, "excluded_slices": excluded, "device": utils.describe_device(device)}
-    utils.save_json(Path(f"{out}.json"), result | {"versions": versions, "rows": rows})
+    result |= {
+        "slices": slices,
+        "excluded_slices": excluded,
+        "device": utils.describe_device(device),
+    }
+    utils.write_json(Path(f"{out}.json"), result | {"versions": versions, "rows": rows})
     heading = f"{name}, {'central planes' if args.volume else args.split}, {slices} slices"
     text = f"{heading}; {excluded} constant ones excluded.\n\n{table(rows, slices)}\n{RULES}"
     Path(f"{out}.md").write_text(text, encoding="utf-8")
     if len(args.rates) > 1:  # one rate makes no curve
         plot(Path(f"{out}.png"), rows, heading)
-    print(f"\n{table(rows, slices)}\nwritten: {out}.md and .json{', .png' if len(args.rates) > 1 else ''}")
+    print(
+        f"\n{table(rows, slices)}\nwritten: {out}.md and .json{', .png' if len(args.rates) > 1 else ''}"
+    )
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_script(main, sources.DataError, CheckpointError, ImportError)  # a build of imagecodecs may lack a codec
+    utils.run_script(
+        main, utils.DataError, CheckpointError, ImportError
+    )  # a build of imagecodecs may lack a codec

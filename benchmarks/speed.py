@@ -37,17 +37,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds the modules beside it alone
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dataset
-import loop
-import metrics
-import phantom
-import recipes
-import sources
 import train
 import utils
+from evaluation import metrics
 from modules import VQVAE, Decoder, Encoder
+from mri import cache, hipmri, phantom
+from training import run
+from training.config import with_defaults
 
 IMPORTED = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +58,9 @@ BATCH = 16
 class UsualQuantizer(nn.Module):
     """As most scripts have it: a one-hot matrix (N, K), multiplied by the embeddings."""
 
-    def __init__(self, num_embeddings: int = 512, embedding_dim: int = 64, commitment_cost: float = 0.25):
+    def __init__(
+        self, num_embeddings: int = 512, embedding_dim: int = 64, commitment_cost: float = 0.25
+    ):
         super().__init__()
         self.commitment_cost = commitment_cost
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
@@ -75,7 +75,9 @@ class UsualQuantizer(nn.Module):
         one_hot = torch.zeros(len(indices), len(weight), device=z.device)
         one_hot.scatter_(1, indices, 1)
         quantized = (one_hot @ weight).view(z.shape)
-        loss = F.mse_loss(quantized, z.detach()) + self.commitment_cost * F.mse_loss(quantized.detach(), z)
+        loss = F.mse_loss(quantized, z.detach()) + self.commitment_cost * F.mse_loss(
+            quantized.detach(), z
+        )
         quantized = z + (quantized - z).detach()
         average = one_hot.mean(0)
         perplexity = torch.exp(-torch.sum(average * torch.log(average + 1e-10)))
@@ -101,7 +103,9 @@ class LibraryQuantizer(nn.Module):
         super().__init__()
         from vector_quantize_pytorch import VectorQuantize
 
-        self.quantize = VectorQuantize(dim=64, codebook_size=512, commitment_weight=0.25, accept_image_fmap=True)
+        self.quantize = VectorQuantize(
+            dim=64, codebook_size=512, commitment_weight=0.25, accept_image_fmap=True
+        )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices, loss = self.quantize(z)
@@ -126,11 +130,15 @@ class Monai(nn.Module):
         return reconstruction, loss, self.net.quantizer.perplexity
 
 
-def usual_epochs(build: Callable[[], nn.Module], slices: dataset.Slices, device: torch.device) -> Iterator[None]:
+def usual_epochs(
+    build: Callable[[], nn.Module], slices: dataset.SliceDataset, device: torch.device
+) -> Iterator[None]:
     """The usual loop: decoded slices in memory, a DataLoader, eager float32, and `.item()` at each step."""
     images = slices.batch(torch.arange(len(slices)))
     data = torch.utils.data.TensorDataset(images)
-    loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        data, BATCH, shuffle=True, pin_memory=device.type == "cuda"
+    )
     model = build().to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     while True:
@@ -148,13 +156,13 @@ def usual_epochs(build: Callable[[], nn.Module], slices: dataset.Slices, device:
 
 
 def own_epochs(
-    slices: dataset.Slices, device: torch.device, recipe: str = "document", batch: int = BATCH,
+    slices: dataset.SliceDataset, device: torch.device, recipe: str = "document", batch: int = BATCH,
     place: bool = True, memory: bool = True, channels_last: bool = True, **flags,
 ) -> Iterator[None]:  # fmt: skip
     """train.py's own epochs, without validation; what makes them fast can be left out."""
     if memory:
         utils.keep_freed_memory()
-    args = recipes.with_defaults(recipe, {"device": str(device), "batch_size": batch, **flags})
+    args = with_defaults(recipe, {"device": str(device), "batch_size": batch, **flags})
     run = train.Run(Path(), args, "")
     if not channels_last:
         run.model.to(memory_format=torch.contiguous_format)
@@ -162,7 +170,7 @@ def own_epochs(
         slices.place(device)
     train.start_codebook(run, slices)
     while True:
-        loop.train_epoch(run, slices, tqdm(disable=True), [])
+        run.train_epoch(run, slices, tqdm(disable=True), [])
         run.begin_epoch()
         run.epochs_done += 1
         yield
@@ -190,9 +198,9 @@ OF_CPUS = {"- freed memory handed back", "- compiled"}
 # ---------------------------------------------------------------- measurements, each in a process of its own
 
 
-def load(data: Path) -> dataset.Slices:
+def load(data: Path) -> dataset.SliceDataset:
     """The training split."""
-    return dataset.load_split(sources.find_splits(data), "train", progress=False)
+    return dataset.load_split(hipmri.find_hipmri(data), "train", progress=False)
 
 
 def wait(device: torch.device) -> None:
@@ -208,8 +216,10 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def measure_training(device: torch.device, data: Path, method: str, epochs: int, batch: int = BATCH) -> dict:
-    """Slices a second of a method's epochs, after a first one that compiles and fills caches."""
+def measure_training(
+    device: torch.device, data: Path, method: str, epochs: int, batch: int = BATCH
+) -> dict:
+    """SliceDataset a second of a method's epochs, after a first one that compiles and fills caches."""
     slices = load(data)
     if method in USUAL:
         training = usual_epochs(USUAL[method], slices, device)
@@ -224,39 +234,50 @@ def measure_training(device: torch.device, data: Path, method: str, epochs: int,
         next(training)
     wait(device)
     seconds = time.perf_counter() - start
-    return {"slices_per_second": epochs * len(slices) / seconds, "first_epoch": first, "memory": peak_memory(device)}
+    return {
+        "slices_per_second": epochs * len(slices) / seconds,
+        "first_epoch": first,
+        "memory": peak_memory(device),
+    }
 
 
 def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> dict:
-    """Slices a second of a split's evaluation: of the document's model, uncompiled, in float32."""
+    """SliceDataset a second of a split's evaluation: of the document's model, uncompiled, in float32."""
     utils.keep_freed_memory()
     slices, model = load(data), VQVAE().to(device)
     metrics.evaluate(model, slices, BATCH, device, names)
     start = time.perf_counter()
     metrics.evaluate(model, slices, BATCH, device, names)
-    return {"slices_per_second": len(slices) / (time.perf_counter() - start), "memory": peak_memory(device)}
+    return {
+        "slices_per_second": len(slices) / (time.perf_counter() - start),
+        "memory": peak_memory(device),
+    }
 
 
 def measure_first_batch(device: torch.device, data: Path) -> dict:
     """Seconds from the imports' end to a first batch on the device, out of a warm cache."""
     slices = load(data)
-    order = loop.epoch_order(slices, 0, 1)
+    order = run.epoch_order(slices, 0, 1)
     if device.type != "cpu":
         slices.place(device)
     next(slices.batches([order[:BATCH]], device)).sum().item()
-    return {"seconds": time.perf_counter() - IMPORTED, "slices": len(slices), "memory": peak_memory(device)}
+    return {
+        "seconds": time.perf_counter() - IMPORTED,
+        "slices": len(slices),
+        "memory": peak_memory(device),
+    }
 
 
 def measure_cache(device: torch.device, data: Path, rounds: int) -> dict:
     """Seconds to decode a split into a new cache, over those of bare gzip inflation by as many processes."""
-    source = sources.find_splits(data)
+    source = hipmri.find_hipmri(data)
     files = source.splits["train"]
     for file in files:
         file.read_bytes()  # the disk is not what is measured
     inflating, building = [], []
     for _ in range(rounds):
         start = time.perf_counter()
-        with ProcessPoolExecutor(dataset._cores()) as pool:
+        with ProcessPoolExecutor(cache.cores()) as pool:
             sum(pool.map(inflate, files, chunksize=64))
         inflating.append(time.perf_counter() - start)
         with tempfile.TemporaryDirectory() as cache:
@@ -282,20 +303,28 @@ def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
     size = 8192 if on_gpu else 2048
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     rate = 2 * size**3 / seconds_of(lambda: a @ b, device)
-    if not on_gpu:  # a matrix product there may come from another library than convolutions do, and be slower
+    if (
+        not on_gpu
+    ):  # a matrix product there may come from another library than convolutions do, and be slower
         x, w = torch.randn(8, 256, 64, 64, dtype=kind), torch.randn(256, 256, 3, 3, dtype=kind)
-        rate = max(rate, 2 * 9 * 256**2 * 8 * 64**2 / seconds_of(lambda: F.conv2d(x, w, padding=1), device))
-    block, copy = (torch.randn((1 << 30 if on_gpu else 1 << 27) // 4, device=device) for _ in range(2))
+        rate = max(
+            rate, 2 * 9 * 256**2 * 8 * 64**2 / seconds_of(lambda: F.conv2d(x, w, padding=1), device)
+        )
+    block, copy = (
+        torch.randn((1 << 30 if on_gpu else 1 << 27) // 4, device=device) for _ in range(2)
+    )
     bandwidth = 2 * block.nbytes / seconds_of(lambda: copy.copy_(block), device)
 
-    args = recipes.with_defaults("document", {"device": str(device), "precision": precision, "compile": False})
+    args = with_defaults(
+        "document", {"device": str(device), "precision": precision, "compile": False}
+    )
     run = train.Run(Path(), args, "")
     images = load(data).batch(torch.arange(BATCH)).to(device)
-    loop.train_step(run, images)
+    run.train_step(run, images)
     with FlopCounterMode(display=False) as counter:
-        loop.train_step(run, images)
+        run.train_step(run, images)
     with Traffic() as traffic:
-        loop.train_step(run, images)
+        run.train_step(run, images)
     bound = max(counter.get_total_flops() / rate, traffic.bytes / bandwidth)
     return {"matrix_rate": rate, "bandwidth": bandwidth, "flops": counter.get_total_flops(), "bytes": traffic.bytes,
             "slices_per_second": BATCH / bound}  # fmt: skip
@@ -313,7 +342,9 @@ class Traffic(TorchDispatchMode):
         view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
         if not view and "empty" not in func.__name__:
             read = args[1:] if func.__name__.startswith(("copy_", "fill_")) else args
-            self.bytes += sum(x.nbytes for x in tree_leaves((read, kwargs, out)) if isinstance(x, Tensor))
+            self.bytes += sum(
+                x.nbytes for x in tree_leaves((read, kwargs, out)) if isinstance(x, Tensor)
+            )
         return out
 
 
@@ -330,14 +361,36 @@ def seconds_of(call: Callable, device: torch.device, rounds: int = 10) -> float:
 
 
 def measure_processes(device: torch.device, data: Path, count: int, epochs: int) -> dict:
-    """Slices a second of train.py's last epoch, its validation included, by `count` processes."""
+    """SliceDataset a second of train.py's last epoch, its validation included, by `count` processes."""
     several = ["-m", "torch.distributed.run", "--nproc-per-node", count] if count > 1 else []
     threads = max(1, torch.get_num_threads() // count)
     with tempfile.TemporaryDirectory() as runs:
-        flags = ["--data", data, "--recipe", "document", "--epochs", epochs, "--runs-dir", runs, "--name", "a"]
-        command = [sys.executable, *several, ROOT / "train.py", *flags, "--device", device.type, "--plot-every", 10**6]
+        flags = [
+            "--data",
+            data,
+            "--recipe",
+            "document",
+            "--epochs",
+            epochs,
+            "--runs-dir",
+            runs,
+            "--name",
+            "a",
+        ]
+        command = [
+            sys.executable,
+            *several,
+            ROOT / "train.py",
+            *flags,
+            "--device",
+            device.type,
+            "--plot-every",
+            10**6,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run([str(part) for part in command], check=True, capture_output=True, env=environment)
+        subprocess.run(
+            [str(part) for part in command], check=True, capture_output=True, env=environment
+        )
         last = (Path(runs) / "a" / "metrics.csv").read_text().splitlines()[-1]
     return {"slices_per_second": len(load(data)) / float(last.split(",")[-1])}
 
@@ -351,9 +404,13 @@ MEASUREMENTS = {
 def measure(args: argparse.Namespace, what: str, data: Path, **options) -> dict:
     """One of MEASUREMENTS in a new process, or why it gave nothing."""
     task = json.dumps([what, args.device, str(data), options])
-    done = subprocess.run([sys.executable, __file__, "--measure", task], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", task], capture_output=True, text=True
+    )
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "rror" in line] or [f"exit status {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if "rror" in line] or [
+            f"exit status {done.returncode}"
+        ]
         result = {"failed": lines[-1][:200]}
     else:
         result = json.loads(done.stdout.splitlines()[-1])
@@ -383,7 +440,9 @@ def repeated(data: Path, folder: Path, count: int) -> Path:
     return out.parent
 
 
-def run_all(args: argparse.Namespace, on_gpu: bool, folder: Path, write: Callable[[dict], None]) -> None:
+def run_all(
+    args: argparse.Namespace, on_gpu: bool, folder: Path, write: Callable[[dict], None]
+) -> None:
     """All measurements, `write` after each part."""
     phantom.write_phantom(folder / "phantom")
     epochs, rounds = 25 if args.long else 1, 3  # epochs of 8 steps
@@ -398,21 +457,36 @@ def run_all(args: argparse.Namespace, on_gpu: bool, folder: Path, write: Callabl
         for name, results in single.items():
             results.append(measure(args, "training", data, method=name, epochs=epochs))
     result = {"training": {name: medians(results) for name, results in single.items()}}
-    result["bound"] = {kind: measure(args, "bound", data, precision=kind) for kind in ("float32", "bfloat16")}
+    result["bound"] = {
+        kind: measure(args, "bound", data, precision=kind) for kind in ("float32", "bfloat16")
+    }
     write(result)
 
     others = result["others"] = {}
-    for what, names in (("in training", ["ssim", "psnr"]), ("by predict.py", list(metrics.SCORE_NAMES))):
-        others[f"evaluation {what} ({', '.join(names)})"] = measure(args, "evaluation", folder / "phantom", names=names)
+    for what, names in (
+        ("in training", ["ssim", "psnr"]),
+        ("by predict.py", list(metrics.SCORE_NAMES)),
+    ):
+        others[f"evaluation {what} ({', '.join(names)})"] = measure(
+            args, "evaluation", folder / "phantom", names=names
+        )
     for size, several in sets.items():
-        options = {"method": "this project", "epochs": max(1, epochs * BATCH // size), "batch": size}
+        options = {
+            "method": "this project",
+            "epochs": max(1, epochs * BATCH // size),
+            "batch": size,
+        }
         others[f"training, batch {size}"] = measure(args, "training", several, **options)
     write(result)
     for count in (1000, 12660):
         many = repeated(data, folder, count)
-        others[f"{count:,} files into a new cache"] = measure(args, "cache", many, rounds=3 if count == 1000 else 1)
+        others[f"{count:,} files into a new cache"] = measure(
+            args, "cache", many, rounds=3 if count == 1000 else 1
+        )
         load(many)
-        others[f"{count:,} slices in the cache: first batch on the device"] = measure(args, "first batch", many)
+        others[f"{count:,} slices in the cache: first batch on the device"] = measure(
+            args, "first batch", many
+        )
     write(result)
     for count in (1, 2):
         if not on_gpu or count <= torch.cuda.device_count():
@@ -433,7 +507,14 @@ def table(result: dict, device: torch.device) -> str:
 
     training, bound = result["training"], result["bound"]
     usual = training["the usual script"].get("slices_per_second", math.nan)
-    heads = "training, batch 16", "slices a second", "over the usual script", "share of the bound", "GB", "first epoch"
+    heads = (
+        "training, batch 16",
+        "slices a second",
+        "over the usual script",
+        "share of the bound",
+        "GB",
+        "first epoch",
+    )
     lines = [line(*heads), "|" + "---|" * 6]
     for name, row in training.items():
         if "failed" in row:
@@ -442,17 +523,37 @@ def table(result: dict, device: torch.device) -> str:
         speed = row["slices_per_second"]
         best = bound[precision_of(name, device)].get("slices_per_second")
         share = f"{speed / best:.0%}" if best and "tuned" not in name else ""
-        cells = f"{speed:.1f}", f"{speed / usual:.2f}", share, f"{row['memory']:.2f}", f"{row['first_epoch']:.1f} s"
+        cells = (
+            f"{speed:.1f}",
+            f"{speed / usual:.2f}",
+            share,
+            f"{row['memory']:.2f}",
+            f"{row['first_epoch']:.1f} s",
+        )
         lines.append(line(name, *cells))
     for kind, row in bound.items():
         if "failed" not in row:
-            work = f"{row['flops'] / 1e9:.0f} GFLOP a step at {row['matrix_rate'] / 1e12:.2f} TFLOP/s"
+            work = (
+                f"{row['flops'] / 1e9:.0f} GFLOP a step at {row['matrix_rate'] / 1e12:.2f} TFLOP/s"
+            )
             moved = f"{row['bytes'] / 1e9:.2f} GB, unfused, at {row['bandwidth'] / 1e9:.0f} GB/s"
-            lines += ["", f"Bound in {kind}: {work}, or {moved}: {row['slices_per_second']:.0f} slices a second."]
-    lines += ["", line("other", "slices a second", "seconds", "over gzip inflation", "GB"), "|" + "---|" * 5]
+            lines += [
+                "",
+                f"Bound in {kind}: {work}, or {moved}: {row['slices_per_second']:.0f} slices a second.",
+            ]
+    lines += [
+        "",
+        line("other", "slices a second", "seconds", "over gzip inflation", "GB"),
+        "|" + "---|" * 5,
+    ]
     for name, row in result.get("others", {}).items():
         name += f": failed, {row['failed']}" if "failed" in row else ""
-        forms = {"slices_per_second": ".1f", "seconds": ".2f", "over_inflate": ".2f", "memory": ".2f"}
+        forms = {
+            "slices_per_second": ".1f",
+            "seconds": ".2f",
+            "over_inflate": ".2f",
+            "memory": ".2f",
+        }
         lines.append(line(name, *(cell(row, key, form) for key, form in forms.items())))
     return "\n".join(lines) + "\n"
 
@@ -463,11 +564,15 @@ def precision_of(name: str, device: torch.device) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flag = parser.add_argument
     flag("--device", default="auto", help="auto, cuda or cpu (auto)")
     flag("--long", action="store_true", help="more steps, and batches up to 1,024")
-    flag("--out", type=Path, help="result files, without ending (benchmarks/results/speed_<device>)")
+    flag(
+        "--out", type=Path, help="result files, without ending (benchmarks/results/speed_<device>)"
+    )
     flag("--measure", help=argparse.SUPPRESS)  # what `measure` starts this file with
     args = parser.parse_args()
     if args.measure:
@@ -478,7 +583,10 @@ def main() -> int:
     device = utils.pick_device(args.device)
     args.device = str(device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    out = args.out or ROOT / "benchmarks" / "results" / f"speed_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
+    out = (
+        args.out
+        or ROOT / "benchmarks" / "results" / f"speed_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
+    )
     libraries = ("monai", "vector-quantize-pytorch")
     versions = utils.versions() | {name: importlib.metadata.version(name) for name in libraries}
     command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
@@ -488,15 +596,18 @@ def main() -> int:
     def write(result: dict) -> None:
         whole = head | {"minutes": round((time.perf_counter() - start) / 60, 1)} | result
         out.parent.mkdir(parents=True, exist_ok=True)
-        utils.save_json(Path(f"{out}.json"), whole)
+        utils.write_json(Path(f"{out}.json"), whole)
         Path(f"{out}.md").write_text(table(whole, device), encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"HIPMRI_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}  # empty
+        os.environ |= {
+            "HIPMRI_CACHE": f"{folder}/cache",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled",
+        }  # empty
         run_all(args, device.type == "cuda", Path(folder), write)
     print(Path(f"{out}.md").read_text(encoding="utf-8"))
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_script(main, sources.DataError, importlib.metadata.PackageNotFoundError)
+    utils.run_script(main)

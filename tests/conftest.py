@@ -29,9 +29,18 @@ def own_signals():
 @pytest.fixture
 def small() -> list[str]:
     """Flags of a model that trains in seconds, 4 slices a step."""
-    flags = {"hidden-channels": 8, "residual-channels": 4, "embedding-dim": 4, "num-embeddings": 16, "batch-size": 4}
+    flags = {
+        "hidden-channels": 8,
+        "residual-channels": 4,
+        "embedding-dim": 4,
+        "num-embeddings": 16,
+        "batch-size": 4,
+    }
     flags |= {"num-residual-layers": 1, "num-code-layers": 1, "refine-channels": 2, "crop": 64}
-    return [part for name, value in flags.items() for part in (f"--{name}", str(value))] + ["--device", "cpu"]
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))] + [
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture
@@ -39,7 +48,9 @@ def real_data() -> Path:
     """$HIPMRI_REAL_DATA: its folder prostatex/ holds real slices in HipMRI's 2D form. Without it, a skip."""
     folder = Path(os.environ.get("HIPMRI_REAL_DATA") or "not set")
     if not (folder / "prostatex").is_dir():
-        pytest.skip(f"$HIPMRI_REAL_DATA is {folder}, without a folder prostatex: real slices are not in the repo")
+        pytest.skip(
+            f"$HIPMRI_REAL_DATA is {folder}, without a folder prostatex: real slices are not in the repo"
+        )
     return folder
 
 
@@ -67,7 +78,9 @@ def write_slices(write_nifti):
         for split, count in ({"train": 4, "validate": 2, "test": 2} | counts).items():
             for i in range(count):
                 name = f"case_{cases[split]:03d}_week_0_slice_{i}.nii.gz"
-                write_nifti(root / f"{prefix}{split}" / name, rng.integers(0, 900, shape).astype(np.int16))
+                write_nifti(
+                    root / f"{prefix}{split}" / name, rng.integers(0, 900, shape).astype(np.int16)
+                )
         return root
 
     return write

@@ -11,17 +11,20 @@ import torch
 
 import dataset
 import generate
-import recipes
-import sources
 import utils
-from modules import CHECKPOINT_FORMAT, VQVAE, CodePrior
+from modules import VQVAE
+from mri import hipmri
+from prior.model import CodePrior
+from training.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
+from training.run_folder import load_run_data
 from utils import UserError
 
 
 def save(path: Path, model) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    utils.save_checkpoint(
-        path, {"format": CHECKPOINT_FORMAT, "model_args": model.arguments, "model": model.state_dict()}
+    write_checkpoint(
+        path,
+        {"format": CHECKPOINT_FORMAT, "model_args": model.arguments, "model": model.state_dict()},
     )
 
 
@@ -42,8 +45,14 @@ def run(tmp_path, write_slices, monkeypatch) -> Path:
     folder = tmp_path / "runs" / "a"
     save(folder / "best.pt", vqvae)
     save(folder / "prior" / "best.pt", prior)
-    arguments = {"data": str(data), "fit": "resize", "planes": 60, "cache_dir": None, "skip_bad_files": False}
-    utils.save_json(folder / "config.json", {"arguments": arguments})
+    arguments = {
+        "data": str(data),
+        "fit": "resize",
+        "planes": 60,
+        "cache_dir": None,
+        "skip_bad_files": False,
+    }
+    utils.write_json(folder / "config.json", {"arguments": arguments})
     return folder
 
 
@@ -54,7 +63,9 @@ def start(flags: str) -> Path:
 
 
 def pixels(folder: Path, name="drawn") -> np.ndarray:
-    return np.stack([nib.load(path).get_fdata()[..., 0] for path in sorted(folder.glob(f"{name}_*.nii.gz"))])
+    return np.stack(
+        [nib.load(path).get_fdata()[..., 0] for path in sorted(folder.glob(f"{name}_*.nii.gz"))]
+    )
 
 
 def test_drawing_leaves_a_picture_and_slices_to_open(run, capsys):
@@ -64,7 +75,7 @@ def test_drawing_leaves_a_picture_and_slices_to_open(run, capsys):
     nifti = nib.load(folder / "drawn_002.nii.gz")
     assert nifti.shape == (256, 128, 1) and nifti.get_data_dtype() == np.float32
     assert nifti.header["descrip"] == b"" and nifti.header.get_xyzt_units()[0] == "mm"
-    source = sources.find_splits(Path("data"))
+    source = hipmri.find_hipmri(Path("data"))
     train = dataset.load_split(source, "train")
     np.testing.assert_allclose(nifti.affine, train.affine)
     images = pixels(folder)
@@ -75,7 +86,9 @@ def test_drawing_leaves_a_picture_and_slices_to_open(run, capsys):
 def test_more_slices_than_a_picture_holds(run, monkeypatch):
     """A hundred are drawn; the picture shows the first 64."""
     zeros = torch.zeros(70, 64, 32, dtype=torch.long)
-    monkeypatch.setattr(generate.Drawer, "draw", lambda self, position, *given: zeros[: len(position)])
+    monkeypatch.setattr(
+        generate.Drawer, "draw", lambda self, position, *given: zeros[: len(position)]
+    )
     assert len(pixels(start("--count 70"))) == 70
     path = Path("data/keras_slices_test/case_040_week_0_slice_1.nii.gz")
     assert len(pixels(start(f"--count 70 --complete {path}"), "completion")) == 70
@@ -115,7 +128,9 @@ def test_completions_keep_the_given_half(run, half):
     folder = start(f"--complete {path} --keep {half} --count 3")
     assert (folder / "completion.png").stat().st_size > 5000
     images = pixels(folder, "completion")
-    kept, drawn = (images[:, :110], images[:, 146:]) if half == "left" else (images[:, 146:], images[:, :110])
+    kept, drawn = (
+        (images[:, :110], images[:, 146:]) if half == "left" else (images[:, 146:], images[:, :110])
+    )
     assert np.array_equal(kept[0], kept[1]) and np.array_equal(kept[1], kept[2])
     assert not np.array_equal(drawn[0], drawn[1])
     other = Path("data/keras_slices_test/case_040_week_0_slice_2.nii.gz")
@@ -124,7 +139,7 @@ def test_completions_keep_the_given_half(run, half):
 
 
 def test_a_prior_that_saw_no_mirrored_slice_keeps_the_left_half_alone(run):
-    utils.save_json(run / "prior" / "config.json", {"arguments": {"mirrored": 0.0}})
+    utils.write_json(run / "prior" / "config.json", {"arguments": {"mirrored": 0.0}})
     path = Path("data/keras_slices_test/case_040_week_0_slice_1.nii.gz")
     with pytest.raises(UserError, match="has seen no mirrored slice"):
         start(f"--complete {path} --keep right")
@@ -138,14 +153,21 @@ def test_nothing_of_the_hidden_half_reaches_the_encoder():
         whole = torch.cat([half, hidden], 1)
         shown.append(generate.shown_half((whole - whole.mean()) / whole.std()))
     torch.testing.assert_close(*shown, atol=1e-4, rtol=0)
-    assert shown[0].mean() == pytest.approx(0, abs=1e-5) and shown[0].std() == pytest.approx(1, abs=1e-5)
+    assert shown[0].mean() == pytest.approx(0, abs=1e-5) and shown[0].std() == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 def test_evaluation_measures_and_audits(run, capsys):
     folder = start("--evaluate --count 4")
     printed = capsys.readouterr().out
     result = json.loads((folder / "evaluation.json").read_text())
-    assert (result["drawn"], result["slices_a_side"], result["training_slices"], result["cases"]) == (4, 3, 8, 1)
+    assert (
+        result["drawn"],
+        result["slices_a_side"],
+        result["training_slices"],
+        result["cases"],
+    ) == (4, 3, 8, 1)
     rows = {row["set"]: row for row in result["distances"]}
     assert list(rows) == ["training, two halves", "test, real", "test, reconstructed", "training, reconstructed",
                           "drawn from the prior", "codes drawn independently"]  # fmt: skip
@@ -157,20 +179,34 @@ def test_evaluation_measures_and_audits(run, capsys):
         assert sum(found["flagged_by_case"].values()) == round(found["flagged"] * 4)
     assert str(Path.cwd()) not in json.dumps(result)
     assert (folder / "closest.png").stat().st_size > 5000 and (folder / "slices.png").exists()
-    for part in ("kernel distance", "of the way from the first row to the last", "one training case", "flagged"):
+    for part in (
+        "kernel distance",
+        "of the way from the first row to the last",
+        "one training case",
+        "flagged",
+    ):
         assert part in printed
-    assert start("--evaluate --count 4") and json.loads((folder / "evaluation.json").read_text()) == result
+    assert (
+        start("--evaluate --count 4")
+        and json.loads((folder / "evaluation.json").read_text()) == result
+    )
 
 
 def test_a_prior_that_copies_is_caught(run, monkeypatch):
     """What it draws are the codes of training slices, and its VQ-VAE returns what it was given."""
-    slices, _ = recipes.load_run_data(run, "train")
+    slices, _ = load_run_data(run, "train")
     images = slices.batch(torch.arange(8))
-    monkeypatch.setattr(generate.Drawer, "draw", lambda self, position: torch.arange(4).view(4, 1, 1).expand(4, 64, 32))
+    monkeypatch.setattr(
+        generate.Drawer,
+        "draw",
+        lambda self, position: torch.arange(4).view(4, 1, 1).expand(4, 64, 32),
+    )
 
     def decode(self, codes):
         copies = codes.float().std((1, 2)) == 0
-        held_out = torch.randn(len(codes), 1, 256, 128, generator=torch.Generator().manual_seed(len(codes)))
+        held_out = torch.randn(
+            len(codes), 1, 256, 128, generator=torch.Generator().manual_seed(len(codes))
+        )
         return torch.where(copies.view(-1, 1, 1, 1), images[codes[:, 0, 0] % 8].flip(2), held_out)
 
     monkeypatch.setattr(generate.Drawer, "decode", decode)
@@ -185,7 +221,9 @@ def test_halves_share_no_case():
     seen = set()
     for seed in range(5):
         first, second = generate.halves(cases, torch.Generator().manual_seed(seed))
-        assert {cases[i] for i in first} & {cases[i] for i in second} == set() and len(first) == len(second) == 20
+        assert {cases[i] for i in first} & {cases[i] for i in second} == set() and len(
+            first
+        ) == len(second) == 20
         seen.add(tuple(first.tolist()))
     assert len(seen) > 1
     first, second = generate.halves(["004"] * 9, torch.Generator())
@@ -211,12 +249,17 @@ def test_halves_share_no_case():
     ],
 )
 def test_mistakes(run, flags, message):
-    with pytest.raises((UserError, sources.DataError, ValueError), match=message):
+    with pytest.raises((UserError, utils.DataError, ValueError), match=message):
         start(flags)
     assert not (run / "generated" / "slices.png").exists()
 
 
 def test_a_prior_of_other_codes_is_refused(run):
-    save(run / "best.pt", VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16))
-    with pytest.raises(UserError, match=r"was trained on other codes than those of runs/a/best\.pt; train it again"):
+    save(
+        run / "best.pt",
+        VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16),
+    )
+    with pytest.raises(
+        UserError, match=r"was trained on other codes than those of runs/a/best\.pt; train it again"
+    ):
         start("")

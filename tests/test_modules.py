@@ -9,16 +9,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metrics
 import modules
-from modules import VQVAE, CheckpointError, VectorQuantizer, load_checkpoint
+from evaluation import metrics
+from modules import VQVAE, VectorQuantizer
+from training import adversarial
+from training.checkpoint import CHECKPOINT_FORMAT, load_model, read_checkpoint
+from utils import CheckpointError
 
 SMALL = {"hidden_channels": 16, "residual_channels": 8, "embedding_dim": 8, "num_embeddings": 32}
 
 
 def images(count=2, size=(32, 32), seed=0):
     """Smooth random images, z-scored like real ones."""
-    noise = torch.randn(count, 1, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        count, 1, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(seed)
+    )
     smooth = F.interpolate(noise, size=size, mode="bicubic")
     return (smooth - smooth.mean()) / smooth.std()
 
@@ -90,17 +95,26 @@ def test_forward_is_decode_after_encode():
 
 
 @pytest.mark.parametrize(
-    ("stride", "num_codebooks", "rate"), [(4, 2, 1.125), (8, 2, 0.28125), (8, 1, 0.140625), (16, 2, 0.0703125)]
+    ("stride", "num_codebooks", "rate"),
+    [(4, 2, 1.125), (8, 2, 0.28125), (8, 1, 0.140625), (16, 2, 0.0703125)],
 )
 @pytest.mark.parametrize("codebook", ["gradient", "ema"])
 def test_other_rates_follow_from_stride_and_codebooks(stride, num_codebooks, rate, codebook):
-    model = VQVAE(stride=stride, num_codebooks=num_codebooks, codebook=codebook, **SMALL | {"num_embeddings": 512})
+    model = VQVAE(
+        stride=stride,
+        num_codebooks=num_codebooks,
+        codebook=codebook,
+        **SMALL | {"num_embeddings": 512},
+    )
     x = images(1, (256, 128))
     output = model(x)
     shape = (1, 256 // stride, 128 // stride)
     assert output.indices.shape == (shape if num_codebooks == 1 else (*shape, num_codebooks))
     assert output.indices.numel() * 9 / x.numel() == model.bits_per_pixel == rate
-    assert output.counts.shape == (num_codebooks * 512,) and output.counts.sum() == output.indices.numel()
+    assert (
+        output.counts.shape == (num_codebooks * 512,)
+        and output.counts.sum() == output.indices.numel()
+    )
     model.eval()
     torch.testing.assert_close(model.decode_codes(model.encode(x)), model(x).reconstruction)
 
@@ -109,12 +123,17 @@ def test_each_codebook_quantises_what_is_left():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(16, 4, num_codebooks=3)
     z = torch.randn(2, 4, 16, 16)
-    quantizer.initialize(z.movedim(1, -1).reshape(-1, 4), generator=torch.Generator().manual_seed(0))
+    quantizer.initialize(
+        z.movedim(1, -1).reshape(-1, 4), generator=torch.Generator().manual_seed(0)
+    )
     result = quantizer(z)
     left, level, losses = z, quantizer, []
     for codebook in range(3):
         embedded = level.embedding(result.indices[..., codebook]).movedim(-1, 1)
-        assert torch.equal(level.nearest(left.movedim(1, -1).reshape(-1, 4)), result.indices[..., codebook].flatten())
+        assert torch.equal(
+            level.nearest(left.movedim(1, -1).reshape(-1, 4)),
+            result.indices[..., codebook].flatten(),
+        )
         left = left - embedded
         losses.append(left.square().mean())
         level = level.rest if codebook < 2 else None
@@ -127,7 +146,9 @@ def test_each_codebook_quantises_what_is_left():
 def test_refinement_is_one_convolution_at_full_size():
     model, plain = VQVAE(**SMALL, refine_channels=6), VQVAE(**SMALL)
     assert model(images()).reconstruction.shape == (2, 1, 32, 32)
-    assert model.decoder.conv2.out_channels == 6 and str(model.decoder.conv3).startswith("Conv2d(6, 1, kernel_size=(3")
+    assert model.decoder.conv2.out_channels == 6 and str(model.decoder.conv3).startswith(
+        "Conv2d(6, 1, kernel_size=(3"
+    )
     assert not hasattr(plain.decoder, "conv3")
 
 
@@ -135,7 +156,9 @@ def test_code_layers_are_the_decoders_on_the_code_grid():
     decoder = VQVAE(**SMALL, num_code_layers=2).decoder
     assert len(decoder.code_stack.stack) == 2
     seen = []
-    decoder.code_stack.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    decoder.code_stack.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape)
+    )
     assert decoder(torch.randn(1, 8, 6, 5)).shape == (1, 1, 24, 20) and seen == [(1, 8, 6, 5)]
 
 
@@ -194,7 +217,9 @@ def test_nearest_is_exact(vectors, codes, dim, seed):
 def test_distances_are_never_all_in_memory_at_once(monkeypatch):
     """Of a million vectors to 512 codes they would take 2 GB."""
     sizes, real = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *args, **more: sizes.append(len(args[1])) or real(*args, **more))
+    monkeypatch.setattr(
+        torch, "addmm", lambda *args, **more: sizes.append(len(args[1])) or real(*args, **more)
+    )
     assert len(VectorQuantizer(8, 2).nearest(torch.randn(100_000, 2))) == sum(sizes) == 100_000
     assert max(sizes) <= 8192
 
@@ -226,9 +251,13 @@ def check_layout(make):
 def test_channels_are_moved_last_before_flattening():
     class Flattened(VectorQuantizer):
         def forward(self, z):
-            indices = self.nearest(z.reshape(-1, self.embedding_dim))  # rows of D taken along the width
+            indices = self.nearest(
+                z.reshape(-1, self.embedding_dim)
+            )  # rows of D taken along the width
             quantized = self.embedding(indices).view(z.shape)
-            return modules.Quantized(quantized, indices, torch.zeros(()), torch.zeros(()), torch.zeros(16))
+            return modules.Quantized(
+                quantized, indices, torch.zeros(()), torch.zeros(()), torch.zeros(16)
+            )
 
     check_layout(VectorQuantizer)
     assert fails(check_layout, Flattened)
@@ -247,7 +276,9 @@ def check_beta(loss):
         z = model.encoder(x).detach().requires_grad_()
         quantized = model.vector_quantization(z)
         vq_loss = loss(model, x, modules.Output(x, *quantized[1:]))
-        gradients[beta] = torch.autograd.grad(vq_loss, (z, model.vector_quantization.embedding.weight))
+        gradients[beta] = torch.autograd.grad(
+            vq_loss, (z, model.vector_quantization.embedding.weight)
+        )
     torch.testing.assert_close(gradients[0.5][0], 2 * gradients[0.25][0])
     torch.testing.assert_close(gradients[0.5][1], gradients[0.25][1])
     assert gradients[0.25][0].abs().max() > 0 and gradients[0.25][1].abs().max() > 0
@@ -256,19 +287,28 @@ def check_beta(loss):
 def test_commitment_cost_is_on_the_encoders_term():
     check_beta(lambda model, x, output: model.loss(x, output)[1])
     assert fails(
-        check_beta, lambda model, x, output: output.commitment_loss + model.commitment_cost * output.codebook_loss
+        check_beta,
+        lambda model, x, output: (
+            output.commitment_loss + model.commitment_cost * output.codebook_loss
+        ),
     )
 
 
 def test_ssim_loss_is_the_measured_ssim():
     """Also under bfloat16 autocast, and whatever the slices' unit; a constant slice gives no NaN."""
     originals = images(3, (64, 48))
-    noisy = originals + 0.1 * torch.randn(originals.shape, generator=torch.Generator().manual_seed(1))
-    noisy = noisy.clamp(originals.amin((1, 2, 3), keepdim=True), originals.amax((1, 2, 3), keepdim=True))
+    noisy = originals + 0.1 * torch.randn(
+        originals.shape, generator=torch.Generator().manual_seed(1)
+    )
+    noisy = noisy.clamp(
+        originals.amin((1, 2, 3), keepdim=True), originals.amax((1, 2, 3), keepdim=True)
+    )
     expected = 1 - metrics.slice_scores(originals, noisy, ("ssim",))["ssim"].mean()
     assert 0.05 < expected < 0.95
     torch.testing.assert_close(modules.ssim_loss(noisy, originals), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(modules.ssim_loss(noisy * 90 + 7, originals * 90 + 7), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        modules.ssim_loss(noisy * 90 + 7, originals * 90 + 7), expected, atol=1e-4, rtol=0
+    )
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(modules.ssim_loss(noisy, originals), expected, atol=1e-4, rtol=0)
     assert modules.ssim_loss(originals, originals).abs() < 1e-5
@@ -285,7 +325,9 @@ def test_ssim_weight_adds_to_the_reconstruction_loss():
     model = VQVAE(**SMALL, ssim_weight=0.5)
     x = images()
     output = model(x)
-    expected = F.mse_loss(output.reconstruction, x) + 0.5 * modules.ssim_loss(output.reconstruction, x)
+    expected = F.mse_loss(output.reconstruction, x) + 0.5 * modules.ssim_loss(
+        output.reconstruction, x
+    )
     torch.testing.assert_close(model.loss(x, output)[0], expected)
 
 
@@ -311,7 +353,13 @@ def test_gradients_pass_straight_through():
 def test_one_batch_can_be_overfitted():
     """The whole chain learns: in a few hundred steps the error of one batch falls under a twentieth."""
     torch.manual_seed(0)
-    model = VQVAE(hidden_channels=32, residual_channels=16, embedding_dim=16, num_embeddings=64, codebook="ema")
+    model = VQVAE(
+        hidden_channels=32,
+        residual_channels=16,
+        embedding_dim=16,
+        num_embeddings=64,
+        codebook="ema",
+    )
     x = images(4)
     with torch.no_grad():
         model.vector_quantization.initialize(model.encoder(x).movedim(1, -1).reshape(-1, 16))
@@ -378,7 +426,7 @@ def test_moving_averages_are_equations_6_to_8():
 
 @torch.no_grad()
 def check_restart_holds(make):
-    """Codes out of use restart on vectors of the batch; an update that doesn't use them leaves them there."""
+    """CodeDataset out of use restart on vectors of the batch; an update that doesn't use them leaves them there."""
     torch.manual_seed(0)
     quantizer = make(8, 4, "ema", 0.9, 0.05)
     quantizer.embedding.weight[1:] += 100  # nothing will be near
@@ -475,7 +523,9 @@ def test_quantiser_is_float32_whatever_it_is_given():
     class Half(VectorQuantizer):
         def forward(self, z):
             flat = z.movedim(1, -1).reshape(-1, self.embedding_dim)
-            distance = (flat[:, None] - self.embedding.weight.to(z.dtype)).square().sum(-1)  # overflows
+            distance = (
+                (flat[:, None] - self.embedding.weight.to(z.dtype)).square().sum(-1)
+            )  # overflows
             indices = distance.argmin(1)
             loss = F.mse_loss(flat, self.embedding.weight.to(z.dtype)[indices])
             quantized = self.embedding(indices).view(*z.shape[:1], *z.shape[2:], -1).movedim(-1, 1)
@@ -503,7 +553,7 @@ def test_training_step_under_bfloat16_autocast():
 
 def checkpoint_of(trained, **changes):
     return {
-        "format": modules.CHECKPOINT_FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "model_args": trained.arguments,
         "model": trained.state_dict(),
     } | changes
@@ -512,7 +562,7 @@ def checkpoint_of(trained, **changes):
 def test_from_checkpoint_gives_the_same_model(tmp_path):
     model = VQVAE(**SMALL, codebook="ema", restart_below=0.02).eval()
     torch.save(checkpoint_of(model), tmp_path / "best.pt")
-    loaded = VQVAE.from_checkpoint(tmp_path / "best.pt")
+    loaded = load_model(VQVAE, tmp_path / "best.pt")
     assert not loaded.training and loaded.arguments == model.arguments
     x = images()
     assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
@@ -547,7 +597,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path, content, message):
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(CheckpointError, match=message):
-        VQVAE.from_checkpoint(path)
+        load_model(VQVAE, path)
 
 
 def test_truncated_checkpoint(tmp_path):
@@ -555,12 +605,12 @@ def test_truncated_checkpoint(tmp_path):
     torch.save(checkpoint_of(VQVAE(**SMALL)), path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="can't be read"):
-        load_checkpoint(path)
+        read_checkpoint(path)
 
 
 def test_the_discriminator_judges_patches_and_sees_the_finest_detail():
     torch.manual_seed(0)
-    discriminator = modules.PatchDiscriminator()
+    discriminator = adversarial.PatchDiscriminator()
     images = torch.randn(2, 1, 128, 128)
     judged = discriminator(images)
     assert judged.shape == (2, 1, 16, 16) and judged.dtype == torch.float32
@@ -572,7 +622,7 @@ def test_the_discriminator_judges_patches_and_sees_the_finest_detail():
 
 
 def test_the_hinge_loss_is_two_where_nothing_is_seen_and_zero_where_all_is():
-    discriminator = modules.PatchDiscriminator()
+    discriminator = adversarial.PatchDiscriminator()
     discriminator.forward = lambda images: images
     for value, expected in ((0.0, 2.0), (1.0, 0.0), (5.0, 0.0), (-1.0, 4.0)):
         images = torch.full((2, 1, 8, 8), value)
@@ -583,5 +633,7 @@ def test_the_hinge_loss_is_two_where_nothing_is_seen_and_zero_where_all_is():
 def test_models_of_older_formats_load(tmp_path, number):
     model = VQVAE(**SMALL)
     torch.save(checkpoint_of(model, format=number), tmp_path / "best.pt")
-    loaded = VQVAE.from_checkpoint(tmp_path / "best.pt")
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    loaded = load_model(VQVAE, tmp_path / "best.pt")
+    assert all(
+        torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items()
+    )

@@ -7,16 +7,25 @@ import pytest
 import torch
 
 import dataset
-import metrics
-import plots
 import predict
-import sources
 import train
-from metrics import SCORE_NAMES
-from modules import VQVAE, CheckpointError
-from utils import UserError
+import utils
+from evaluation import metrics, plots
+from evaluation.metrics import SCORE_NAMES
+from modules import VQVAE
+from mri import hipmri
+from mri.files import SliceName
+from training.checkpoint import load_model
+from utils import CheckpointError, UserError
 
-FILES = ["best_median_worst.png", "code_map.png", "code_use.png", "metrics.json", "slices.csv", "ssim_histogram.png"]
+FILES = [
+    "best_median_worst.png",
+    "code_map.png",
+    "code_use.png",
+    "metrics.json",
+    "slices.csv",
+    "ssim_histogram.png",
+]
 
 
 @pytest.fixture
@@ -26,7 +35,10 @@ def trained(tmp_path, write_slices, write_nifti, monkeypatch, own_signals, small
     test = data / "keras_slices_test"
     array = torch.zeros(256, 128, dtype=torch.int16).numpy()
     write_nifti(test / "case_040_week_0_slice_9.nii.gz", array)
-    write_nifti(test / "case_041_week_1_slice_0.nii.gz", array + torch.arange(128, dtype=torch.int16).numpy())
+    write_nifti(
+        test / "case_041_week_1_slice_0.nii.gz",
+        array + torch.arange(128, dtype=torch.int16).numpy(),
+    )
     monkeypatch.chdir(tmp_path)
     assert train.main(["--data", str(data), *small, "--epochs", "1", "--name", "a"]) == 0
     return tmp_path / "runs" / "a"
@@ -58,12 +70,17 @@ def test_it_writes_table_files_and_figures(trained, capsys):
 
     with open(folder / "slices.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["case"], row["week"], row["slice"]) for row in rows][-2:] == [("040", "0", "9"), ("041", "1", "0")]
+    assert [(row["case"], row["week"], row["slice"]) for row in rows][-2:] == [
+        ("040", "0", "9"),
+        ("041", "1", "0"),
+    ]
     assert [row["ssim"] == "" for row in rows] == [False] * 4 + [True, False]
     for name in SCORE_NAMES:
         values = [float(row[name]) for row in rows if row[name]]
         assert summary[name]["mean"] == pytest.approx(sum(values) / 5, abs=1e-5)
-        assert summary[name]["by_case"] == pytest.approx({"040": sum(values[:4]) / 4, "041": values[4]}, abs=1e-5)
+        assert summary[name]["by_case"] == pytest.approx(
+            {"040": sum(values[:4]) / 4, "041": values[4]}, abs=1e-5
+        )
         assert name in printed
 
 
@@ -71,8 +88,8 @@ def test_figures_are_those_of_the_model_on_the_slices(trained):
     """Recomputed by hand from checkpoint and data, one slice at a time."""
     predict.main(["--split", "validate"])
     summary = json.loads((trained / "validate" / "metrics.json").read_text())
-    model = VQVAE.from_checkpoint(trained / "best.pt")
-    data = dataset.load_split(sources.find_splits(summary["data"]), "validate")
+    model = load_model(VQVAE, trained / "best.pt")
+    data = dataset.load_split(hipmri.find_hipmri(summary["data"]), "validate")
     ssim, codes = [], []
     with torch.no_grad():
         for i in range(len(data)):
@@ -87,7 +104,13 @@ def test_figures_are_those_of_the_model_on_the_slices(trained):
 def test_many_cases_get_an_interval(capsys):
     by_case = {f"{n:03d}": 0.8 + 0.01 * n for n in range(12)}
     summary = {name: {"mean": 0.85, "by_case": by_case} for name in SCORE_NAMES}
-    summary |= {"bits_per_pixel": 0.5625, "codes_used": 5, "perplexity": 3.0, "slices": 12, "excluded_slices": 0}
+    summary |= {
+        "bits_per_pixel": 0.5625,
+        "codes_used": 5,
+        "perplexity": 3.0,
+        "slices": 12,
+        "excluded_slices": 0,
+    }
     predict.print_table(summary, 512)
     printed = capsys.readouterr().out
     assert "95 %" in printed and "12 cases" in printed and "case 004" not in printed
@@ -100,10 +123,12 @@ def test_many_cases_get_an_interval(capsys):
 def test_figure_shows_worst_median_and_best(trained, monkeypatch):
     """Ten scripted scores and a constant slice: the panels show ranks 1-2, 5-6 and 9-10."""
     shown = {}
-    monkeypatch.setattr(plots, "plot_reconstructions", lambda path, a, b, titles, *others: shown.update(t=titles))
+    monkeypatch.setattr(
+        plots, "plot_reconstructions", lambda path, a, b, titles, *others: shown.update(t=titles)
+    )
 
     class Data:
-        names = tuple(sources.SliceName("040", "0", i, f"s{i}") for i in range(11))
+        names = tuple(SliceName("040", "0", i, f"s{i}") for i in range(11))
         constant = torch.arange(11) == 3
         description = {"spacing": None}  # noqa: RUF012
 
@@ -112,10 +137,19 @@ def test_figure_shows_worst_median_and_best(trained, monkeypatch):
 
     ssim = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.0])
     scores = dict.fromkeys(SCORE_NAMES, ssim)
-    model = VQVAE.from_checkpoint(trained / "best.pt")
+    model = load_model(VQVAE, trained / "best.pt")
     predict.draw(trained / "test", model, Data(), scores, torch.ones(16), "title")
-    picked = [(title.split("\n")[0], int(title.split("slice ")[1].split()[0])) for title in shown["t"]]
-    assert picked == [("worst", 10), ("worst", 1), ("median", 8), ("median", 0), ("best", 5), ("best", 2)]
+    picked = [
+        (title.split("\n")[0], int(title.split("slice ")[1].split()[0])) for title in shown["t"]
+    ]
+    assert picked == [
+        ("worst", 10),
+        ("worst", 1),
+        ("median", 8),
+        ("median", 0),
+        ("best", 5),
+        ("best", 2),
+    ]
 
 
 def test_other_data_can_be_named(trained, tmp_path, write_slices, capsys):
@@ -128,13 +162,17 @@ def test_figures_of_a_single_slice_and_of_equal_scores(trained, tmp_path, write_
     for count in (1, 2, 3):
         data = write_slices(tmp_path / str(count), test=count)
         assert predict.main(["--run", str(trained), "--data", str(data)]) == 0
-    plots.plot_score_histogram(tmp_path / "a.png", {"ssim": torch.tensor([0.5, 0.50000006]).numpy()}, "equal")
+    plots.plot_score_histogram(
+        tmp_path / "a.png", {"ssim": torch.tensor([0.5, 0.50000006]).numpy()}, "equal"
+    )
     assert (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("embeddings", [1, 2, 16])
 def test_code_colours(embeddings):
-    model = VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=2, num_embeddings=embeddings)
+    model = VQVAE(
+        hidden_channels=8, residual_channels=4, embedding_dim=2, num_embeddings=embeddings
+    )
     colours = predict.code_colours(model)
     assert colours.shape == (embeddings, 3) and colours.min() >= 0 and colours.max() <= 1
 
@@ -144,7 +182,7 @@ def test_mistakes(tmp_path, trained, monkeypatch):
         predict.main(["--runs-dir", "nowhere"])
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         predict.main(["--run", "nowhere"])
-    with pytest.raises(sources.DataError, match="nowhere"):
+    with pytest.raises(utils.DataError, match="nowhere"):
         predict.main(["--data", "nowhere"])
     with pytest.raises(UserError, match="--batch-size is 0"):
         predict.main(["--batch-size", "0"])

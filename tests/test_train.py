@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import dataset
-import loop
-import sources
 import train
-from modules import VQVAE, CheckpointError, load_checkpoint
-from recipes import open_run, parse_arguments, with_defaults
-from utils import UserError
+from modules import VQVAE
+from mri import hipmri
+from training import run, schedule
+from training.checkpoint import load_model, read_checkpoint
+from training.config import parse_arguments, with_defaults
+from training.run_folder import open_run
+from utils import CheckpointError, UserError
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = "epoch,step,train_loss,train_recon,train_vq,val_loss,val_ssim,val_psnr,perplexity,codes_used,lr,seconds"
@@ -35,8 +37,16 @@ def data(tmp_path, write_nifti):
     for split, case, count in (("train", 4, 10), ("validate", 36, 3)):
         for i in range(count):
             coarse = torch.rand(1, 1, 16, 8, generator=generator)
-            slice_ = torch.nn.functional.interpolate(coarse, size=(256, 128), mode="bilinear")[0, 0] * 1000
-            path = tmp_path / "data" / f"keras_slices_{split}" / f"case_{case:03d}_week_0_slice_{i}.nii.gz"
+            slice_ = (
+                torch.nn.functional.interpolate(coarse, size=(256, 128), mode="bilinear")[0, 0]
+                * 1000
+            )
+            path = (
+                tmp_path
+                / "data"
+                / f"keras_slices_{split}"
+                / f"case_{case:03d}_week_0_slice_{i}.nii.gz"
+            )
             write_nifti(path, slice_.short().numpy())
     return tmp_path / "data"
 
@@ -53,10 +63,21 @@ def start(tmp_path, data, small):
     """start("--epochs 2 ...") is the same as a process of its own, which can be killed."""
 
     def start(flags: str, data=data):
-        command = [sys.executable, str(ROOT / "train.py"), "--data", str(data), *small, *flags.split()]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--data",
+            str(data),
+            *small,
+            *flags.split(),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(tmp_path / "log", "w") as log:  # a pipe that nobody reads would fill up, and block the process
-            return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        with open(
+            tmp_path / "log", "w"
+        ) as log:  # a pipe that nobody reads would fill up, and block the process
+            return subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
 
     return start
 
@@ -70,7 +91,7 @@ def rows(folder):
 
 
 def weights(path):
-    return load_checkpoint(path)["model"]
+    return read_checkpoint(path)["model"]
 
 
 def assert_equal_weights(one, other):
@@ -88,15 +109,19 @@ def test_a_run_leaves_what_it_promises(tmp_path, run_here, capsys):
     assert (folder / "metrics.csv").read_text().splitlines()[0] == COLUMNS
     history = rows(folder)
     assert [int(row["epoch"]) for row in history] == [1, 2, 3]
-    assert [int(row["step"]) for row in history] == [3, 6, 9]  # 10 slices by 4: the partial batch is kept
+    assert [int(row["step"]) for row in history] == [
+        3,
+        6,
+        9,
+    ]  # 10 slices by 4: the partial batch is kept
     args = with_defaults("tuned", {})
-    rates = [loop.learning_rate(args, step, 9) for step in (2, 5, 8)]
+    rates = [schedule.learning_rate(args, step, 9) for step in (2, 5, 8)]
     assert [float(row["lr"]) for row in history] == pytest.approx(rates)
     panels = sorted(path.relative_to(folder).as_posix() for path in folder.glob("plots/*/*.png"))
     assert panels == [f"plots/epoch_{n}/epoch_{n}_images.png" for n in (1, 2, 3)]
     assert (folder / "loss_ssim_plot.png").stat().st_size > 5000
 
-    best, last = load_checkpoint(folder / "best.pt"), load_checkpoint(folder / "last.pt")
+    best, last = read_checkpoint(folder / "best.pt"), read_checkpoint(folder / "last.pt")
     assert best["best"] == max(float(row["val_ssim"]) for row in history) == last["best"]
     assert last["epochs_done"] == 3 and not list(folder.glob(".*.tmp"))
     config = json.loads((folder / "config.json").read_text())
@@ -105,7 +130,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, run_here, capsys):
     assert {"python", "torch", "torchmetrics", "commit"} <= config["versions"].keys()
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].split()[-2:] == ["--run", "runs/a"] and "predict.py" in printed[-1]
-    assert VQVAE.from_checkpoint(folder / "best.pt").arguments["codebook"] == "ema"
+    assert load_model(VQVAE, folder / "best.pt").arguments["codebook"] == "ema"
 
 
 @pytest.mark.parametrize("recipe", ["document", "tuned"])
@@ -127,33 +152,42 @@ def test_document_recipe_is_number_for_number():
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     same_rate = ("batch_size", "epochs", "num_embeddings", "embedding_dim", "hidden_channels")
-    assert {name: with_defaults("tuned", {})[name] for name in same_rate} == {name: args[name] for name in same_rate}
+    assert {name: with_defaults("tuned", {})[name] for name in same_rate} == {
+        name: args[name] for name in same_rate
+    }
 
 
 def test_flags_override_the_recipe(tmp_path):
     flags = "--recipe document --learning-rate 0.01 --augment --codebook ema --name x"
-    folder, args, checkpoint = open_run(parse_arguments([*flags.split(), "--runs-dir", str(tmp_path)]))
-    assert (args["learning_rate"], args["augment"], args["codebook"], args["batch_size"]) == (0.01, True, "ema", 16)
+    folder, args, checkpoint = open_run(
+        parse_arguments([*flags.split(), "--runs-dir", str(tmp_path)])
+    )
+    assert (args["learning_rate"], args["augment"], args["codebook"], args["batch_size"]) == (
+        0.01,
+        True,
+        "ema",
+        16,
+    )
     assert folder == tmp_path / "x" and checkpoint is None
 
 
 def test_learning_rate_schedule():
     args = {"learning_rate": 1.0, "warmup": 0.1, "schedule": "cosine"}
-    rates = [loop.learning_rate(args, step, 100) for step in range(100)]
+    rates = [schedule.learning_rate(args, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
     assert rates[9:] == sorted(rates[9:], reverse=True)
     constant = {"learning_rate": 1.0, "warmup": 0.0, "schedule": "constant"}
-    assert {loop.learning_rate(constant, step, 100) for step in range(100)} == {1.0}
+    assert {schedule.learning_rate(constant, step, 100) for step in range(100)} == {1.0}
 
 
 def test_each_epoch_has_its_own_order():
     """Training unshuffled, or always in the same order, is a defect of known scripts."""
     slices = range(50)
-    orders = [loop.epoch_order(slices, seed=0, epoch=epoch).tolist() for epoch in (1, 2)]
+    orders = [run.epoch_order(slices, seed=0, epoch=epoch).tolist() for epoch in (1, 2)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(slices)
-    assert orders[0] == loop.epoch_order(slices, seed=0, epoch=1).tolist() != list(slices)
-    assert orders[0] != loop.epoch_order(slices, seed=1, epoch=1).tolist()
+    assert orders[0] == run.epoch_order(slices, seed=0, epoch=1).tolist() != list(slices)
+    assert orders[0] != run.epoch_order(slices, seed=1, epoch=1).tolist()
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not(tmp_path, run_here):
@@ -175,7 +209,7 @@ def test_the_best_checkpoint_is_the_best_epochs(tmp_path, run_here, monkeypatch)
     monkeypatch.setattr(loop, "seconds_to_validate", lambda run, slices: 0.0)
     monkeypatch.setattr(train.metrics, "evaluate", scripted)
     run_here("--epochs 3 --name a")
-    best = load_checkpoint(tmp_path / "runs" / "a" / "best.pt")
+    best = read_checkpoint(tmp_path / "runs" / "a" / "best.pt")
     assert best["epochs_done"] == 2 and best["best"] == pytest.approx(0.7)
 
 
@@ -190,7 +224,10 @@ def test_bfloat16_is_what_the_convolutions_compute_in(tmp_path, run_here, monkey
     monkeypatch.setattr(train.VQVAE, "forward", watched)
     assert run_here("--epochs 1 --name a --precision bfloat16") == 0
     assert kinds == {torch.bfloat16}
-    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "runs" / "a" / "last.pt").values())
+    assert all(
+        value.dtype == torch.float32
+        for value in weights(tmp_path / "runs" / "a" / "last.pt").values()
+    )
 
 
 def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
@@ -198,8 +235,10 @@ def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
         given = parse_arguments([*small, "--crop", crop])
         run = train.Run(tmp_path, with_defaults("tuned", given), "")
         seen = []
-        run.model.encoder.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape))
-        loop.train_step(run, torch.randn(2, 1, 64, 48))
+        run.model.encoder.register_forward_hook(
+            lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape)
+        )
+        run.train_step(run, torch.randn(2, 1, 64, 48))
         assert seen == [shape]
 
 
@@ -207,19 +246,19 @@ def test_the_model_is_trained_on_crops_where_the_recipe_says(tmp_path, small):
 def test_gradients_are_clipped_where_the_recipe_says(tmp_path, small, longest):
     args = with_defaults("tuned", parse_arguments([*small, "--clip-grad-norm", str(longest)]))
     run = train.Run(tmp_path, args, "")
-    loop.train_step(run, torch.randn(2, 1, 128, 128))
+    run.train_step(run, torch.randn(2, 1, 128, 128))
     norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
     assert norm == pytest.approx(longest, rel=1e-3) if longest else norm > 1e-3
 
 
 def test_augmentation_is_used_where_the_recipe_says(tmp_path, small, monkeypatch):
     calls = []
-    monkeypatch.setattr(dataset, "flip_at_random", lambda images: calls.append(1) or images)
+    monkeypatch.setattr(dataset, "random_flip", lambda images: calls.append(1) or images)
     for flags, count in (([], 1), (["--no-augment"], 0), (["--recipe", "document"], 0)):
         given = parse_arguments([*small, *flags])
         run = train.Run(tmp_path, with_defaults(given.get("recipe", "tuned"), given), "")
         calls.clear()
-        loop.train_step(run, torch.randn(2, 1, 128, 128))
+        run.train_step(run, torch.randn(2, 1, 128, 128))
         assert len(calls) == count
 
 
@@ -264,7 +303,9 @@ def test_the_time_that_validation_takes_is_told(run_here, capsys, monkeypatch):
 
 def test_no_data_means_the_sample(tmp_path, monkeypatch, capsys, own_signals, small):
     """The chain that a newcomer walks, twice: sample, training, and the printed next command. Only the size differs."""
-    tiny = functools.partial(train.phantom.write_phantom, volumes=(1, 1, 1), slices=2, workers=1, progress=False)
+    tiny = functools.partial(
+        train.phantom.write_phantom, volumes=(1, 1, 1), slices=2, workers=1, progress=False
+    )
     monkeypatch.setattr(train.phantom, "write_phantom", tiny)
     monkeypatch.chdir(tmp_path)
     assert train.main([*small, "--name", "first"]) == 0
@@ -275,7 +316,9 @@ def test_no_data_means_the_sample(tmp_path, monkeypatch, capsys, own_signals, sm
     assert len(made) == 12  # 6 slices and their masks
     assert train.main([*small, "--name", "second", "--epochs", "1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("sample_data/*/*")} == made
-    done = subprocess.run(printed.splitlines()[-1].strip(), shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        printed.splitlines()[-1].strip(), shell=True, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "first" / "test" / "metrics.json").exists()
 
@@ -292,24 +335,37 @@ def test_data_from_the_environment(tmp_path, data, monkeypatch, capsys, small):
 
 def one_step(tmp_path, flags: list[str]):
     """Losses, gradients and changes of weights in one step from an equal start, on equal whole slices."""
-    given = parse_arguments(["--device", "cpu", "--recipe", "document", "--codebook-init", "uniform", *flags])
+    given = parse_arguments(
+        ["--device", "cpu", "--recipe", "document", "--codebook-init", "uniform", *flags]
+    )
     run = train.Run(tmp_path, with_defaults("document", given), "")
-    with torch.no_grad():  # codes as far apart as the encoder's outputs, so that few are nearly as near as another
-        run.model.vector_quantization.embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+    with (
+        torch.no_grad()
+    ):  # codes as far apart as the encoder's outputs, so that few are nearly as near as another
+        run.model.vector_quantization.embedding.weight.normal_(
+            generator=torch.Generator().manual_seed(0)
+        )
     before = copy.deepcopy(run.model.state_dict())
     images = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     if run.args["compile"]:  # other batches than whole ones go uncompiled
         assert run.compiled and len(images) == run.args["batch_size"]
-    losses, finite = loop.train_step(run, images)
+    losses, finite = run.train_step(run, images)
     assert finite
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    return losses, gradients, {name: value - before[name] for name, value in run.model.state_dict().items()}
+    return (
+        losses,
+        gradients,
+        {name: value - before[name] for name, value in run.model.state_dict().items()},
+    )
 
 
 @pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler, so nothing to compile with"
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="no C++ compiler, so nothing to compile with",
 )
-@pytest.mark.parametrize("codebook", ["gradient", "ema"])  # with layers on the codes' grid, which read them twice
+@pytest.mark.parametrize(
+    "codebook", ["gradient", "ema"]
+)  # with layers on the codes' grid, which read them twice
 def test_a_compiled_step_is_the_same_step(tmp_path, small, codebook):
     """Losses within 1e-4, gradients within 1e-3, and the same change of weights and of the codebook's averages."""
     flags = [*small, "--crop", "0", "--precision", "float32", "--codebook", codebook]
@@ -318,9 +374,13 @@ def test_a_compiled_step_is_the_same_step(tmp_path, small, codebook):
     torch.testing.assert_close(other_losses, losses, rtol=1e-4, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-3, atol=1e-5)
-        clear = gradient.abs() > 1e-4  # Adam's first step is as long for a gradient that is hardly there
+        clear = (
+            gradient.abs() > 1e-4
+        )  # Adam's first step is as long for a gradient that is hardly there
         assert (changes[name][clear].abs() > 5e-5).all()
-        torch.testing.assert_close(other_changes[name][clear], changes[name][clear], rtol=0.01, atol=1e-7)
+        torch.testing.assert_close(
+            other_changes[name][clear], changes[name][clear], rtol=0.01, atol=1e-7
+        )
     for name in changes.keys() - gradients.keys():
         assert changes[name].abs().max() > 1e-3
         torch.testing.assert_close(other_changes[name], changes[name], rtol=1e-3, atol=1e-5)
@@ -331,7 +391,9 @@ def test_a_step_in_bfloat16_is_nearly_the_same_step(tmp_path):
     losses, gradients, _ = one_step(tmp_path, ["--precision", "float32"])
     others = one_step(tmp_path, ["--precision", "bfloat16"])
     torch.testing.assert_close(others[0], losses, rtol=0.02, atol=0)
-    one, other = (torch.cat([g.flatten() for g in each.values()]) for each in (gradients, others[1]))
+    one, other = (
+        torch.cat([g.flatten() for g in each.values()]) for each in (gradients, others[1])
+    )
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.95
 
 
@@ -348,7 +410,12 @@ def test_a_compiler_that_fails_is_one_warning(tmp_path, run_here, monkeypatch, c
     capsys.readouterr()
     assert run_here("--epochs 1 --name a --compile") == 0
     printed = capsys.readouterr().out
-    assert printed.count("warning: the step can't be compiled here, and goes on uncompiled: no compiler here\n") == 1
+    assert (
+        printed.count(
+            "warning: the step can't be compiled here, and goes on uncompiled: no compiler here\n"
+        )
+        == 1
+    )
     one, other = (weights(tmp_path / "runs" / name / "last.pt") for name in ("eager", "a"))
     assert_equal_weights(one, other)
 
@@ -365,15 +432,15 @@ def test_timing_the_step_changes_nothing(tmp_path, run_here, monkeypatch):
 def test_no_step_waits_for_the_gpu(tmp_path, data, small):
     given = parse_arguments([*small, "--device", "cuda", "--no-compile"])
     run = train.Run(tmp_path, with_defaults("tuned", given), "")
-    slices = dataset.load_split(sources.find_splits(data), "train")
+    slices = dataset.load_split(hipmri.find_hipmri(data), "train")
     slices.place(run.device)
     train.start_codebook(run, slices)
     with loop.tqdm(total=20, disable=True) as bar:
-        loop.train_epoch(run, slices, bar, [])  # what is set up once may wait
+        run.train_epoch(run, slices, bar, [])  # what is set up once may wait
         run.begin_epoch()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loop.train_epoch(run, slices, bar, [])
+            run.train_epoch(run, slices, bar, [])
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -401,39 +468,62 @@ def test_a_discriminator_takes_part_in_the_second_half(tmp_path, run_here, monke
         assert all(float(row[name]) == 0 for name in GAN)
     for row in history[2:]:
         assert 0 < float(row["train_discriminator"]) < 4 and float(row["adaptive_weight"]) > 0
-        assert float(row["train_loss"]) == pytest.approx(float(row["train_recon"]) + float(row["train_vq"]), rel=1e-5)
-    best = load_checkpoint(folder / "best.pt")
-    assert best["epochs_done"] == 3 and VQVAE.from_checkpoint(folder / "best.pt").arguments["codebook"] == "ema"
-    last = load_checkpoint(folder / "last.pt")["discriminator"]
+        assert float(row["train_loss"]) == pytest.approx(
+            float(row["train_recon"]) + float(row["train_vq"]), rel=1e-5
+        )
+    best = read_checkpoint(folder / "best.pt")
+    assert (
+        best["epochs_done"] == 3
+        and load_model(VQVAE, folder / "best.pt").arguments["codebook"] == "ema"
+    )
+    last = read_checkpoint(folder / "last.pt")["discriminator"]
     assert any(not torch.equal(last[name], best["discriminator"][name]) for name in last)
 
 
 def test_until_it_takes_part_training_is_as_without(tmp_path, run_here):
     run_here("--epochs 2 --name with --gan --gan-start 0.99")
     run_here("--epochs 2 --name without")
-    assert_equal_weights(*(weights(tmp_path / "runs" / name / "last.pt") for name in ("with", "without")))
+    assert_equal_weights(
+        *(weights(tmp_path / "runs" / name / "last.pt") for name in ("with", "without"))
+    )
 
 
 def test_the_adversarial_gradient_is_as_long_as_asked(tmp_path, small):
     """At the reconstruction: gan_weight times the length of the reconstruction loss's; and that is what is trained."""
-    args = with_defaults("tuned", parse_arguments([*small, "--gan", "--gan-weight", "0.7", "--precision", "float32"]))
+    args = with_defaults(
+        "tuned", parse_arguments([*small, "--gan", "--gan-weight", "0.7", "--precision", "float32"])
+    )
     run = train.Run(tmp_path, args | {"crop": 0, "augment": False}, "")
     images = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     run.model.eval()  # the codebook stays as it is
     recon, quantisation, adversarial, hinge, weight = run.eager_losses(images)
     output = run.model(images).reconstruction
     pulls = []
-    for loss in (run.model.reconstruction_loss(output, images), -run.modules["discriminator"](output).mean()):
+    for loss in (
+        run.model.reconstruction_loss(output, images),
+        -run.modules["discriminator"](output).mean(),
+    ):
         pulls.append(torch.autograd.grad(loss, output, retain_graph=True)[0])
-    assert (weight * pulls[1].norm()).item() == pytest.approx(float(0.7 * pulls[0].norm()), rel=1e-3)
-    assert adversarial.item() == pytest.approx(float(-run.modules["discriminator"](output).mean()), rel=1e-4)
+    assert (weight * pulls[1].norm()).item() == pytest.approx(
+        float(0.7 * pulls[0].norm()), rel=1e-3
+    )
+    assert adversarial.item() == pytest.approx(
+        float(-run.modules["discriminator"](output).mean()), rel=1e-4
+    )
     last = run.model.decoder.conv3.weight
     (found,) = torch.autograd.grad(recon + quantisation + adversarial, last, retain_graph=True)
     (expected,) = torch.autograd.grad(output, last, pulls[0] + weight.detach() * pulls[1])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
     # Each side is moved by its own loss alone.
-    theirs, ours = list(run.modules["discriminator"].parameters()), list(run.model.decoder.parameters())
-    for loss, parameters, moved in ((adversarial, theirs, False), (hinge, ours, False), (hinge, theirs, True)):
+    theirs, ours = (
+        list(run.modules["discriminator"].parameters()),
+        list(run.model.decoder.parameters()),
+    )
+    for loss, parameters, moved in (
+        (adversarial, theirs, False),
+        (hinge, ours, False),
+        (hinge, theirs, True),
+    ):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
         assert any(g is not None and g.any() for g in gradients) == moved
 
@@ -442,7 +532,7 @@ def test_stopped_with_a_discriminator_it_goes_on_at_the_step(tmp_path, run_here,
     """After 2 of 3 steps of epoch 2, in which the discriminator has begun: weights of both sides end bit for bit."""
     flags = "--epochs 3 --gan --gan-start 0.4"
     run_here(f"{flags} --name whole")
-    real, calls = loop.train_step, []
+    real, calls = run.train_step, []
 
     def step_then_signal(*args):
         calls.append(args)
@@ -453,15 +543,20 @@ def test_stopped_with_a_discriminator_it_goes_on_at_the_step(tmp_path, run_here,
     monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1.0)
     monkeypatch.setattr(loop, "train_step", step_then_signal)
     assert run_here(f"{flags} --name stopped") == 128 + signal.SIGTERM
-    assert load_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")["steps_done"] == 2
+    assert read_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")["steps_done"] == 2
     monkeypatch.setattr(loop, "train_step", real)
     assert run_here("--resume --name stopped") == 0
-    one, other = (load_checkpoint(tmp_path / "runs" / name / "last.pt") for name in ("whole", "stopped"))
+    one, other = (
+        read_checkpoint(tmp_path / "runs" / name / "last.pt") for name in ("whole", "stopped")
+    )
     for part in ("model", "discriminator"):
         assert_equal_weights(one[part], other[part])
     drop = {"seconds"}
-    assert [{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "runs" / "whole")] == [
-        {k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "runs" / "stopped")
+    assert [
+        {k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "runs" / "whole")
+    ] == [
+        {k: v for k, v in row.items() if k not in drop}
+        for row in rows(tmp_path / "runs" / "stopped")
     ]
 
 
@@ -469,7 +564,8 @@ def test_stopped_with_a_discriminator_it_goes_on_at_the_step(tmp_path, run_here,
 
 
 @pytest.mark.parametrize(
-    "number", [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    "number",
+    [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)],
 )
 def test_a_signal_saves_at_the_step(tmp_path, start, number):
     process = start("--batch-size 1 --epochs 400 --name stopped")
@@ -481,7 +577,7 @@ def test_a_signal_saves_at_the_step(tmp_path, start, number):
     code, output = process.wait(), (tmp_path / "log").read_text()
     assert code == 128 + number, output
     assert "--resume" in output and "--name stopped" in output
-    checkpoint = load_checkpoint(folder / "last.pt")
+    checkpoint = read_checkpoint(folder / "last.pt")
     assert checkpoint["epochs_done"] == len(rows(folder)) < 400
     moments = {float(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
     assert moments == {10.0 * checkpoint["epochs_done"] + checkpoint["steps_done"]}
@@ -497,13 +593,13 @@ def test_a_signal_after_the_last_step_changes_nothing(tmp_path, run_here, monkey
     monkeypatch.setattr(loop, "seconds_to_validate", lambda run, slices: 0.0)
     monkeypatch.setattr(train.metrics, "evaluate", signal_then_evaluate)
     assert run_here("--epochs 1 --name a") == 0
-    assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt")["epochs_done"] == 1
+    assert read_checkpoint(tmp_path / "runs" / "a" / "last.pt")["epochs_done"] == 1
 
 
 def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monkeypatch):
     """In this process, to choose the step: after 2 of 3 steps of epoch 2."""
     run_here("--epochs 3 --name whole")
-    real, calls = loop.train_step, []
+    real, calls = run.train_step, []
 
     def step_then_signal(*args):
         calls.append(args)
@@ -514,7 +610,7 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run_here, monk
 
     monkeypatch.setattr(loop, "train_step", step_then_signal)
     assert run_here("--epochs 3 --name stopped") == 128 + signal.SIGTERM
-    checkpoint = load_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")
+    checkpoint = read_checkpoint(tmp_path / "runs" / "stopped" / "last.pt")
     assert (checkpoint["epochs_done"], checkpoint["steps_done"]) == (1, 2)
     assert checkpoint["sums"][2] == 8
     monkeypatch.setattr(loop, "train_step", real)
@@ -541,7 +637,7 @@ def test_resume_finds_the_newest_unfinished_run(tmp_path, run_here, monkeypatch)
 def test_a_run_of_an_older_format_is_not_gone_on_with(tmp_path, run_here):
     run_here("--epochs 1 --name a")
     path = tmp_path / "runs" / "a" / "last.pt"
-    torch.save(load_checkpoint(path) | {"format": 2}, path)
+    torch.save(read_checkpoint(path) | {"format": 2}, path)
     with pytest.raises(UserError, match=r"begun by an older version.*start anew"):
         run_here("--epochs 2 --name a --resume")
 
@@ -574,12 +670,16 @@ def test_a_damaged_last_checkpoint_is_one_error(tmp_path, run_here, name, value)
     if not (tmp_path / "runs").exists():
         run_here("--epochs 1 --name a")
     path = tmp_path / "runs" / "a" / "last.pt"
-    torch.save(load_checkpoint(path) | {name: value}, path)
-    with pytest.raises((UserError, CheckpointError), match=r"is damaged|does not fit|start a new run"):
+    torch.save(read_checkpoint(path) | {name: value}, path)
+    with pytest.raises(
+        (UserError, CheckpointError), match=r"is damaged|does not fit|start a new run"
+    ):
         run_here("--epochs 2 --name a --resume")
 
 
-def test_resume_accepts_the_runs_own_flags_and_no_other_data(tmp_path, run_here, data, write_slices):
+def test_resume_accepts_the_runs_own_flags_and_no_other_data(
+    tmp_path, run_here, data, write_slices
+):
     """Moved data is the same data; as many other slices are not."""
     run_here("--epochs 1 --name a --precision auto --seed 3")
     moved = data.rename(tmp_path / "moved")
@@ -596,7 +696,7 @@ def test_resume_accepts_the_runs_own_flags_and_no_other_data(tmp_path, run_here,
 
 def test_a_signal_does_not_save_what_is_not_finite(tmp_path, run_here, monkeypatch):
     run_here("--epochs 1 --name a")
-    real = loop.train_step
+    real = run.train_step
 
     def spoil(run, images, count):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -606,7 +706,9 @@ def test_a_signal_does_not_save_what_is_not_finite(tmp_path, run_here, monkeypat
     monkeypatch.setattr(loop, "train_step", spoil)
     with pytest.raises(UserError, match="the loss is not finite at step 4"):
         run_here("--epochs 2 --name a --resume")
-    assert all(value.isfinite().all() for value in weights(tmp_path / "runs" / "a" / "last.pt").values())
+    assert all(
+        value.isfinite().all() for value in weights(tmp_path / "runs" / "a" / "last.pt").values()
+    )
 
 
 def test_a_gradient_codebook_needs_no_second_flag():
@@ -646,15 +748,19 @@ def test_values_that_could_only_fail_later(run_here, flags, message):
         run_here(f"--epochs 1 --name a {flags}")
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_told(tmp_path, run_here, monkeypatch, capsys):
+def test_a_step_without_a_finite_gradient_is_skipped_and_told(
+    tmp_path, run_here, monkeypatch, capsys
+):
     """Of 6 steps the fifth is spoilt: weights, moments and codebook stay as the fourth left them, the rest goes on."""
-    real, runs, states = loop.train_step, [], []
+    real, runs, states = run.train_step, [], []
 
     def spoil_one(run, images, count):
         runs.append(run)
         before = copy.deepcopy(run.state())
         losses = run.losses
-        if len(runs) == 5:  # the encoder's output is not finite, hence no code moves, but the loss is told as 0
+        if (
+            len(runs) == 5
+        ):  # the encoder's output is not finite, hence no code moves, but the loss is told as 0
             run.losses = run.eager_losses = lambda images: losses(images * torch.nan).nan_to_num()
         result = real(run, images, count)
         run.losses = run.eager_losses = losses
@@ -664,18 +770,25 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_told(tmp_path, run_here
     monkeypatch.setattr(loop, "seconds_a_step", lambda run, slices: 1.0)
     monkeypatch.setattr(loop, "train_step", spoil_one)
     assert run_here("--epochs 2 --name a") == 0
-    assert "warning: 1 of 3 steps of epoch 2 were skipped, the last of them step 5" in capsys.readouterr().out
+    assert (
+        "warning: 1 of 3 steps of epoch 2 were skipped, the last of them step 5"
+        in capsys.readouterr().out
+    )
     for number, (before, after) in enumerate(states, start=1):
-        same = [torch.equal(before["model"][name], after["model"][name]) for name in before["model"]]
+        same = [
+            torch.equal(before["model"][name], after["model"][name]) for name in before["model"]
+        ]
         assert all(same) if number == 5 else not any(same)
     assert_equal_weights(*({f"{i} {k}": v for i, moments in state["optimizer"]["state"].items()
                             for k, v in moments.items()} for state in states[4]))  # fmt: skip
     assert all(float(row["train_loss"]) > 0 for row in rows(tmp_path / "runs" / "a"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_slices(tmp_path, run_here, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_slices(
+    tmp_path, run_here, monkeypatch
+):
     """In step 5, the second of epoch 2: the error has that batch's four slices, and last.pt is the first epoch's."""
-    real, calls, seen = loop.train_step, [], []
+    real, calls, seen = run.train_step, [], []
 
     def spoil_one(run, images, count):
         calls.append(run)
@@ -687,14 +800,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_slices(tmp_path, r
     monkeypatch.setattr(loop, "train_step", spoil_one)
     with pytest.raises(UserError, match="the loss is not finite at step 5, in epoch 2") as error:
         run_here("--epochs 3 --name a")
-    source = sources.find_splits(tmp_path / "data")
+    source = hipmri.find_hipmri(tmp_path / "data")
     train_slices = dataset.load_split(source, "train", progress=False)
     named = [name.stem in str(error.value).replace(",", "").split() for name in train_slices.names]
     wanted = [any(torch.equal(train_slices[i], image) for image in seen[0]) for i in range(10)]
     assert named == wanted and sum(named) == 4
     last = tmp_path / "runs" / "a" / "last.pt"
     assert f"{last.relative_to(tmp_path)} keeps the epochs before it" in str(error.value)
-    assert load_checkpoint(last)["epochs_done"] == 1
+    assert read_checkpoint(last)["epochs_done"] == 1
 
 
 @pytest.mark.parametrize("recipe", ["document", "tuned"])
@@ -705,7 +818,7 @@ def test_training_that_diverges_ends(run_here, recipe):
 
 def test_deterministic_mode_is_on_where_it_is_asked_for(tmp_path, run_here, monkeypatch):
     """On a CPU runs are equal anyhow; what it changes on a GPU is torch's own matter, but it must be told."""
-    seen, real = [], loop.train_step
+    seen, real = [], run.train_step
 
     def watch(*args):
         seen.append(torch.are_deterministic_algorithms_enabled())
@@ -718,12 +831,17 @@ def test_deterministic_mode_is_on_where_it_is_asked_for(tmp_path, run_here, monk
         assert set(seen) == {expected}
         seen.clear()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert_equal_weights(*(weights(tmp_path / "runs" / f"a{flag}" / "last.pt") for flag in ("--deterministic", "")))
+    assert_equal_weights(
+        *(weights(tmp_path / "runs" / f"a{flag}" / "last.pt") for flag in ("--deterministic", ""))
+    )
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, start, data):
     (tmp_path / "a_file").touch()
-    for flags, where, word in (("", tmp_path / "nowhere", "nowhere"), ("--runs-dir a_file", data, "a_file")):
+    for flags, where, word in (
+        ("", tmp_path / "nowhere", "nowhere"),
+        ("--runs-dir a_file", data, "a_file"),
+    ):
         code, output = start(flags, where).wait(), (tmp_path / "log").read_text()
         assert code == 2
         assert "error: " in output and word in output and "Traceback" not in output

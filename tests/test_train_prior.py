@@ -1,0 +1,590 @@
+"""The prior over codes: order, cache, drawing; its training, by train_prior.py; and coding under it."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import train
+import train_prior
+from modules import VQVAE
+from prior.codes import MIRRORS, CodeDataset, compressed_bits, encode_split
+from prior.model import CodePrior
+from training import run
+from training.checkpoint import read_checkpoint
+from utils import CheckpointError, UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import entropy
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ["epoch", "step", "train_loss", "train_outline_2", "train_codes", "val_loss", "val_bits",
+           "val_outline_bits", "lr", "seconds"]  # fmt: skip
+
+
+def untrained(num_grids: int) -> CodePrior:
+    """A prior of 8 x 16 codes out of 20, with outlines out of 6."""
+    torch.manual_seed(0)
+    shape = {
+        "channels": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_outlines": 6,
+        "num_grids": num_grids,
+    }
+    prior = CodePrior(20, 5, 8, 16, **shape).eval()
+    prior.initialize(
+        torch.randn(20, 5), torch.randn(20), torch.randint(20, (9, 8, 16)), torch.linspace(0, 1, 9)
+    )
+    return prior
+
+
+@pytest.fixture(params=[1, 2, 3])
+def prior(request) -> CodePrior:
+    """With no, one and two outlines; its logits differ widely."""
+    prior = untrained(request.param)
+    for grid in prior.grids:
+        torch.nn.init.normal_(grid.last[1].weight, std=0.5)
+    return prior
+
+
+@pytest.fixture
+def inputs() -> tuple:
+    """CodeDataset of three slices, where they lie (one unknown), and how they are mirrored."""
+    codes = torch.randint(20, (3, 8, 16), generator=torch.Generator().manual_seed(1))
+    return codes, torch.tensor([0.1, 0.9, math.nan]), torch.tensor([0, 1, 3])
+
+
+def order(prior: CodePrior) -> list[tuple[int, int, int]]:
+    """Grid, row and column of each code, in which order they come: reading order, grid after grid."""
+    return [
+        (n, i, j)
+        for n, grid in enumerate(prior.grids)
+        for i in range(grid.height)
+        for j in range(grid.width)
+    ]
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_a_later_code_never_changes_an_earlier_logit(prior, inputs):
+    """Each code in turn is changed: logits up to its own stay, bit for bit; some later one's are other ones."""
+    codes, *where = inputs
+    pyramid, places = prior.pyramid(codes), order(prior)
+    assert len(places) == sum(one[0].numel() for one in pyramid)
+    with torch.no_grad():
+        before = prior(pyramid, *where)
+        for n, (grid, i, j) in enumerate(places):
+            given = [one.clone() for one in pyramid]
+            given[grid][:, i, j] = (given[grid][:, i, j] + 1) % 6
+            changed = [
+                (new != old).any(-1) for new, old in zip(prior(given, *where), before, strict=True)
+            ]
+            assert not any(changed[g][:, a, b].any() for g, a, b in places[: n + 1])
+            later = [changed[g][:, a, b].all() for g, a, b in places[n + 1 :]]  # in every slice
+            assert any(later) == (n < len(places) - 1)
+
+
+def test_every_earlier_code_is_seen(prior, inputs):
+    """The first row of a grid matters to its last code, out of reach of convolutions, and to the next grid's first."""
+    codes, *where = inputs
+    pyramid = prior.pyramid(codes)
+    with torch.no_grad():
+        before = prior(pyramid, *where)
+        for n in range(len(pyramid)):
+            for column in (0, -1):
+                given = [one.clone() for one in pyramid]
+                given[n][:, 0, column] = (given[n][:, 0, column] + 1) % 6
+                changed = [
+                    (new != old).any(-1)
+                    for new, old in zip(prior(given, *where), before, strict=True)
+                ]
+                assert changed[n][:, -1, -1].any()
+                assert all(after[:, 0, 0].any() for after in changed[n + 1 : n + 2])
+
+
+def test_code_by_code_with_a_cache_is_the_same_as_all_at_once(prior, inputs):
+    codes, *where = inputs
+    pyramid = prior.pyramid(codes)
+    logits = [
+        torch.zeros(*one.shape, 20 if n == len(pyramid) - 1 else 6) for n, one in enumerate(pyramid)
+    ]
+    walked = []
+
+    def choose(number, found, row, column):
+        walked.append((number, row, column))
+        logits[number][:, row, column] = found
+        return pyramid[number][:, row, column]
+
+    assert torch.equal(prior.walk(*where, choose), codes) and walked == order(prior)
+    with torch.no_grad():
+        for found, right in zip(logits, prior(pyramid, *where), strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
+def test_place_and_view_matter_and_may_be_unknown(prior, inputs):
+    codes, position, view = inputs
+    pyramid = prior.pyramid(codes)
+    with torch.no_grad():
+        before = prior(pyramid, position, view)
+        for other in ((1 - position, view), (position, (view + 1) % 4)):
+            for logits, changed in zip(before, prior(pyramid, *other), strict=True):
+                assert logits.isfinite().all()
+                assert (changed != logits).flatten(1).any(1)[:2].all()
+
+
+def test_at_first_it_predicts_the_frequencies(inputs):
+    """Of an outline about its place, in slices of that part of the volume; of codes where that outline stands."""
+    prior = untrained(2)
+    codes = (
+        torch.randint(20, (400, 8, 16), generator=torch.Generator().manual_seed(0)).square() // 20
+    )  # not all alike
+    lies = torch.linspace(0, 1, 400)
+    prior.initialize(torch.randn(20, 5), torch.randn(20), codes, lies)
+    outline, _ = prior.pyramid(codes)
+    mine, position, view = prior.pyramid(inputs[0]), *inputs[1:]
+    first, second = prior(mine, position, view)
+
+    def check(logits, seen):
+        every = codes if logits.numel() == 20 else outline
+        overall = torch.bincount(every.flatten(), minlength=logits.numel()) + 0.1
+        counts = (
+            torch.bincount(seen.flatten(), minlength=logits.numel()) + 20 * overall / overall.sum()
+        )
+        torch.testing.assert_close(logits.softmax(0), counts / counts.sum(), rtol=1e-4, atol=1e-6)
+
+    near = outline[:, 1:4, 2:5]  # around (2, 3)
+    check(first[0, 2, 3], near[lies < 0.2])  # position 0.1, as it is
+    check(first[1, 4 - 1 - 2, 3], near[lies >= 0.8])  # position 0.9, mirrored left-right
+    check(first[2, 4 - 1 - 2, 8 - 1 - 3], near)  # unknown, mirrored both ways
+    where = outline == mine[0][0, 2, 5]
+    check(second[0, 4, 11], codes[:, 0::2, 1::2][where])
+
+
+def test_an_outline_tells_how_bright_codes_are():
+    """Levels by k-means over the means of 2 x 2 codes; where those take few values, each has its level."""
+    prior = CodePrior(4, 3, 8, 16, channels=16, num_heads=2, num_outlines=4, num_grids=3).eval()
+    generator = torch.Generator().manual_seed(0)
+    which = torch.randint(4, (50, 4, 8), generator=generator)
+    codes = which.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    brightness = torch.tensor([-1.0, 2.0, 0.5, 0.0])
+    prior.initialize(torch.eye(4, 3), brightness, codes, torch.zeros(50), generator)
+    coarse, outline, same = prior.pyramid(codes)
+    assert torch.equal(same, codes)
+    torch.testing.assert_close(prior.grids[1].brightness, torch.tensor([-1.0, 0.0, 0.5, 2.0]))
+    assert torch.equal(outline, torch.tensor([0, 3, 2, 1])[which])
+    means = torch.nn.functional.avg_pool2d(brightness[which], 2)
+    nearest = (means[..., None] - prior.grids[0].brightness).abs().argmin(-1)
+    assert torch.equal(coarse, nearest) and len(coarse.unique()) == 4
+    # An outline's embedding is the mean of those that it stands for, beside its brightness: here, of one code each.
+    expected, found = prior.grids[2].embedding, prior.grids[1].embedding[torch.tensor([0, 3, 2, 1])]
+    torch.testing.assert_close(
+        torch.corrcoef(torch.stack([expected.flatten(), found[:, :3].flatten()]))[0, 1].item(), 1.0
+    )
+
+
+def test_drawing_repeats_and_differs_with_the_seed(prior):
+    position, view = torch.full((4,), 0.5), torch.zeros(4, dtype=torch.long)
+
+    def draw(seed, **options):
+        return prior.sample(position, view, torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(1), draw(1))
+    assert (
+        not torch.equal(draw(1), draw(2))
+        and len({tuple(one.flatten().tolist()) for one in draw(1)}) == 4
+    )
+    likeliest = draw(1, temperature=0)
+    assert torch.equal(likeliest, draw(2, temperature=0))
+    assert torch.equal(likeliest, draw(3, top_k=1)) and torch.equal(likeliest, draw(4, top_p=1e-9))
+
+
+def test_top_k_and_top_p_leave_the_unlikely_out(prior, monkeypatch):
+    """Many draws of one code, whose probabilities are known."""
+    logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(0))
+
+    def walk(position, view, choose, progress):
+        return choose(0, logits.expand(3000, 20), 0, 0)
+
+    monkeypatch.setattr(prior, "walk", walk)
+
+    def draw(**options):
+        return prior.sample(torch.zeros(3000), None, torch.Generator().manual_seed(0), **options)
+
+    codes = draw()
+    chances = logits.softmax(0)
+    shares = torch.bincount(codes, minlength=20) / 3000
+    torch.testing.assert_close(shares, chances, atol=0.03, rtol=0)
+    ranked = chances.argsort(descending=True)
+    assert set(draw(top_k=3).tolist()) == set(ranked[:3].tolist())
+    enough = int((chances[ranked].cumsum(0) < 0.6).sum()) + 1
+    assert set(draw(top_p=0.6).tolist()) == set(ranked[:enough].tolist())
+    sharper = torch.bincount(draw(temperature=0.5), minlength=20) / 3000
+    torch.testing.assert_close(sharper, (2 * logits).softmax(0), atol=0.03, rtol=0)
+
+
+def test_given_rows_are_kept_and_the_rest_is_drawn(prior, inputs):
+    codes, position, view = inputs
+    drawn = prior.sample(
+        position, view, torch.Generator().manual_seed(0), given=codes, given_rows=4
+    )
+    assert torch.equal(drawn[:, :4], codes[:, :4]) and not torch.equal(drawn[:, 4:], codes[:, 4:])
+
+
+@pytest.mark.parametrize("num_grids", [1, 2, 3])
+def test_bits_are_of_all_grids_over_the_codes(run, num_grids):
+    """val_bits: what a coder would need for outlines and codes, over the number of codes."""
+    vqvae = train_prior.load_model(VQVAE, run / "best.pt")
+    codes = encode_split(vqvae, train_prior.load_run_data(run, "validate")[0], MIRRORS)
+    args = (
+        train_prior.DEFAULTS
+        | train_prior.FIXED
+        | {"device": "cpu", "num_grids": num_grids, "channels": 16}
+    )
+    prior = train_prior.Run(run / "prior", args, "", vqvae, codes)
+    pyramid = prior.model.eval().pyramid(codes.codes[:, 0].long())
+    logits = prior.model(pyramid, codes.positions, torch.zeros(3, dtype=torch.long))
+    nats = [float(cross_entropy(found.flatten(0, 2), true.flatten(), reduction="sum"))
+            for found, true in zip(logits, pyramid, strict=True)]  # fmt: skip
+    measured = prior.validate(codes)
+    assert measured["val_bits"] == pytest.approx(sum(nats) / math.log(2) / (3 * 2048), rel=1e-4)
+    assert measured["val_outline_bits"] == pytest.approx(
+        sum(nats[:-1]) / math.log(2) / (3 * 2048), rel=1e-4
+    )
+
+
+def test_shapes_it_has_no_room_for():
+    with pytest.raises(
+        ValueError, match="the code grid is 6 x 8; expected sides divisible by 4 and 8"
+    ):
+        CodePrior(20, 5, 6, 8, num_grids=2)
+    with pytest.raises(
+        ValueError, match="the code grid is 8 x 12; expected sides divisible by 8 and 16"
+    ):
+        CodePrior(20, 5, 8, 12, num_grids=3)
+    with pytest.raises(ValueError, match="channels is 30; expected a multiple of num_heads 4"):
+        CodePrior(20, 5, 8, 16, channels=30)
+
+
+# ---------------------------------------------------------------- coding
+
+
+@pytest.mark.skipif(
+    entropy.constriction is None, reason="constriction, the arithmetic coder, is not installed"
+)
+def test_codes_come_back_from_their_streams_at_about_the_priors_bits(prior):
+    position, view = torch.full((40,), math.nan), torch.zeros(40, dtype=torch.long)
+    likely = prior.sample(position, view, torch.Generator().manual_seed(0))
+    noise = torch.randint(20, likely.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for codes in (likely, noise):
+            streams = entropy.encode(prior, codes)
+            assert torch.equal(entropy.decode(prior, streams), codes)
+            pyramid = prior.pyramid(codes)
+            pairs = zip(prior(pyramid, position, view), pyramid, strict=True)
+            nats = sum(
+                cross_entropy(found.flatten(0, 2), true.flatten(), reduction="sum")
+                for found, true in pairs
+            )
+            bits = 32 * sum(map(len, streams)) / 40
+            excess = bits - float(nats) / math.log(2) / 40
+            assert excess < 64  # two words a stream
+            # The coder has a least probability, under which noise falls, and outlines that do not fit their codes.
+            assert excess >= 0 or codes is noise or len(prior.grids) > 1
+    assert len(streams) == 40 and all(words.dtype == np.uint32 for words in streams)
+    assert sum(map(len, entropy.encode(prior, likely))) < sum(map(len, streams))
+
+
+def test_without_a_coder_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(entropy, "constriction", None)
+    with pytest.raises(
+        UserError, match="constriction, the arithmetic coder, is missing: pip install"
+    ):
+        entropy.check_installed()
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.fixture
+def run(tmp_path, small, write_slices, own_signals, monkeypatch) -> Path:
+    """A VQ-VAE trained for one epoch, on 6 training and 3 validation slices; the folder of its run."""
+    monkeypatch.chdir(tmp_path)
+    data = write_slices(tmp_path / "data", train=6, validate=3)
+    assert train.main(["--data", str(data), *small, "--epochs", "1", "--name", "a"]) == 0
+    return tmp_path / "runs" / "a"
+
+
+FLAGS = "--device cpu --precision float32 --batch-size 4 --learning-rate 5e-3 --channels 16 --num-layers 1 --num-heads 2 "
+
+
+def start(run, flags):
+    return train_prior.main(["--run", str(run), *(FLAGS + flags).split()])
+
+
+def rows(folder: Path) -> list[dict]:
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def equal_weights(one: Path, other: Path) -> bool:
+    one, other = (read_checkpoint(path)["model"] for path in (one, other))
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_leaves_what_it_promises(run, capsys):
+    assert start(run, "--epochs 3 --plot-every 2 --mirrored 0.75") == 0
+    folder = run / "prior"
+    history = rows(folder)
+    assert [int(row["step"]) for row in history] == [2, 4, 6]
+    assert list(history[0]) == COLUMNS
+    assert float(history[-1]["val_bits"]) < float(history[0]["val_bits"])
+    for row in ({name: float(value) for name, value in row.items()} for row in history):
+        assert row["train_loss"] == pytest.approx(sum(row[name] for name in COLUMNS[3:5]), rel=1e-5)
+        assert 0 < row["val_outline_bits"] < row["val_bits"] < row["val_loss"] / math.log(2)
+    best = read_checkpoint(folder / "best.pt")
+    assert best["best"] == min(float(row["val_bits"]) for row in history)
+    panels = sorted(path.name for path in folder.glob("plots/*/*.png"))
+    assert panels == [f"epoch_{n}_samples.png" for n in (1, 2, 3)]
+    assert (folder / "bits_plot.png").stat().st_size > 5000
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["mirrored"] == 0.75 and config["slices"] == {
+        "train": 6,
+        "validate": 3,
+    }
+
+    bits = json.loads((folder / "metrics.json").read_text())["validation"]
+    assert set(bits) == {"prior", "fixed_length", "empirical_entropy", "gzip"}
+    assert bits["fixed_length"] == {"bits_per_code": 4.0, "bits_per_pixel": 0.25}
+    assert bits["prior"]["bits_per_code"] == pytest.approx(best["best"], rel=1e-5)
+    assert bits["prior"]["bits_per_pixel"] == pytest.approx(best["best"] / 16, rel=1e-5)
+    printed = capsys.readouterr().out
+    for line in ("bits per code", "empirical entropy", "gzip", "generate.py --run"):
+        assert line in printed
+
+
+def test_bits_without_context():
+    """CodeDataset that take turns: log2 4 fixed, 1 bit by frequency, and gzip of a pattern next to nothing."""
+    codes = torch.tensor([1, 2]).repeat(4, 64, 16)
+    bits = compressed_bits(codes, codes, 4)
+    assert bits["fixed_length"] == 2 and bits["empirical_entropy"] == pytest.approx(1, abs=1e-3)
+    assert 0 < bits["gzip"] < 0.3
+    noise = torch.randint(4, (4, 64, 32), generator=torch.Generator().manual_seed(0))
+    assert 2 < compressed_bits(noise, noise, 4)["gzip"] < 3
+
+
+def test_codes_are_of_mirrored_slices_too(run):
+    """Each view of the encoded split is the code grid of the flipped slice, and places follow names."""
+    vqvae = train_prior.load_model(VQVAE, run / "best.pt")
+    slices, _ = train_prior.load_run_data(run, "train")
+    codes = encode_split(vqvae, slices, MIRRORS)
+    images = slices.batch(torch.arange(6))
+    with torch.no_grad():
+        for view, axes in enumerate(((), (2,), (3,), (2, 3))):
+            assert torch.equal(codes.codes[:, view].long(), vqvae.encode(images.flip(axes)))
+    torch.testing.assert_close(codes.positions, torch.linspace(0, 1, 6))
+    one = codes.codes[0, 0].flatten().mode().values.long()
+    pixels = torch.nn.functional.avg_pool2d(images, 4)[:, 0][codes.codes[:, 0] == one]
+    assert codes.brightness[one] == pytest.approx(float(torch.asinh(pixels).mean()), abs=1e-4)
+
+
+def test_an_empty_share_of_a_batch_is_no_mistake(run):
+    """As a process has it of a last, small batch."""
+    vqvae = train_prior.load_model(VQVAE, run / "best.pt")
+    codes = encode_split(vqvae, train_prior.load_run_data(run, "validate")[0], MIRRORS)
+    args = train_prior.DEFAULTS | train_prior.FIXED | {"device": "cpu", "channels": 16}
+    prior = train_prior.Run(run / "prior", args, "", vqvae, codes)
+    losses, finite = run.train_step(prior, (codes.codes[:0].long(), codes.positions[:0]), 1)
+    assert finite and (losses == 0).all()
+
+
+def test_views_are_drawn_as_asked(run, monkeypatch):
+    """The share of mirrored slices, and that the prior is told which view it sees, and at times no place."""
+    seen = []
+
+    def watch(self, pyramid, position, view):
+        seen.append((pyramid[-1], position, view))
+        return [torch.zeros(*one.shape, size) for one, size in zip(pyramid, (32, 16), strict=True)]
+
+    monkeypatch.setattr(CodePrior, "forward", watch)
+    vqvae = train_prior.load_model(VQVAE, run / "best.pt")
+    codes = (
+        torch.arange(4, dtype=torch.int32).view(1, 4, 1, 1).expand(2000, 4, 64, 32)
+    )  # a code tells its view
+    data = CodeDataset(
+        torch.randint(16, (2000, 4, 64, 32), dtype=torch.int32),
+        torch.zeros(2000),
+        torch.randn(16),
+        [],
+    )
+    for share in (0.0, 0.6):
+        args = train_prior.DEFAULTS | train_prior.FIXED | {"mirrored": share, "device": "cpu"}
+        torch.manual_seed(0)
+        prior = train_prior.Run(run / "prior", args, "", vqvae, data)
+        prior.eager_losses((codes.long(), torch.zeros(2000)))
+        codes_seen, position, view = seen.pop()
+        assert torch.equal(codes_seen[:, 0, 0], view)
+        shares = torch.bincount(view, minlength=4) / 2000
+        torch.testing.assert_close(
+            shares, torch.tensor([1 - share, *[share / 3] * 3]), atol=0.04, rtol=0
+        )
+        assert position.isnan().float().mean() == pytest.approx(0.1, abs=0.03)
+
+
+def test_stopped_within_an_epoch_it_goes_on_at_the_step(tmp_path, run, monkeypatch, capsys):
+    """In this process, to choose the step: after 1 of 2 steps of epoch 2; the end is the same, bit for bit."""
+    assert start(run, "--epochs 3") == 0
+    (run / "prior").rename(tmp_path / "whole")
+    real, calls = run.train_step, []
+
+    def step_then_signal(*arguments):
+        calls.append(1)
+        result = real(*arguments)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(loop, "seconds_a_step", lambda *arguments: 1.0)
+    monkeypatch.setattr(loop, "train_step", step_then_signal)
+    capsys.readouterr()
+    assert start(run, "--epochs 3") == 128 + signal.SIGTERM
+    assert read_checkpoint(run / "prior" / "last.pt")["steps_done"] == 1
+    monkeypatch.setattr(loop, "train_step", real)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert f"train_prior.py --resume --run {run}" in told
+    assert train_prior.main(["--run", "runs/a", "--resume"]) == 0
+    assert equal_weights(run / "prior" / "last.pt", tmp_path / "whole" / "last.pt")
+    assert equal_weights(run / "prior" / "best.pt", tmp_path / "whole" / "best.pt")
+
+
+def test_killed_between_epochs_its_command_goes_on(tmp_path, run):
+    """kill -9 of a real process; --resume ends as without it."""
+    flags = FLAGS + "--epochs 12 --plot-every 100"
+    assert train_prior.main(["--run", str(run), *flags.split()]) == 0
+    (run / "prior").rename(tmp_path / "whole")
+    command = [sys.executable, str(ROOT / "train_prior.py"), "--run", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [*command, *flags.split()], env=environment, stdout=log, stderr=log
+        )
+        while not (run / "prior" / "metrics.csv").exists() or len(rows(run / "prior")) < 2:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+        process.kill()
+        process.wait()
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert equal_weights(run / "prior" / "last.pt", tmp_path / "whole" / "last.pt")
+
+
+def test_two_processes_train_as_one_does(tmp_path, run):
+    """Where nothing is drawn at random: equal measures. 5 slices by 4: of the last, one has none; 3 validation."""
+    (tmp_path / "data" / "keras_slices_train" / "case_004_week_0_slice_5.nii.gz").unlink()
+    flags = FLAGS + "--epochs 2 --dropout 0 --mirrored 0 --plot-every 9"
+    script = tmp_path / "exact.py"  # places are hidden at random, in each process its own
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train_prior, utils\n"
+                      "train_prior.UNKNOWN = 0\nutils.run_script(train_prior.main)\n")  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    found = []
+    for count in ("1", "2"):
+        done = subprocess.run(
+            [*launcher, count, "--", str(script), "--run", str(run), *flags.split()], capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(rows(run / "prior"))
+        (run / "prior").rename(tmp_path / count)
+    for row, other in zip(*found, strict=True):
+        for name in row.keys() - {"seconds"}:
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
+
+
+def test_a_dry_run_writes_nothing(run, capsys):
+    assert start(run, "--dry-run") == 0
+    assert "dry run" in capsys.readouterr().out and not (run / "prior").exists()
+
+
+def test_a_report_that_a_kill_prevented_is_made_up_for(run):
+    """All epochs are done, metrics.json is missing; and without --run, the prior that was begun last is meant."""
+    start(run, "--epochs 1")
+    report = json.loads((run / "prior" / "metrics.json").read_text())
+    (run / "prior" / "metrics.json").unlink()
+    assert train_prior.main(["--resume"]) == 0
+    assert json.loads((run / "prior" / "metrics.json").read_text()) == report
+    with pytest.raises(UserError, match="has finished 1 epochs"):
+        train_prior.main(["--resume"])
+    with pytest.raises(UserError, match="no prior to go on with in nowhere"):
+        train_prior.main(["--resume", "--runs-dir", "nowhere"])
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_a_prior_is_never_overwritten_nor_made_another(run, monkeypatch):
+    start(run, "--epochs 1")
+    with pytest.raises(
+        UserError, match="prior exists; add --resume to go on with it, or move it away"
+    ):
+        start(run, "--epochs 1")
+    with pytest.raises(UserError, match="has finished 1 epochs"):
+        train_prior.main(["--run", str(run), "--resume"])
+    with pytest.raises(UserError, match=r"can't go on with --dropout 0.5 \(it has 0.0\)"):
+        train_prior.main(["--run", str(run), "--resume", "--epochs", "2", "--dropout", "0.5"])
+    checkpoint = read_checkpoint(run / "best.pt")
+    checkpoint["model"]["vector_quantization.embedding.weight"] *= -1
+    torch.save(checkpoint, run / "best.pt")
+    with pytest.raises(
+        UserError,
+        match=r"prior is of other codes than those of .*best\.pt, which has changed since",
+    ):
+        train_prior.main(["--run", str(run), "--resume", "--epochs", "2"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs 0", "--epochs is 0; expected 1 to"),
+        ("--channels 30", "channels is 30; expected a multiple of num_heads 4"),
+        ("--dropout 1", "--dropout is 1.0; expected 0 to 0.99"),
+        ("--mirrored 2", "--mirrored is 2.0; expected 0 to 1"),
+        ("--learning-rate nan", "--learning-rate is nan"),
+        ("--batch-size 0", "--batch-size is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--data /nowhere", "can't open the data that --data names"),
+    ],
+)
+def test_values_that_could_only_fail_later(run, flags, message):
+    with pytest.raises(Exception, match=message):
+        train_prior.main(["--run", str(run), *flags.split()])
+    assert not (run / "prior").exists()
+
+
+def test_runs_that_have_no_prior_to_train(tmp_path, run, small):
+    with pytest.raises(UserError, match=r"no run with a best\.pt in"):
+        train_prior.main(["--runs-dir", str(tmp_path / "none")])
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        train_prior.main(["--run", str(tmp_path / "none")])
+    two = [
+        "--data",
+        str(tmp_path / "data"),
+        *small,
+        "--epochs",
+        "1",
+        "--name",
+        "two",
+        "--num-codebooks",
+        "2",
+    ]
+    assert train.main(two) == 0
+    with pytest.raises(UserError, match="has 2 codebooks; a prior is for one"):
+        train_prior.main(["--runs-dir", str(tmp_path / "runs")])  # the newest run

@@ -1,0 +1,148 @@
+"""Several processes of one run, started by torchrun on one machine.
+
+    with distributed.session():
+        if distributed.get_rank() == 0: ...
+        total = distributed.all_reduce_sum(tensor)
+
+Outside a session, or in a session of one process, every function works and communicates nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils import UserError, first_line
+
+
+class LostProcessError(UserError):
+    """Another process of the run has ended or does not answer."""
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Join the other processes if torchrun started several; leave them at the end of the block.
+
+    GPU tensors are exchanged through NCCL and CPU tensors through gloo, so that bookkeeping never
+    waits for a GPU. Only rank 0 prints.
+
+    Raises:
+        UserError: if torchrun was started on several machines.
+        LostProcessError: if an exchange fails because another process ended or hangs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
+            raise UserError("torchrun was started on several machines; expected one: omit --nnodes")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        raise LostProcessError(
+            f"another process of this run ended or hangs ({first_line(error)})"
+        ) from None
+    if get_world_size() > 1:  # not after an error, when this could wait forever
+        dist.destroy_process_group()
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Return whether the error says that another process could not be reached."""
+    if get_world_size() == 1:
+        return False
+    # gloo has no exception class of its own; its messages contain its name.
+    return isinstance(error, dist.DistBackendError) or "gloo" in str(error).lower()
+
+
+def get_world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def get_rank() -> int:
+    """Return this process's rank; rank 0 writes all files."""
+    return dist.get_rank() if get_world_size() > 1 else 0
+
+
+@contextlib.contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Let rank 0 run the block alone, then the others, which find what it has made."""
+    if get_rank() > 0:
+        _barrier()
+    yield
+    if get_rank() == 0:
+        _barrier()
+
+
+def _barrier() -> None:
+    all_reduce_sum(torch.zeros(1))  # on the CPU, unlike dist.barrier(), which picks a GPU with NCCL
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of the processes' tensors, as a new tensor on the CPU."""
+    total = tensor.detach().cpu().clone()
+    if get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def broadcast_tensors(tensors: dict[str, Tensor]) -> None:
+    """Overwrite the tensors with those of rank 0."""
+    if get_world_size() > 1:
+        for tensor in tensors.values():
+            dist.broadcast(tensor, 0)
+
+
+def broadcast_object(value):
+    """Return rank 0's value, which may have any plain type."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+    return values[0]
+
+
+def check_replicas(tensors: dict[str, Tensor]) -> None:
+    """Check that all processes hold equal tensors.
+
+    Raises:
+        RuntimeError: with the names of those that differ; training on them would be meaningless.
+    """
+    if get_world_size() == 1:
+        return
+    checksums = []
+    for tensor in tensors.values():
+        values = tensor.detach().double().flatten().cpu()
+        weights = torch.linspace(1, 2, len(values)).double()  # so that the order counts
+        checksums.append(values @ weights)
+    own = torch.stack(checksums)
+    reference = own.clone()
+    dist.broadcast(reference, 0)
+    differs = all_reduce_sum((own != reference).long())
+    if differs.any():
+        names = [name for name, count in zip(tensors, differs.tolist(), strict=True) if count]
+        raise RuntimeError(f"processes hold different {', '.join(names)}")
+
+
+_session = None  # TEMPORARY, until training/run.py is rewritten
+
+
+def init() -> None:
+    global _session
+    _session = session()
+    _session.__enter__()
+
+
+def cleanup() -> None:
+    if get_world_size() > 1:
+        dist.destroy_process_group()
+
+
+is_lost_process = _is_lost_process
