@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 import modules
 from evaluation import metrics
 from modules import VQVAE, VectorQuantizer
-from training import adversarial
-from training.checkpoint import CHECKPOINT_FORMAT, load_model, read_checkpoint
-from utils import CheckpointError
 
 SMALL = {"hidden_channels": 16, "residual_channels": 8, "embedding_dim": 8, "num_embeddings": 32}
 
@@ -549,91 +546,3 @@ def test_training_step_under_bfloat16_autocast():
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def checkpoint_of(trained, **changes):
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "model_args": trained.arguments,
-        "model": trained.state_dict(),
-    } | changes
-
-
-def test_from_checkpoint_gives_the_same_model(tmp_path):
-    model = VQVAE(**SMALL, codebook="ema", restart_below=0.02).eval()
-    torch.save(checkpoint_of(model), tmp_path / "best.pt")
-    loaded = load_model(VQVAE, tmp_path / "best.pt")
-    assert not loaded.training and loaded.arguments == model.arguments
-    x = images()
-    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
-
-
-class Payload:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('the payload ran')",))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "there is no checkpoint"),
-        (b"", "can't be read as a checkpoint"),
-        (b"text, not a checkpoint", "can't be read as a checkpoint"),
-        ([1, 2], "not a checkpoint of this project"),
-        ({"model": {}}, "lacks format, model_args or model"),
-        (checkpoint_of(VQVAE(**SMALL), format=99), "checkpoint format 99"),
-        (checkpoint_of(VQVAE(**SMALL), model_args={"depth": 3}), "does not fit this version"),
-        (checkpoint_of(VQVAE(**SMALL), model={}), "does not fit this version"),
-        (
-            checkpoint_of(VQVAE(**SMALL), extra=Payload()),
-            r"names (builtins\.)?exec, which .* could be code; nothing of it was run",
-        ),
-    ],
-)
-def test_checkpoints_that_cannot_be_used(tmp_path, content, message):
-    path = tmp_path / "best.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(CheckpointError, match=message):
-        load_model(VQVAE, path)
-
-
-def test_truncated_checkpoint(tmp_path):
-    path = tmp_path / "best.pt"
-    torch.save(checkpoint_of(VQVAE(**SMALL)), path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="can't be read"):
-        read_checkpoint(path)
-
-
-def test_the_discriminator_judges_patches_and_sees_the_finest_detail():
-    torch.manual_seed(0)
-    discriminator = adversarial.PatchDiscriminator()
-    images = torch.randn(2, 1, 128, 128)
-    judged = discriminator(images)
-    assert judged.shape == (2, 1, 16, 16) and judged.dtype == torch.float32
-    blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    seen = []
-    discriminator.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    discriminator(images)
-    torch.testing.assert_close(seen[0], torch.cat([images, 4 * (images - blurred)], 1))
-
-
-def test_the_hinge_loss_is_two_where_nothing_is_seen_and_zero_where_all_is():
-    discriminator = adversarial.PatchDiscriminator()
-    discriminator.forward = lambda images: images
-    for value, expected in ((0.0, 2.0), (1.0, 0.0), (5.0, 0.0), (-1.0, 4.0)):
-        images = torch.full((2, 1, 8, 8), value)
-        assert discriminator.hinge_loss(images, -images) == expected
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_models_of_older_formats_load(tmp_path, number):
-    model = VQVAE(**SMALL)
-    torch.save(checkpoint_of(model, format=number), tmp_path / "best.pt")
-    loaded = load_model(VQVAE, tmp_path / "best.pt")
-    assert all(
-        torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items()
-    )
