@@ -96,6 +96,17 @@ def read_planes(path: Path, preprocessing: Preprocessing) -> Iterator[tuple[int,
         raise ValueError("has no slice that shows anything")
 
 
+def floor_std(std: np.ndarray) -> np.ndarray:
+    """Raise each standard deviation, (N,), to at least 5 % of the median of those above 0."""
+    positive = std[std > 0]
+    return np.maximum(std, STD_FLOOR * np.median(positive)) if len(positive) else std
+
+
+def parse_axis(text: str) -> str | int:
+    """Return the axis that `--axis` names: "coronal", "sagittal", "axial", or 0, 1, 2 as stored."""
+    return int(text) if text in ("0", "1", "2") else text
+
+
 def background_threshold(some: np.ndarray) -> float:
     """Of (N, rows, columns) of a scan: a tenth of the way from its 1st percentile to its 99th; of one slice -inf."""
     low, high = np.percentile(some, (1, 99))
