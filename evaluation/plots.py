@@ -230,7 +230,7 @@ def plot_code_usage(path: Path, counts: Tensor, heading: str) -> None:
     percentages = frequencies.sort(descending=True).values.numpy() * 100
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     axis.bar(np.arange(1, len(percentages) + 1), percentages, width=1.0, color="0.3")
-    axis.axhline(100 / len(percentages), color="C3", linewidth=1, label="all codes equally often")
+    axis.axhline(100 / len(percentages), color="C3", linewidth=1, label="equal use of all codes")
     axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
     axis.legend()
     figure.suptitle(escape_dollars(heading), fontsize=10)

@@ -79,7 +79,7 @@ def write_report(run: Path) -> Path:
             sections[f"{name}, {split}"] = content
     if not splits:
         command = utils.format_command("predict.py", "--run", run, "--html")
-        sections["Scores"] = f"<p>not evaluated yet: <code>{html.escape(command)}</code></p>"
+        sections["Scores"] = f"<p>not evaluated yet: <code>{html.escape(command)}</code></p>\n"
     path = run / "report.html"
     utils.write_bytes(path, _page_html(f"Run {run.resolve().name}", sections).encode())
     return path
@@ -131,7 +131,7 @@ def _split_sections(folder: Path) -> dict[str, str]:
         sections["By organ"] = _organs_html(summary["organs"])
     usage = f"{summary['codes_used']} codes used, perplexity {summary['perplexity']:.0f}"
     sections["Code use"] = (
-        f"<p>{usage}</p>"
+        f"<p>{html.escape(usage)}</p>\n"
         + _picture_html(folder / "code_use.png", usage)
         + _picture_html(folder / "code_map.png", "codes of a slice")
     )
@@ -152,7 +152,7 @@ def _scores_html(summary: dict) -> str:
         "evaluation/metrics.py defines the scores"
     )
     head = ["score", "mean", *(f"case {case}" for case in cases)]
-    return _table_html(head, rows) + f'<p class="note">{note}</p>'
+    return _table_html(head, rows) + _note_html(note)
 
 
 def _organs_html(organs: dict[str, dict]) -> str:
@@ -184,7 +184,9 @@ def _worst_slices_html(folder: Path) -> str:
 
 def write_comparison(runs: list[Path], path: Path) -> Path:
     """Write a page with a table and the curves of several runs to `path`, and return it."""
-    rows, curves, points = [], [], []
+    rows = []
+    curves = []
+    points = []
     for run in runs:
         name = run.resolve().name
         config = utils.read_json(run / "config.json")
@@ -215,7 +217,7 @@ def write_comparison(runs: list[Path], path: Path) -> Path:
 
 # ---------------------------------------------------------------- parts of a page
 
-# Text is escaped here, and only here: names of files and runs may contain any character.
+# All text is escaped: names of files and runs may contain any character.
 
 
 def _page_html(title: str, sections: dict[str, str]) -> str:
@@ -237,6 +239,10 @@ def _row_html(tag: str, texts: list[str]) -> str:
     return "<tr>" + "".join(cells) + "</tr>"
 
 
+def _note_html(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>\n'
+
+
 def _details_html(summary: str, content: str) -> str:
     """Return a part that is folded until the reader opens it; content: HTML."""
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>\n"
@@ -245,7 +251,7 @@ def _details_html(summary: str, content: str) -> str:
 def _picture_html(path: Path | None, description: str) -> str:
     """Return the picture of a PNG file, or a line that says that it does not exist yet."""
     if path is None or not path.exists():
-        return f'<p class="note">{html.escape(description)}: not made yet</p>\n'
+        return _note_html(f"{description}: not made yet")
     return _image_html(path.read_bytes(), description)
 
 
