@@ -73,12 +73,10 @@ def encode_planes(
     mean, std = (
         np.array([f(plane, dtype=np.float64) for plane in planes]) for f in (np.mean, np.std)
     )
-    std[std <= 1e-30 + 1e-9 * np.abs(mean)] = 0  # of one value
-    varied = std[std > 0]
-    floor = (
-        preprocessing.STD_FLOOR * np.median(varied) if len(varied) else 0
-    )  # a nearly empty slice's noise stays small
-    std = np.where(std > 0, np.maximum(std, floor), 0).astype(np.float32)
+    low = planes.min(axis=(1, 2)).astype(np.float64)
+    high = planes.max(axis=(1, 2)).astype(np.float64)
+    constant = preprocessing.is_constant(low, high)
+    std = np.where(constant, 0, preprocessing.floor_std(std, constant)).astype(np.float32)
     mean, codes = mean.astype(np.float32), []
     kind = np.uint16 if model.vector_quantization.num_embeddings <= 1 << 16 else np.uint32
     for some in batches(len(planes), (rows, columns)):
