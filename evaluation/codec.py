@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import resize
 
 from modules import VQVAE
 from mri import nifti
-from mri.preprocessing import floor_std
+from mri.preprocessing import floor_std, is_constant
 from utils import DataError, first_line, write_bytes
 
 BATCH_SIZE = 16  # slices of up to 512 x 512
@@ -53,9 +53,11 @@ def encode_planes(
     device = next(model.parameters()).device
     mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
     std = np.array([plane.std(dtype=np.float64) for plane in planes])
-    std[std <= 1e-30 + 1e-9 * np.abs(mean)] = 0  # a constant slice
-    std = np.where(std > 0, floor_std(std), 0).astype(np.float32)
+    low = planes.min(axis=(1, 2)).astype(np.float64)
+    high = planes.max(axis=(1, 2)).astype(np.float64)
+    constant = is_constant(low, high)
     mean = mean.astype(np.float32)
+    std = np.where(constant, 0, floor_std(std, constant)).astype(np.float32)
     scale = np.where(std > 0, std, 1)
     large = model.vector_quantization.num_embeddings > 1 << 16
     codes = []
