@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag(
         "--cache-dir",
         metavar="DIR",
-        help="folder for prepared slices (default: $HIPMRI_CACHE, or the user's cache folder)",
+        help="folder for prepared slices (default: the run's, $HIPMRI_CACHE, or the user's cache)",
     )
 
     flag = parser.add_argument_group("your own files").add_argument

@@ -336,8 +336,8 @@ def evaluate_organs(model: nn.Module, data, batch_size: int) -> dict[str, dict]:
         for name, organ_values in values.items():
             # At the slice's edge, an organ has a PSNR but may have no window of SSIM.
             has_score = ~np.isnan(organ_values)
-            means = mean_by_case(organ_values[has_score], cases[has_score].tolist())
-            results[organ][name] = means
+            scored_cases = cases[has_score].tolist()
+            results[organ][name] = mean_by_case(organ_values[has_score], scored_cases)
         results[organ]["slices"] = num_slices
     return results
 

@@ -261,7 +261,7 @@ def _output(target: Path, ending: str) -> Path:
 
 
 def _error_bytes(scan: nifti.Scan, planes: np.ndarray) -> bytes:
-    """Return the absolute error as NIfTI: int16 for integer files, as it takes a quarter."""
+    """Return the absolute error as NIfTI; of integer files as int16, which is much smaller."""
     error = np.abs(planes - scan.planes)
     is_integer = scan.dtype.kind in "iu" and error.max() < 32767
     return scan.to_bytes(error, np.dtype("i2" if is_integer else "f4"))
@@ -273,13 +273,12 @@ def _warn_of_spacing(file: Path, scan: nifti.Scan, model_spacing: Sequence[float
         return
     ratios = np.array(scan.spacing) / np.array(model_spacing)
     if max(*ratios, *(1 / np.maximum(ratios, 1e-9))) > 1.5:
-        actual, expected = (
-            " x ".join(f"{value:.2f}" for value in spacing)
-            for spacing in (scan.spacing, model_spacing)
-        )
+        rows, columns = scan.spacing
+        model_rows, model_columns = model_spacing
         tqdm.write(
-            f"warning: {printable(str(file))}: its voxels are {actual} mm in the slice, and the "
-            f"model was trained on about {expected} mm; expect a worse reconstruction"
+            f"warning: {printable(str(file))}: its voxels are {rows:.2f} x {columns:.2f} mm in the "
+            f"slice, and the model was trained on about {model_rows:.2f} x {model_columns:.2f} mm; "
+            "expect a worse reconstruction"
         )
 
 

@@ -39,7 +39,7 @@ def test_more_than_65536_codes_are_stored_as_uint32():
     assert np.array_equal(coded.codes, model.encode(zscored).numpy())
 
 
-@pytest.mark.parametrize("flags", ["", "--resize", "--axis sagittal"])
+@pytest.mark.parametrize("flags", ["", "--resize", "--axis sagittal", "--axis 0"])
 def test_codes_restore_the_same_file(
     tmp_path, write_nifti, noise, reconstruct_path, read_scores, flags
 ):

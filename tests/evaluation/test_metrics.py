@@ -37,7 +37,7 @@ def scale(image, low, high):
 
 
 def reference_scores(original, reconstruction) -> dict[str, float]:
-    """Score one slice (H, W), float64, with scikit-image and scipy, as evaluation/metrics.py does."""
+    """Score one slice (H, W), float64, by the table in evaluation/metrics.py, with scikit-image."""
     uniform = {"use_sample_covariance": False, "data_range": 1.0}
     gaussian = uniform | {"gaussian_weights": True, "sigma": 1.5}
     low, high = original.min(), original.max()
