@@ -2,290 +2,409 @@
 
     python train.py                                     # sample data: minutes on two CPU cores
     python train.py --data /data/keras_slices_data      # HipMRI, 100 epochs
-    python train.py --data ... --recipe document        # the source document's training, number for number
-    python train.py --data ... --gan                    # sharper: an adversarial loss in the second half
-    python train.py --data ... --dry-run                # print what would be done, and how long it would take
-    python train.py --resume                            # go on with the newest unfinished run
-    torchrun --nproc-per-node 4 train.py --data ...     # several processes: one a GPU, or on a CPU
+    python train.py --data ... --recipe document        # the source document's recipe
+    python train.py --data ... --gan                    # adversarial loss in the second half
+    python train.py --data ... --dry-run                # print the plan and the expected time
+    python train.py --resume                            # continue the newest unfinished run
+    torchrun --nproc-per-node 4 train.py --data ...     # several processes, one per GPU or on a CPU
 
-A run writes to runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png, plots/.
-It can be killed at any moment: --resume goes on from the last epoch's end (after SIGTERM, SIGUSR1 or Ctrl-C:
-from the last step), to the same weights as if nothing had happened.
+A run is saved in runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png and
+plots/. It can be killed at any moment: --resume continues after the last finished epoch or, if the
+run was stopped by SIGTERM, SIGUSR1 or Ctrl-C, at the interrupted step. Its final weights are those
+of an uninterrupted run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
+import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import dataset
 import utils
+from dataset import SliceDataset
 from evaluation import metrics, plots, report
 from modules import VQVAE
 from mri import phantom, splits
 from mri.preprocessing import Preprocessing
 from training import distributed
-from training import run as loop
-from training.adversarial import PatchDiscriminator
-from training.config import check_arguments, parse_arguments
-from training.distributed import get_rank, get_world_size
-from training.run_folder import open_run, read_manifest
-from utils import UserError
+from training.adversarial import PatchDiscriminator, adversarial_losses
+from training.config import TrainConfig, check_config, parse_train_flags
+from training.run import Run, epoch_order
+from training.run_folder import open_run, read_manifest, read_preprocessing
+from training.schedule import learning_rate, set_learning_rate
+from training.step import clip_gradients, compile_with_fallback, skip_step_unless
+from utils import DataError, UserError
 
-SAMPLE_FOLDER, SAMPLE_EPOCHS = Path("sample_data"), 10
+SAMPLE_FOLDER = Path("sample_data")
+SAMPLE_EPOCHS = 10
+
+# What `compute_losses` returns; each is a column of metrics.csv.
+LOSSES = ("train_recon", "train_vq")
+GAN_LOSSES = (*LOSSES, "train_adversarial", "train_discriminator", "adaptive_weight")
+
+# ---------------------------------------------------------------- the story of a run
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = parse_train_flags(argv, __doc__)
+    with distributed.session():
+        return train(flags)
+
+
+def train(flags: dict) -> int:
+    """Train the run that the flags ask for and return the exit code."""
+    folder, config, checkpoint = open_run(flags)
+    folder = distributed.broadcast_object(folder)  # its name may contain the current second
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    check_config(config, world_size)
+    utils.set_deterministic(config.deterministic)
+    utils.keep_freed_memory()
+    device = utils.pick_device(config.device, rank, world_size)
+    precision = utils.pick_precision(config.precision, device)
+
+    # Data
+    with distributed.rank_zero_first():
+        train_slices, val_slices, config, scans = load_data(config, flags, folder)
+    if device.type != "cpu":
+        print(train_slices.cache_on_device(device))
+        print(val_slices.cache_on_device(device))
+
+    # Model and optimizer
+    torch.manual_seed(config.seed)
+    arguments = {name: getattr(config, name) for name in inspect.signature(VQVAE).parameters}
+    modules: dict[str, nn.Module] = {"model": VQVAE(**arguments)}
+    if config.gan:
+        modules["discriminator"] = PatchDiscriminator()
+    for module in modules.values():
+        if device.type != "mps":  # the fastest layout for convolutions on CPUs and tensor cores
+            module.to(memory_format=torch.channels_last)
+        module.to(device)
+    model, discriminator = modules["model"], modules.get("discriminator")
+    optimizer = make_optimizer(model, discriminator, config)
+    parallel_model = distributed.wrap_model(model)
+
+    def eager_losses(images: Tensor, adversary: nn.Module | None) -> Tensor:
+        return compute_losses(parallel_model, adversary, images, precision, config)
+
+    losses_of_full_batch = eager_losses
+    if config.compile or (config.compile is None and device.type == "cuda" and world_size == 1):
+        losses_of_full_batch = compile_with_fallback(eager_losses, model, device)
+
+    run = Run(
+        folder,
+        config,
+        device=device,
+        precision=precision,
+        modules=modules,
+        optimizer=optimizer,
+        num_examples=len(train_slices),
+        losses=GAN_LOSSES if config.gan else LOSSES,
+        num_shown=2,
+        best_column="val_ssim",
+        best=-math.inf,
+        fingerprint=f"{train_slices.fingerprint} {val_slices.fingerprint}",
+        info={
+            "slices": {"train": len(train_slices), "validate": len(val_slices)},
+            "bits_per_pixel": model.bits_per_pixel,
+            "preprocessing": dataclasses.asdict(train_slices.preprocessing),
+            **scans,
+        },
+        extra_state={"slices": train_slices.description},
+        resume_command=utils.format_command(
+            "train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name
+        ),
+    )
+    if checkpoint:
+        run.restore(checkpoint)
+    elif config.codebook_init == "kmeans":
+        init_codebook(model, train_slices, config, device)
+    print_plan(run, train_slices, val_slices)
+
+    with run:
+        for epoch in run.epochs():
+            for step in run.steps(train_slices):
+                rate = learning_rate(config, step.number, run.total_steps)
+                set_learning_rate(optimizer, rate)
+                images = augment(step.batch, config)
+                adversary = discriminator if step.progress >= config.gan_start else None
+                compute = losses_of_full_batch if step.is_full else eager_losses
+                losses = compute(images, adversary)  # (number of losses,)
+                if step.size == 0:
+                    losses = losses.nan_to_num()  # means over no slices
+
+                optimizer.zero_grad(set_to_none=True)
+                (losses.sum() * step.weight).backward()
+                if discriminator is not None:
+                    distributed.average_gradients(discriminator)  # the model's are averaged already
+                finite = clip_gradients(modules.values(), config.clip_grad_norm)
+                skip_step_unless(finite, optimizer)
+                optimizer.step()
+
+                run.record_step(losses, finite)
+                if run.should_stop():
+                    return run.stop()
+
+            start = time.perf_counter()
+            scores = validate(model, val_slices, config, device)
+            if config.dry_run:
+                run.print_expected_time(time.perf_counter() - start)
+                return 0
+            row = run.end_epoch(scores)
+            run.write(format_epoch(row))
+            if scores["val_ssim"] > run.best and may_be_best(epoch, run):
+                run.best = scores["val_ssim"]
+                run.save("best.pt")
+            if run.is_plot_epoch(epoch):
+                plot_epoch(run, model, val_slices)
+            run.write_history()
+            run.save("last.pt")  # last: a run that is killed before this repeats the epoch
+
+    if rank == 0:
+        page = report.write_report(folder)
+        print(f"best validation ssim {run.best:.4f}; report: {page}; to evaluate the run:")
+        has_test_split = not scans or "test" in scans["scans"]
+        split = [] if has_test_split else ["--split", "validate"]
+        print("    " + utils.format_command("predict.py", "--run", folder, *split))
+    return 0
+
 
 # ---------------------------------------------------------------- data
 
 
 def load_data(
-    args: dict, given: dict, known: dict | None = None
-) -> tuple[dataset.SliceDataset, dataset.SliceDataset, dict]:
-    """The training and validation splits; makes the sample data, and shortens the run, where no other is given.
+    config: TrainConfig, flags: dict, folder: Path
+) -> tuple[SliceDataset, SliceDataset, TrainConfig, dict]:
+    """Load the training and validation splits, and print notes about them.
 
-    known: of a run that goes on, which scans are in which split, see `splits.find_scans`. They are also returned.
+    Without `--data` and $HIPMRI_DATA, the sample data is used, and made if necessary.
+
+    Returns:
+        Both splits; the configuration with the path of the data and, on the sample, fewer epochs;
+        and {"scans": manifest}, which records the split of every scan, or {} for HipMRI's forms.
+
+    Raises:
+        DataError: if the data cannot be found or read.
+        UserError: if all validation slices are constant.
     """
-    root, line = splits.find_data(args["data"])
-    print(line)
+    root, description = splits.find_data(config.data)
+    print(description)
     if root is None:
         root = SAMPLE_FOLDER
         if not root.exists() or not any(root.iterdir()):
             phantom.write_phantom(root)
-        if "epochs" not in given:
-            args["epochs"] = SAMPLE_EPOCHS
-            print(f"training {SAMPLE_EPOCHS} epochs on it; --epochs trains longer")
+        if "epochs" not in flags:
+            config = dataclasses.replace(config, epochs=SAMPLE_EPOCHS)
+            print(f"training {SAMPLE_EPOCHS} epochs on the sample; set --epochs to train longer")
+    manifest = read_manifest(folder) if config.resume else None
     source = splits.find_source(
-        root, args["axis"], args["split"], args["seed"], args["subjects"], known, others=False
+        root, config.axis, config.split, config.seed, config.subjects, manifest, others=False
     )
-    preprocessing = Preprocessing.resolve(
-        source, args["size"], args["fit"], args["axis"], args["planes"]
-    )
-    options = {"cache_dir": args["cache_dir"], "skip_bad_files": args["skip_bad_files"]}
-    loaded, errors = [], []
+    if config.resume:
+        preprocessing = read_preprocessing(folder, source)
+    else:
+        preprocessing = Preprocessing.resolve(
+            source, config.size, config.fit, config.axis, config.planes
+        )
+    slices, errors = {}, {}
     for split in ("train", "validate"):
         try:
-            loaded.append(dataset.load_split(source, split, preprocessing, **options))
-        except utils.DataError as error:  # what is wrong with both splits is told at once
-            errors.append(str(error))
-    if errors:
-        raise utils.DataError("\n".join(dict.fromkeys(errors)))
-    train, validation = loaded
-    for note in [*source.notes, *train.notes, *validation.notes]:
-        print(f"note: {note}")
-    if validation.constant.all():
-        raise UserError(
-            f"all {len(validation)} validation slices are constant: no checkpoint could be chosen by them"
-        )
-    args["data"] = str(Path(root if source.form == "scans" else source.root).resolve())
-    args["size"], args["fit"] = list(train.size), train.fit
-    return (
-        train,
-        validation,
-        known or (splits.to_manifest(source) if source.form == "scans" else {}),
-    )
-
-
-# ---------------------------------------------------------------- the run
-
-
-class Run(loop.Run):
-    """A VQ-VAE, with --gan a discriminator beside it, and one Adam for both."""
-
-    SHOWN, BEST, HIGHER = 2, "val_ssim", True
-    LINE = (
-        "epoch {epoch}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}, ssim {val_ssim:.4f}, "
-        "psnr {val_psnr:.2f} dB, {codes_used} codes, {seconds:.1f} s"
-    )
-
-    def __init__(self, folder: Path, args: dict, fingerprint: str, slices: dict | None = None):
-        """slices: what the training slices are like, `dataset.SliceDataset.description`, for `predict.py` of other files."""
-        self.slices = slices
-        self.LOSSES = ("train_recon", "train_vq")
-        if args["gan"]:
-            self.LOSSES += ("train_adversarial", "train_discriminator", "adaptive_weight")
-        torch.manual_seed(args["seed"])
-        modules = {
-            "model": VQVAE(**{key: args[key] for key in inspect.signature(VQVAE).parameters})
-        }
-        if args["gan"]:
-            modules["discriminator"] = PatchDiscriminator()
-        if (
-            utils.pick_device(args["device"]).type != "mps"
-        ):  # what convolutions on CPUs and matrix units like best
-            for module in modules.values():
-                module.to(memory_format=torch.channels_last)
-        super().__init__(folder, args, fingerprint, **modules)
-
-    def state(self) -> dict:
-        return super().state() | {"slices": self.slices}
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
-        if self.args["gan"]:  # a slow mean of gradients would lag behind its opponent
-            groups.append(
-                {"params": list(self.modules["discriminator"].parameters()), "betas": (0.5, 0.9)}
+            slices[split] = dataset.load_split(
+                source,
+                split,
+                preprocessing,
+                cache_dir=config.cache_dir,
+                skip_bad_files=config.skip_bad_files,
             )
-        return torch.optim.Adam(groups, lr=self.args["learning_rate"], fused=True)
-
-    def eager_losses(self, images: Tensor) -> Tensor:
-        """Reconstruction and quantisation loss, (2,), of slices (B, 1, H, W) cropped and turned at random.
-
-        With --gan also the adversarial and the discriminator's loss, and the weight of the former, (5,).
-        """
-        if self.args["crop"]:
-            side = min(
-                self.args["crop"], *(side - side % 16 for side in images.shape[-2:])
-            )  # of small slices less
-            images = dataset.random_crop(images, side)
-        if self.args["augment"]:
-            images = dataset.random_flip(images)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            reconstruction, quantized = self.parallel(images)
-            losses = torch.stack(self.model.loss(images, reconstruction, quantized))
-            if not self.args["gan"]:
-                return losses
-            if self.share < self.args["gan_start"]:
-                return torch.cat([losses, losses.new_zeros(3)])
-            return torch.cat([losses, self.adversarial_losses(images, reconstruction)])
-
-    def adversarial_losses(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Hinge losses of both sides, and the weight of the first, (3,): (B, 1, H, W) twice.
-
-        As VQGAN (Esser et al. 2021, arXiv 2012.09841, equation 7), the adversarial gradient is made as long as the
-        reconstruction loss's, times `gan_weight`. Both are taken at the reconstruction, not at the decoder's last
-        layer: that needs no second pass through the decoder, and counts every process's slices alike.
-        """
-        discriminator = self.modules["discriminator"]
-        leaf = reconstructions.detach().requires_grad_()
-        adversarial = -discriminator(leaf).mean()
-        reconstruction = self.model.reconstruction_loss(leaf, images)
-        pulls = [
-            torch.autograd.grad(loss, leaf)[0].float() for loss in (reconstruction, adversarial)
-        ]
-        squares = torch.stack([pull.square().sum() for pull in pulls])
-        if get_world_size() > 1:
-            dist.all_reduce(squares)
-        weight = self.args["gan_weight"] * (
-            squares[0] / squares[1].clamp_min(1e-12)
-        ).sqrt().clamp_max(1e4)
-        # Its gradient is that of weight x adversarial; its value, for the table, is the adversarial loss itself.
-        push = (reconstructions.float() * (weight * pulls[1]).to(reconstructions)).sum()
-        hinge = discriminator.hinge_loss(images, leaf.detach())
-        return torch.stack([push - push.detach() + adversarial.detach().float(), hinge, weight])
-
-    def is_best(self, row: dict) -> bool:
-        """With --gan, no epoch before the discriminator took part: those reconstruct better, and are not what it is."""
-        begun = self.share >= self.args["gan_start"] or row["epoch"] == self.args["epochs"]
-        return super().is_best(row) and (begun or not self.args["gan"])
-
-    def validate(self, validation: dataset.SliceDataset) -> dict:
-        scores, counts, loss = metrics.evaluate(
-            self.model, validation, self.args["batch_size"], self.device
+        except DataError as error:
+            errors[str(error)] = None  # a dict, as both splits may have the same error
+    if errors:
+        raise DataError("\n".join(errors))
+    for note in [*source.notes, *slices["train"].notes, *slices["validate"].notes]:
+        print(f"note: {note}")
+    if slices["validate"].constant.all():
+        raise UserError(
+            f"all {len(slices['validate'])} validation slices are constant, so no best checkpoint "
+            "can be selected"
         )
-        used, perplexity = metrics.code_usage(counts)
-        return {
-            "val_loss": loss, "val_ssim": scores["ssim"].nanmean().item(), "val_psnr": scores["psnr"].nanmean().item(),
-            "perplexity": perplexity, "codes_used": used,
-        }  # fmt: skip
+    is_scans = source.form == "scans"
+    path = Path(root if is_scans else source.root).resolve()
+    config = dataclasses.replace(config, data=str(path))
+    scans = {"scans": manifest or splits.to_manifest(source)} if is_scans else {}
+    return slices["train"], slices["validate"], config, scans
 
-    @torch.no_grad()
-    def plot(self, validation: dataset.SliceDataset) -> None:
-        """Original, reconstruction and error of four validation slices, the same ones every time; and the curves."""
-        chosen = (
-            torch.linspace(0, len(validation) - 1, 6).round().long()[1:-1].unique()
-        )  # a volume's ends show little
-        self.model.eval()
-        originals = validation.batch(chosen)
-        reconstructions = self.model(originals.to(self.device))[0].float().cpu()
-        self.model.train()
-        scores = metrics.slice_scores(originals, reconstructions, ("ssim",))["ssim"]
-        titles = [
-            f"{validation.names[i]}\nssim {score:.3f}"
-            for i, score in zip(chosen.tolist(), scores, strict=True)
-        ]
-        name, rate = f"epoch_{self.epochs_done}", self.model.bits_per_pixel
-        heading = (
-            f"{self.folder.name}, epoch {self.epochs_done}, validation, {rate:.4f} bits per pixel"
-        )
-        path = self.folder / "plots" / name / f"{name}_images.png"
-        plots.plot_reconstructions(
-            path, originals, reconstructions, titles, heading, validation.description["spacing"]
-        )
-        plots.plot_curves(
-            self.folder / "loss_ssim_plot.png", self.history, self.BEST, self.folder.name
-        )
+
+def augment(images: Tensor, config: TrainConfig) -> Tensor:
+    """Crop and flip slices at random: (B, 1, H, W) -> (B, 1, side, side), or (B, 1, H, W)."""
+    if config.crop:
+        height, width = images.shape[-2:]
+        side = min(config.crop, height - height % 16, width - width % 16)
+        images = dataset.random_crop(images, side)
+    if config.augment:
+        images = dataset.random_flip(images)
+    return images
+
+
+# ---------------------------------------------------------------- model, losses, optimizer
+
+
+def make_optimizer(
+    model: VQVAE, discriminator: PatchDiscriminator | None, config: TrainConfig
+) -> torch.optim.Optimizer:
+    """Return one Adam for the model and, with --gan, the discriminator."""
+    groups: list[dict] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if discriminator is not None:
+        # A lower first beta: a slow mean of gradients would lag behind its opponent.
+        groups.append({"params": list(discriminator.parameters()), "betas": (0.5, 0.9)})
+    return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
 
 @torch.no_grad()
-def start_codebook(run: Run, train: dataset.SliceDataset) -> None:
-    """k-means on the encoder's outputs for the 64 slices that the first epoch begins with."""
-    quantizer = run.model.vector_quantization
-    if run.args["codebook_init"] == "kmeans" and get_rank() == 0:
-        order = loop.epoch_order(train, run.args["seed"], epoch=1)[:64]
-        z = run.model.encoder(train.batch(order).to(run.device))  # (B, D, h, w)
-        vectors = z.movedim(1, -1).reshape(-1, z.shape[1])
+def init_codebook(
+    model: VQVAE, train_slices: SliceDataset, config: TrainConfig, device: torch.device
+) -> None:
+    """Initialise the codebook by k-means on the encoder outputs of the first epoch's first slices.
+
+    Raises:
+        UserError: if the slices give fewer vectors than there are codes.
+    """
+    quantizer = model.vector_quantization
+    if distributed.get_rank() == 0:
+        indices = epoch_order(len(train_slices), config.seed, epoch=1)[:64]
+        z = model.encoder(train_slices.batch(indices).to(device))  # (64, D, h, w)
+        vectors = z.movedim(1, -1).reshape(-1, z.shape[1])  # (64 h w, D)
+        generator = torch.Generator().manual_seed(config.seed)
         try:
-            quantizer.init_codebook(
-                vectors, generator=torch.Generator().manual_seed(run.args["seed"])
-            )
+            quantizer.init_codebook(vectors, generator=generator)
         except ValueError as error:
-            raise UserError(f"{error}; lower --num-embeddings, or train on more slices") from None
+            raise UserError(f"{error}; lower --num-embeddings, or use more slices") from None
     distributed.broadcast_tensors(quantizer.state_dict())
 
 
-def main(argv: list[str] | None = None) -> int:
-    given = parse_arguments(argv, __doc__)
-    distributed.init()
-    folder, args, checkpoint = open_run(given)
-    folder = distributed.broadcast_object(folder)  # its name may hold the second
-    check_arguments(args, get_world_size())
-    utils.set_deterministic(args["deterministic"])
-    utils.keep_freed_memory()
-    with distributed.rank_zero_first():
-        known = read_manifest(folder) if args["resume"] else None
-        train, validation, scans = load_data(args, given, known)
-    run = Run(folder, args, f"{train.fingerprint} {validation.fingerprint}", train.description)
-    if run.device.type != "cpu":
-        for slices in (train, validation):
-            print(slices.cache_on_device(run.device))
-    if checkpoint:
-        run.restore(checkpoint)
-    else:
-        start_codebook(run, train)
+def compute_losses(
+    parallel_model: nn.Module,
+    discriminator: nn.Module | None,
+    images: Tensor,
+    precision: str,
+    config: TrainConfig,
+) -> Tensor:
+    """Return the losses of a batch, as `LOSSES` or `GAN_LOSSES`; their sum is minimised.
 
-    rate = run.model.bits_per_pixel
-    size = " x ".join(map(str, train.size))
+    Args:
+        parallel_model: the VQ-VAE, wrapped if there are several processes.
+        discriminator: None without --gan, and until it takes part.
+        images: (B, 1, H, W) z-scored.
+        precision: "float32" or "bfloat16", of the convolutions.
+        config: gives the weights of the losses.
+
+    Returns:
+        (2,), or with --gan (5,).
+    """
+    model: VQVAE = distributed.unwrap_model(parallel_model)
+    use_bfloat16 = precision == "bfloat16"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=use_bfloat16):
+        reconstruction, quantized = parallel_model(images)
+        losses = torch.stack(model.loss(images, reconstruction, quantized))
+        if not config.gan:
+            return losses
+        if discriminator is None:
+            return torch.cat([losses, losses.new_zeros(3)])
+        adversarial = adversarial_losses(
+            discriminator, images, reconstruction, model.reconstruction_loss, config.gan_weight
+        )
+        return torch.cat([losses, torch.stack(adversarial)])
+
+
+# ---------------------------------------------------------------- validation
+
+
+def validate(
+    model: VQVAE, val_slices: SliceDataset, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Return the validation columns of metrics.csv, which are equal in all processes."""
+    scores, counts, loss = metrics.evaluate(model, val_slices, config.batch_size, device)
+    codes_used, perplexity = metrics.code_usage(counts)
+    return {
+        "val_loss": loss,
+        "val_ssim": scores["ssim"].nanmean().item(),
+        "val_psnr": scores["psnr"].nanmean().item(),
+        "perplexity": perplexity,
+        "codes_used": codes_used,
+    }
+
+
+def may_be_best(epoch: int, run: Run) -> bool:
+    """Return whether an epoch may give best.pt.
+
+    With --gan, only epochs after the discriminator has started count: earlier ones score a higher
+    SSIM but are not adversarially trained.
+    """
+    if not run.config.gan or epoch == run.config.epochs:
+        return True
+    last_step = epoch * run.steps_per_epoch - 1
+    return last_step / run.total_steps >= run.config.gan_start
+
+
+# ---------------------------------------------------------------- what a run prints and plots
+
+
+def print_plan(run: Run, train_slices: SliceDataset, val_slices: SliceDataset) -> None:
+    config, model = run.config, run.modules["model"]
+    size = " x ".join(map(str, train_slices.size))
     print(
-        f"data: {args['data']}: {len(train)} training and {len(validation)} validation slices of {size}"
+        f"data: {config.data}: {len(train_slices)} training and {len(val_slices)} validation "
+        f"slices of {size}"
     )
     print(
-        f"model: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
-        f"{args['num_codebooks']} x {args['num_embeddings']} codes, {rate:.4f} bits per pixel (each slice's mean and "
-        "deviation, apart: 0.001)"
+        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{config.num_codebooks} x {config.num_embeddings} codes, {model.bits_per_pixel:.4f} bits "
+        "per pixel (plus 0.001 for each slice's mean and standard deviation)"
     )
-    loop.announce(
-        run,
-        train,
-        validation,
-        f"recipe {args['recipe']}{', with a discriminator' if args['gan'] else ''}",
+    gan = ", with a discriminator" if config.gan else ""
+    print(f"recipe: {config.recipe}{gan}")
+    print(run.describe_plan())
+
+
+def format_epoch(row: dict) -> str:
+    return (
+        f"epoch {row['epoch']}: train loss {row['train_loss']:.4f}, validation loss "
+        f"{row['val_loss']:.4f}, ssim {row['val_ssim']:.4f}, psnr {row['val_psnr']:.2f} dB, "
+        f"{row['codes_used']} codes, {row['seconds']:.1f} s"
     )
-    config = {"slices": {"train": len(train), "validate": len(validation)}, "bits_per_pixel": rate}
-    config |= {"scans": scans} if scans else {}
-    resume = utils.format_command(
-        "train.py", "--resume", "--runs-dir", folder.parent, "--name", folder.name
+
+
+@torch.no_grad()
+def plot_epoch(run: Run, model: VQVAE, val_slices: SliceDataset) -> None:
+    """Plot the same four validation slices every time, and the curves so far."""
+    # Evenly spaced, without the ends of a volume, which show little.
+    indices = torch.linspace(0, len(val_slices) - 1, 6).round().long()[1:-1].unique()
+    originals = val_slices.batch(indices)
+    model.eval()
+    reconstructions = model(originals.to(run.device))[0].float().cpu()
+    model.train()
+    scores = metrics.slice_scores(originals, reconstructions, ("ssim",))["ssim"]
+    titles = []
+    for i, score in zip(indices.tolist(), scores, strict=True):
+        titles.append(f"{val_slices.names[i]}\nssim {score:.3f}")
+    name = f"epoch_{run.epochs_done}"
+    heading = (
+        f"{run.folder.name}, epoch {run.epochs_done}, validation, "
+        f"{model.bits_per_pixel:.4f} bits per pixel"
     )
-    first = get_rank() == 0  # asked while there are others
-    if (code := loop.carry_out(run, train, validation, config, resume)) or args["dry_run"]:
-        return code
-    if first:
-        page = report.write_report(folder)
-        split = ["--split", "validate"] if scans and "test" not in scans else []
-        print(f"best validation ssim {run.best:.4f}; all of it is in {page}; next, its scores:")
-        print("    " + utils.format_command("predict.py", "--run", folder, *split))
-    return 0
+    plots.plot_reconstructions(
+        run.folder / "plots" / name / f"{name}_images.png",
+        originals,
+        reconstructions,
+        titles,
+        heading,
+        val_slices.description["spacing"],
+    )
+    plots.plot_curves(run.folder / "loss_ssim_plot.png", run.history, "val_ssim", run.folder.name)
 
 
 if __name__ == "__main__":

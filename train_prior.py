@@ -1,26 +1,29 @@
-"""Train a prior over the codes of a trained VQ-VAE: what `generate.py` draws new slices from.
+"""Train a prior over the codes of a trained VQ-VAE; `generate.py` samples new slices from it.
 
-    python train_prior.py                            # for the newest run of train.py, on the data it was trained on
-    python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # a GPU, thousands of slices
-    python train_prior.py --resume                   # go on with it
-    torchrun --nproc-per-node 2 train_prior.py ...   # several processes, by which --batch-size must divide
+    python train_prior.py                            # for the newest run of train.py
+    python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # for a GPU
+    python train_prior.py --resume                   # continue an interrupted prior
+    torchrun --nproc-per-node 2 train_prior.py ...   # several processes
 
-The run's training slices are encoded once, also mirrored; a causal transformer (model.CodePrior) learns how likely
-each code is after those before it. Writes to <run>/prior/: config.json, metrics.csv, best.pt (by bits per code on the
-validation split), last.pt, metrics.json (bits beside log2 K, entropy and gzip), bits_plot.png, plots/.
+The run's training slices are encoded once, together with their mirror images. A causal transformer
+(`prior.model.CodePrior`) learns the probability of each code given those before it. It is saved in
+<run>/prior/: config.json, metrics.csv, best.pt (by bits per code on the validation split), last.pt,
+metrics.json (bits per code, compared with log2 K, entropy and gzip), bits_plot.png and plots/.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import math
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import utils
 from evaluation import plots
@@ -28,296 +31,385 @@ from modules import VQVAE
 from prior.codes import MIRRORS, CodeDataset, compressed_bits, encode_split
 from prior.model import CodePrior
 from training import distributed
-from training import run as loop
 from training.checkpoint import load_model
-from training.config import add_training_flags, check_run_arguments
-from training.distributed import get_world_size
+from training.config import RunConfig, check_processes
+from training.options import check_bounds, option, parse_flags
+from training.run import Run
 from training.run_folder import (
     last_checkpoint,
     load_run_data,
     newest_run,
-    saved_arguments,
+    resumed_arguments,
     unfinished_checkpoint,
 )
+from training.schedule import learning_rate, set_learning_rate
+from training.step import clip_gradients, compile_with_fallback, skip_step_unless
 from utils import UserError
 
-SOME, SHARE = (1, 1e9), (0, 0.99)
-FLAGS = {
-    # flag           default  allowed  help
-    "epochs":        (30,     SOME,    "passes over the training split"),
-    "batch_size":    (2,      SOME,    "slices a step"),
-    "learning_rate": (2e-3,   (0, 1),  "AdamW's, at its peak: a linear warm-up, then a cosine down to 0"),
-    "weight_decay":  (0.05,   (0, 10), "AdamW's, of all matrices"),
-    "dropout":       (0.0,    SHARE,   "share of activations dropped in training"),
-    "mirrored":      (0.5,    (0, 1),  "share of training slices that are mirrored, which the prior is told"),
-    "num_grids":     (2,       (1, 3), "2: an outline before the codes; 3: one before that; 1: none, fewest bits"),
-    "num_outlines":  (32,      (2, 1024), "levels of brightness that outlines tell"),
-    "channels":      (128,    SOME,    "width of the transformer; 512 for a GPU and thousands of slices"),
-    "num_layers":    (4,      SOME,    "its layers; for a GPU 12"),
-    "num_heads":     (4,      SOME,    "its attention heads; for a GPU 8"),
-}  # fmt: skip
-DEFAULTS = {name: row[0] for name, row in FLAGS.items()} | {
-    "data": None, "cache_dir": None, "resume": False, "dry_run": False, "plot_every": 10,
-    "device": "auto", "precision": "auto", "compile": None, "deterministic": False, "seed": 0,
-}  # fmt: skip
-FIXED = {"warmup": 0.05, "schedule": "cosine", "clip_grad_norm": 1.0}  # what `loop` reads besides
-RESUMABLE = {
-    "run",
-    "runs_dir",
-    "data",
-    "cache_dir",
-    "resume",
-    "dry_run",
-    "plot_every",
-    "device",
-    "compile",
-    "epochs",
-}
-UNKNOWN = 0.1  # share of training slices whose place in the volume is not told: it may be unknown when drawing
+UNKNOWN_POSITION = 0.1  # fraction of slices trained without their position, as it may be unknown
+_prior = partial(option, group="prior")
 
 
-def parse_arguments(argv: list[str] | None = None) -> dict:
-    """The flags that were typed, no defaults among them: those differ between a new run and a resumed one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    flag = parser.add_argument
-    flag(
-        "--run",
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(RunConfig):
+    """The configuration of train_prior.py."""
+
+    run: str | None = option(
+        None,
+        "folder of the VQ-VAE's run (default: the newest in --runs-dir)",
+        group="run",
         metavar="DIR",
-        help="folder of the VQ-VAE's run (the newest in --runs-dir that has a best.pt)",
+        resumable=True,
     )
-    flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
-    flag("--data", metavar="DIR", help="folder of slices or volumes (the run's own)")
-    flag(
-        "--cache-dir",
-        metavar="DIR",
-        help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache",
+    epochs: int = _prior(30, "passes over the training split (30)", low=1, resumable=True)
+    batch_size: int = _prior(2, "slices per step (2)", low=1)
+    learning_rate: float = _prior(
+        2e-3,
+        "AdamW's peak learning rate, after a warm-up and before a cosine (0.002)",
+        low=0,
+        high=1,
     )
-    for name, (default, _, text) in FLAGS.items():
-        kind = int if isinstance(default, int) else float
-        flag("--" + name.replace("_", "-"), type=kind, metavar="X", help=f"{text} ({default})")
-    flag("--resume", action="store_true", help="go on with the run's prior")
-    flag(
-        "--plot-every",
-        type=int,
-        metavar="N",
-        help="draw four slices each N epochs, at the first and the last (10)",
+    weight_decay: float = _prior(0.05, "AdamW's, of all matrices (0.05)", low=0, high=10)
+    dropout: float = _prior(0.0, "fraction of dropped activations (0)", low=0, high=0.99)
+    mirrored: float = _prior(
+        0.5, "fraction of mirrored training slices, marked as such (0.5)", low=0, high=1
     )
-    add_training_flags(flag)
-    return vars(parser.parse_args(argv))
-
-
-def open_prior(given: dict) -> tuple[Path, dict, dict | None]:
-    """The VQ-VAE's run, the arguments, and the checkpoint to go on from (None: from the start)."""
-    runs_dir = Path(given.get("runs_dir", "runs"))
-    if "run" in given:
-        run = Path(given["run"])
-    elif given.get("resume"):
-        advice = "start one without --resume, or name its run with --run"
-        run = newest_run(
-            runs_dir, "prior/config.json", f"no prior to go on with in {runs_dir}; {advice}"
-        )
-    else:
-        run = newest_run(runs_dir)
-    folder = run / "prior"
-    if given.get("resume"):
-        args = DEFAULTS | saved_arguments(folder, given, RESUMABLE, DEFAULTS | FIXED) | given
-        if not (
-            folder / "metrics.json"
-        ).exists():  # perhaps all epochs are done, and not yet their report
-            return run, args, last_checkpoint(folder)
-        return run, args, unfinished_checkpoint(folder, args)
-    if (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} exists; add --resume to go on with it, or move it away to train another"
-        )
-    return run, DEFAULTS | FIXED | given, None
-
-
-# ---------------------------------------------------------------- the run
-
-
-class Run(loop.Run):
-    """A prior, trained on a VQ-VAE's codes."""
-
-    BEST, HIGHER = "val_bits", False
-    LINE = (
-        "epoch {epoch}: train loss {train_loss:.4f}, validation {val_bits:.4f} bits per code "
-        "({val_outline_bits:.4f} of them the outlines'), {seconds:.1f} s"
+    num_grids: int = _prior(
+        2,
+        "1: codes alone, fewest bits; 2: an outline first; 3: two outlines first (2)",
+        low=1,
+        high=3,
     )
-
-    def __init__(
-        self, folder: Path, args: dict, fingerprint: str, vqvae: VQVAE, train: CodeDataset
-    ):
-        torch.manual_seed(args["seed"])
-        quantizer = vqvae.vector_quantization
-        shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train.codes.shape[-2:])
-        generator = torch.Generator().manual_seed(args["seed"])
-        embedding, codes = quantizer.embedding.weight.detach().cpu(), train.codes[:, 0].long()
-        known = inspect.signature(CodePrior).parameters
-        try:
-            model = CodePrior(*shape, **{key: args[key] for key in known if key in FLAGS})
-            model.initialize(embedding, train.brightness, codes, train.positions, generator)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        blocks = [
-            2**n for n in reversed(range(1, args["num_grids"]))
-        ]  # coarse to fine, as the model's grids
-        self.LOSSES = (*(f"train_outline_{block}" for block in blocks), "train_codes")
-        self.SHOWN = len(self.LOSSES)
-        super().__init__(folder, args, fingerprint, model=model)
-        self.vqvae = vqvae
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """Weight decay pulls at matrices alone, as is usual, not at biases, of which some are tables of frequencies."""
-        matrices, others = [], []
-        for name, parameter in self.model.named_parameters():
-            (matrices if parameter.ndim > 1 and not name.endswith("bias") else others).append(
-                parameter
-            )
-        groups = [{"params": matrices, "weight_decay": self.args["weight_decay"]}]
-        groups.append({"params": others, "weight_decay": 0.0})
-        return torch.optim.AdamW(
-            groups, lr=self.args["learning_rate"], betas=(0.9, 0.95), fused=True
-        )
-
-    def eager_losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """-ln p of a code of each grid, means, (num_grids,), of slices' codes (B, V, h, w), V views.
-
-        Of each slice one view, drawn at random. All grids are trained alike: few as they are, outlines decide the most.
-        """
-        codes, position = batch
-        chance = torch.rand(3, len(codes), device=codes.device)
-        other = 1 + (chance[1] * (len(MIRRORS) - 1)).long().clamp_max(len(MIRRORS) - 2)
-        view = torch.where(chance[0] < self.args["mirrored"], other, 0)
-        position = position.masked_fill(chance[2] < UNKNOWN, math.nan)
-        codes = codes[torch.arange(len(codes), device=codes.device), view]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.nats(self.parallel, codes, position, view)
-
-    def nats(self, model, codes: Tensor, position: Tensor, view: Tensor) -> Tensor:
-        """-ln p of a code of each grid, given the grids before it, means, (num_grids,): of codes (B, h, w)."""
-        pyramid = self.model.pyramid(codes)
-        logits = model(pyramid, position, view)
-        pairs = zip(logits, pyramid, strict=True)
-        return torch.stack(
-            [F.cross_entropy(found.flatten(0, 2), true.flatten()) for found, true in pairs]
-        )
-
-    @torch.no_grad()
-    def validate(self, validation: CodeDataset) -> dict:
-        """Of slices as they are, in float32: bits per code, those of the outlines shared out among its codes."""
-        self.model.eval()
-        totals = torch.zeros(len(self.LOSSES), device=self.device)
-        groups = torch.arange(len(validation)).split(self.args["batch_size"])[
-            distributed.get_rank() :: get_world_size()
-        ]
-        for codes, position in validation.batches(groups, self.device):
-            view = torch.zeros(len(codes), dtype=torch.long, device=self.device)
-            totals += self.nats(self.model, codes[:, 0], position, view) * len(codes)
-        self.model.train()
-        nats = (distributed.all_reduce_sum(totals) / len(validation)).tolist()
-        shares = [4.0**-n for n in reversed(range(len(nats)))]
-        bits = [value * share / math.log(2) for value, share in zip(nats, shares, strict=True)]
-        return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
-
-    @torch.no_grad()
-    def plot(self, validation: CodeDataset) -> None:
-        """Four slices drawn from the prior, from equal random numbers every time; and the curves."""
-        self.model.eval()
-        position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=self.device)
-        view = torch.zeros(4, dtype=torch.long, device=self.device)
-        codes = self.model.sample(position, view, torch.Generator().manual_seed(self.args["seed"]))
-        images = self.vqvae.decode_codes(codes).float().cpu()
-        self.model.train()
-        name = f"epoch_{self.epochs_done}"
-        heading = f"{self.folder.parent.name}, drawn from the prior after epoch {self.epochs_done}"
-        titles = [f"position {place:.1f}" for place in position.tolist()]
-        path = self.folder / "plots" / name / f"{name}_samples.png"
-        plots.plot_slices(path, images, titles, heading, spacing=validation.spacing)
-        plots.plot_curves(self.folder / "bits_plot.png", self.history, self.BEST, heading)
-
-
-def report(run: Run, train: CodeDataset, validation: CodeDataset) -> dict:
-    """Bits per code and per pixel of the validation split under best.pt, beside what knows no context."""
-    run.model.load_state_dict(load_model(CodePrior, run.folder / "best.pt").state_dict())
-    bits = {"prior": run.validate(validation)["val_bits"]}
-    bits |= compressed_bits(
-        train.codes[:, 0].long(),
-        validation.codes[:, 0].long(),
-        run.vqvae.vector_quantization.num_embeddings,
+    num_outlines: int = _prior(32, "brightness levels of an outline (32)", low=2, high=1024)
+    channels: int = _prior(
+        128, "width of the transformer; 512 for a GPU and thousands of slices (128)", low=1
     )
-    bits = dict(sorted(bits.items(), key=lambda item: item[1]))
-    pixels = run.vqvae.stride**2
-    print(f"\nvalidation, {len(validation)} slices{'bits per code':>26}{'bits per pixel':>18}")
-    for name, value in bits.items():
-        print(f"{name.replace('_', ' '):24}{value:26.3f}{value / pixels:18.4f}")
-    both = {
-        name: {"bits_per_code": value, "bits_per_pixel": value / pixels}
-        for name, value in bits.items()
-    }
-    return {"validation": both, "slices": {"train": len(train), "validate": len(validation)}}
+    num_layers: int = _prior(4, "layers of the transformer; 12 for a GPU (4)", low=1)
+    num_heads: int = _prior(4, "attention heads; 8 for a GPU (4)", low=1)
+
+    # Fixed, not flags
+    warmup = 0.05
+    schedule = "cosine"
+    clip_grad_norm = 1.0
+
+
+# ---------------------------------------------------------------- the story of a run
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse_arguments(argv)
-    distributed.init()
-    vqvae_run, args, checkpoint = open_prior(given)
-    bounds = {name: row[1] for name, row in FLAGS.items()}
-    check_run_arguments(args, bounds, get_world_size())
-    utils.set_deterministic(args["deterministic"])
+    flags = parse_flags(PriorConfig, argv, __doc__)
+    with distributed.session():
+        return train(flags)
+
+
+def train(flags: dict) -> int:
+    """Train the prior that the flags ask for and return the exit code."""
+    vqvae_run, config, checkpoint = open_prior(flags)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    check_bounds(config)
+    check_processes(config, world_size)
+    utils.set_deterministic(config.deterministic)
     utils.keep_freed_memory()
-    vqvae = load_model(VQVAE, vqvae_run / "best.pt", utils.pick_device(args["device"]))
+    device = utils.pick_device(config.device, rank, world_size)
+    precision = utils.pick_precision(config.precision, device)
+
+    # Data: codes of the VQ-VAE
+    vqvae = load_model(VQVAE, vqvae_run / "best.pt", device)
     print(f"model: {vqvae_run / 'best.pt'}")
-    if (count := vqvae.vector_quantization.num_codebooks) > 1:
+    num_codebooks = vqvae.vector_quantization.num_codebooks
+    if num_codebooks > 1:
         raise UserError(
-            f"{vqvae_run} has {count} codebooks; a prior is for one: train with --num-codebooks 1"
+            f"{vqvae_run} has {num_codebooks} codebooks; a prior needs a run with --num-codebooks 1"
         )
     with distributed.rank_zero_first():
-        loaded = [
-            load_run_data(vqvae_run, split, args["data"], args["cache_dir"])
-            for split in ("train", "validate")
-        ]
-    slices, args["data"] = [split for split, _ in loaded], loaded[0][1]
-    train, validation = (
-        encode_split(vqvae, *some) for some in zip(slices, (MIRRORS, MIRRORS[:1]), strict=True)
-    )
-    # Of slices and codebook, not of the codes: another device may round one of millions to another code.
-    codebook = hashlib.sha256(
-        vqvae.vector_quantization.embedding.weight.detach().cpu().numpy().tobytes()
-    ).hexdigest()
-    fingerprint = " ".join([*(split.fingerprint for split in slices), codebook[:16]])
-    run = Run(vqvae_run / "prior", args, fingerprint, vqvae, train)
-    if checkpoint:
-        if str(checkpoint.get("fingerprint")).split()[-1:] != [codebook[:16]]:
-            raise UserError(f"{run.folder} is of other codes than those of {vqvae_run / 'best.pt'}, which has changed "
-                            "since; move the prior away to train another")  # fmt: skip
-        run.restore(checkpoint)
+        train_slices, root = load_run_data(vqvae_run, "train", config.data, config.cache_dir)
+        val_slices, _ = load_run_data(vqvae_run, "validate", config.data, config.cache_dir)
+    config = replace(config, data=root)
+    train_codes = encode_split(vqvae, train_slices, MIRRORS)
+    val_codes = encode_split(vqvae, val_slices, MIRRORS[:1])
 
-    print(
-        f"data: {len(train)} training and {len(validation)} validation slices, {train.codes[0, 0].numel()} codes each"
+    # Model and optimizer
+    torch.manual_seed(config.seed)
+    model = make_prior(vqvae, train_codes, config).to(device)
+    optimizer = make_optimizer(model, config)
+    parallel_model = distributed.wrap_model(model)
+
+    def eager_losses(codes: Tensor, position: Tensor) -> Tensor:
+        return compute_losses(parallel_model, codes, position, precision, config)
+
+    losses_of_full_batch = eager_losses
+    if config.compile or (config.compile is None and device.type == "cuda" and world_size == 1):
+        losses_of_full_batch = compile_with_fallback(eager_losses, model, device)
+
+    # The fingerprint is of slices and codebook rather than of the codes: another device may round
+    # one code in a million differently.
+    codebook_hash = hash_codebook(vqvae)
+    outline_blocks = [2**n for n in reversed(range(1, config.num_grids))]  # coarse to fine
+    losses = (*(f"train_outline_{block}" for block in outline_blocks), "train_codes")
+    run = Run(
+        vqvae_run / "prior",
+        config,
+        device=device,
+        precision=precision,
+        modules={"model": model},
+        optimizer=optimizer,
+        num_examples=len(train_codes),
+        losses=losses,
+        num_shown=len(losses),
+        best_column="val_bits",
+        best=math.inf,
+        fingerprint=f"{train_slices.fingerprint} {val_slices.fingerprint} {codebook_hash}",
+        info={
+            "slices": {"train": len(train_codes), "validate": len(val_codes)},
+            "vqvae": str(vqvae_run / "best.pt"),
+        },
+        extra_state={},
+        resume_command=utils.format_command("train_prior.py", "--resume", "--run", vqvae_run),
     )
-    print(f"prior: {sum(p.numel() for p in run.model.parameters()):,} parameters")
-    loop.announce(run, train, validation, "prior")
-    config = {
-        "slices": {"train": len(train), "validate": len(validation)},
-        "vqvae": str(vqvae_run / "best.pt"),
-    }
-    resume = utils.format_command("train_prior.py", "--resume", "--run", vqvae_run)
-    first = distributed.get_rank() == 0  # asked while there are others
-    if (code := loop.carry_out(run, train, validation, config, resume)) or args["dry_run"]:
-        return code
-    if first:
-        utils.write_json(
-            run.folder / "metrics.json",
-            report(run, train, validation) | {"versions": utils.versions()},
+    if checkpoint:
+        if str(checkpoint.get("fingerprint")).split()[-1:] != [codebook_hash]:
+            raise UserError(
+                f"{run.folder} was trained on codes of another model than {vqvae_run / 'best.pt'}, "
+                "which has changed since; move the prior away to train a new one"
+            )
+        run.restore(checkpoint)
+    print_plan(run, train_codes, val_codes)
+
+    with run:
+        for epoch in run.epochs():
+            for step in run.steps(train_codes):
+                rate = learning_rate(config, step.number, run.total_steps)
+                set_learning_rate(optimizer, rate)
+                compute = losses_of_full_batch if step.is_full else eager_losses
+                losses = compute(*step.batch)  # (num_grids,), nats per code
+                if step.size == 0:
+                    losses = losses.nan_to_num()  # means over no slices
+
+                optimizer.zero_grad(set_to_none=True)
+                (losses.sum() * step.weight).backward()
+                finite = clip_gradients([model], config.clip_grad_norm)
+                skip_step_unless(finite, optimizer)
+                optimizer.step()
+
+                run.record_step(losses, finite)
+                if run.should_stop():
+                    return run.stop()
+
+            start = time.perf_counter()
+            scores = validate(model, val_codes, config, device)
+            if config.dry_run:
+                run.print_expected_time(time.perf_counter() - start)
+                return 0
+            row = run.end_epoch(scores)
+            run.write(
+                f"epoch {epoch}: train loss {row['train_loss']:.4f}, validation "
+                f"{row['val_bits']:.4f} bits per code (outlines: {row['val_outline_bits']:.4f}), "
+                f"{row['seconds']:.1f} s"
+            )
+            if scores["val_bits"] < run.best:
+                run.best = scores["val_bits"]
+                run.save("best.pt")
+            if run.is_plot_epoch(epoch):
+                plot_epoch(run, model, vqvae, val_codes)
+            run.write_history()
+            run.save("last.pt")  # last: a run that is killed before this repeats the epoch
+
+    model.load_state_dict(load_model(CodePrior, run.folder / "best.pt").state_dict())
+    bits = {"prior": validate(model, val_codes, config, device)["val_bits"]}
+    if rank == 0:
+        bits |= compressed_bits(
+            train_codes.codes[:, 0].long(),
+            val_codes.codes[:, 0].long(),
+            vqvae.vector_quantization.num_embeddings,
         )
-        print(f"the plots are in {run.folder}; next, slices drawn from it:")
+        write_metrics(run, bits, vqvae.stride)
+        print(f"plots: {run.folder}; to generate new slices:")
         print("    " + utils.format_command("generate.py", "--run", vqvae_run))
     return 0
+
+
+def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
+    """Return the VQ-VAE's run, the configuration, and the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: if there is no run, it has a prior already, or there is none to resume.
+    """
+    runs_dir = Path(flags.get("runs_dir", "runs"))
+    resume = flags.get("resume", False)
+    if "run" in flags:
+        run = Path(flags["run"])
+    elif resume:
+        missing = f"{runs_dir} contains no prior to resume; omit --resume, or name its run by --run"
+        run = newest_run(runs_dir, "prior/config.json", missing)
+    else:
+        run = newest_run(runs_dir)
+    folder = run / "prior"
+    if not resume:
+        if (folder / "config.json").exists():
+            raise UserError(
+                f"{folder} exists; add --resume to continue it, or move it away to train another"
+            )
+        return run, PriorConfig(**flags), None
+    config = PriorConfig(**resumed_arguments(folder, PriorConfig, flags))
+    if not (folder / "metrics.json").exists():  # all epochs may be done, but not the report
+        return run, config, last_checkpoint(folder)
+    return run, config, unfinished_checkpoint(folder, config.epochs)
+
+
+# ---------------------------------------------------------------- model, losses, optimizer
+
+
+def make_prior(vqvae: VQVAE, train_codes: CodeDataset, config: PriorConfig) -> CodePrior:
+    """Return a prior for the VQ-VAE's codebook, initialised from the training codes.
+
+    Raises:
+        UserError: if the code grid or the codes do not fit the configuration.
+    """
+    quantizer = vqvae.vector_quantization
+    shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train_codes.codes.shape[-2:])
+    arguments = {}
+    for name in inspect.signature(CodePrior).parameters:
+        if hasattr(config, name):
+            arguments[name] = getattr(config, name)
+    try:
+        model = CodePrior(*shape, **arguments)
+        model.initialize(
+            quantizer.embedding.weight.detach().cpu(),
+            train_codes.brightness,
+            train_codes.codes[:, 0].long(),
+            train_codes.positions,
+            torch.Generator().manual_seed(config.seed),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model
+
+
+def hash_codebook(vqvae: VQVAE) -> str:
+    """Return 16 hexadecimal digits that change with the codebook."""
+    embedding = vqvae.vector_quantization.embedding.weight.detach().cpu()
+    return hashlib.sha256(embedding.numpy().tobytes()).hexdigest()[:16]
+
+
+def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimizer:
+    """Return AdamW. Only matrices decay, not biases, some of which are tables of frequencies."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and not name.endswith("bias")
+        (matrices if is_matrix else others).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def compute_losses(
+    parallel_model: nn.Module, codes: Tensor, position: Tensor, precision: str, config: PriorConfig
+) -> Tensor:
+    """Return the mean -ln p of a code, for each grid, (num_grids,), of one random view per slice.
+
+    All grids have the same weight: the outlines are few, but decide most.
+
+    Args:
+        parallel_model: the prior, wrapped if there are several processes.
+        codes: (B, V, h, w) of the slices' V views, see MIRRORS.
+        position: (B,) of the slices in their volumes, 0 to 1, NaN if unknown.
+        precision: "float32" or "bfloat16", of the matrix products.
+        config: gives the fraction of mirrored slices.
+    """
+    draws = torch.rand(3, len(codes), device=codes.device)
+    num_mirrored = len(MIRRORS) - 1
+    mirrored_view = 1 + (draws[1] * num_mirrored).long().clamp_max(num_mirrored - 1)
+    view = torch.where(draws[0] < config.mirrored, mirrored_view, 0)
+    position = position.masked_fill(draws[2] < UNKNOWN_POSITION, math.nan)
+    codes = codes[torch.arange(len(codes), device=codes.device), view]  # (B, h, w)
+    with torch.autocast(codes.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return negative_log_likelihood(parallel_model, codes, position, view)
+
+
+def negative_log_likelihood(
+    parallel_model: nn.Module, codes: Tensor, position: Tensor, view: Tensor
+) -> Tensor:
+    """Return the mean -ln p of a code given the grids before, for each grid, (num_grids,)."""
+    grids = distributed.unwrap_model(parallel_model).pyramid(codes)
+    logits = parallel_model(grids, position, view)
+    losses = []
+    for grid_logits, grid in zip(logits, grids, strict=True):
+        losses.append(F.cross_entropy(grid_logits.flatten(0, 2), grid.flatten()))
+    return torch.stack(losses)
+
+
+# ---------------------------------------------------------------- validation, plots, results
+
+
+@torch.no_grad()
+def validate(
+    model: CodePrior, val_codes: CodeDataset, config: PriorConfig, device: torch.device
+) -> dict[str, float]:
+    """Return the validation columns of metrics.csv: bits per code, of unmirrored slices, in float32.
+
+    The bits of the outlines are divided by the number of codes.
+    """
+    model.eval()
+    totals = torch.zeros(config.num_grids, device=device)
+    batches = torch.arange(len(val_codes)).split(config.batch_size)
+    batches = batches[distributed.get_rank() :: distributed.get_world_size()]
+    for codes, position in val_codes.batches(batches, device):
+        view = torch.zeros(len(codes), dtype=torch.long, device=device)
+        nats = negative_log_likelihood(model, codes[:, 0], position, view)
+        totals += nats * len(codes)
+    model.train()
+    nats = (distributed.all_reduce_sum(totals) / len(val_codes)).tolist()
+    bits = []
+    for n, value in zip(reversed(range(config.num_grids)), nats, strict=True):
+        bits.append(value * 4.0**-n / math.log(2))  # grid n has 4^-n as many codes
+    return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
+
+
+@torch.no_grad()
+def plot_epoch(run: Run, model: CodePrior, vqvae: VQVAE, val_codes: CodeDataset) -> None:
+    """Plot four slices sampled with the same random numbers every time, and the curves so far."""
+    position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=run.device)
+    view = torch.zeros(4, dtype=torch.long, device=run.device)
+    model.eval()
+    codes = model.sample(position, view, torch.Generator().manual_seed(run.config.seed))
+    model.train()
+    images = vqvae.decode_codes(codes).float().cpu()
+    name = f"epoch_{run.epochs_done}"
+    heading = f"{run.folder.parent.name}, sampled from the prior after epoch {run.epochs_done}"
+    titles = [f"position {value:.1f}" for value in position.tolist()]
+    path = run.folder / "plots" / name / f"{name}_samples.png"
+    plots.plot_slices(path, images, titles, heading, spacing=val_codes.spacing)
+    plots.plot_curves(run.folder / "bits_plot.png", run.history, "val_bits", heading)
+
+
+def print_plan(run: Run, train_codes: CodeDataset, val_codes: CodeDataset) -> None:
+    codes_per_slice = train_codes.codes[0, 0].numel()
+    print(
+        f"data: {len(train_codes)} training and {len(val_codes)} validation slices, "
+        f"{codes_per_slice} codes each"
+    )
+    print(f"prior: {sum(p.numel() for p in run.modules['model'].parameters()):,} parameters")
+    print(run.describe_plan())
+
+
+def write_metrics(run: Run, bits: dict[str, float], stride: int) -> None:
+    """Print and write metrics.json: bits per code and per pixel of the validation split.
+
+    Args:
+        run: the prior's run.
+        bits: bits per code by method.
+        stride: side of the square that one code covers, in pixels.
+    """
+    slices = run.info["slices"]
+    rows = {}
+    print(f"\nvalidation, {slices['validate']} slices{'bits per code':>26}{'bits per pixel':>18}")
+    for name, value in sorted(bits.items(), key=lambda item: item[1]):
+        rows[name] = {"bits_per_code": value, "bits_per_pixel": value / stride**2}
+        print(f"{name.replace('_', ' '):24}{value:26.3f}{value / stride**2:18.4f}")
+    content = {"validation": rows, "slices": slices, "versions": utils.versions()}
+    utils.write_json(run.folder / "metrics.json", content)
 
 
 if __name__ == "__main__":

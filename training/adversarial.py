@@ -42,3 +42,22 @@ class PatchDiscriminator(nn.Module):
         """What the discriminator is trained by (arXiv 1705.02894): (B, 1, H, W) twice -> (); 2: it sees nothing."""
         images = images.to(reconstructions.dtype)  # rounding must not tell one from the other
         return F.relu(1 - self(images)).mean() + F.relu(1 + self(reconstructions)).mean()
+
+
+def adversarial_losses(discriminator, images, reconstructions, reconstruction_loss, gan_weight):
+    """Interim."""
+    import torch.distributed as dist
+
+    from training.distributed import get_world_size
+
+    leaf = reconstructions.detach().requires_grad_()
+    adversarial = -discriminator(leaf).mean()
+    reconstruction = reconstruction_loss(leaf, images)
+    pulls = [torch.autograd.grad(loss, leaf)[0].float() for loss in (reconstruction, adversarial)]
+    squares = torch.stack([pull.square().sum() for pull in pulls])
+    if get_world_size() > 1:
+        dist.all_reduce(squares)
+    weight = gan_weight * (squares[0] / squares[1].clamp_min(1e-12)).sqrt().clamp_max(1e4)
+    push = (reconstructions.float() * (weight * pulls[1]).to(reconstructions)).sum()
+    hinge = discriminator.hinge_loss(images, leaf.detach())
+    return push - push.detach() + adversarial.detach().float(), hinge, weight

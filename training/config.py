@@ -1,235 +1,269 @@
-"""The recipes, the flags of train.py, and the run that they ask for: a new one, or one to go on with.
+"""The configuration of a training run: one typed field per flag, with its help text and bounds.
 
-A flag's value is what was typed, else the recipe's, else (what no recipe knows: data, names, devices) DEFAULTS'.
+    config = TrainConfig()                                  # the `tuned` recipe
+    config = TrainConfig(**DOCUMENT, epochs=50)             # the source document's recipe
+    flags = parse_train_flags(argv, __doc__)                # only the flags that were typed
+    config = resolve_config(flags)                          # flags over recipe over defaults
+
+`train.py` uses TrainConfig. `train_prior.py` defines its own PriorConfig by the same mechanism.
 """
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from training.options import check_bounds, option, parse_flags
 from utils import UserError
 
-# The recipes. "document" is the source document's training; its one departure is a codebook that starts from
-# data. "tuned" learns faster and better from the same bits, batches and epochs, with 1.8 times the multiply-adds.
-ANY, SOME = (0, 1e9), (1, 1e9)  # bounds; a list is of choices
-RECIPES = {
-    # flag                  document    tuned     allowed                 help
-    "epochs":              (100,        100,      SOME,                   "passes over the training split"),
-    "batch_size":          (16,         16,       SOME,                   "slices a step"),
-    "learning_rate":       (1e-4,       2e-3,     ANY,                    "Adam's; with a schedule, its peak"),
-    "schedule":            ("constant", "cosine", ["constant", "cosine"], "of the learning rate; cosine ends at 0"),
-    "warmup":              (0.0,        0.05,     (0, 1),                 "share of steps in which it rises from 0"),
-    "clip_grad_norm":      (0.0,        1.0,      ANY,                    "longest gradient of a step; 0: any"),
-    "crop":                (0,          128,      (0, 128),               "side of random squares; 0: whole slices"),
-    "augment":             (False,      True,     None,                   "flip slices, turn squares, at random"),
-    "ssim_weight":         (0.0,        0.5,      ANY,                    "of 1 - SSIM beside the squared error"),
-    "gan":                 (False,      False,    None,                   "an adversarial loss: sharper, less ssim"),
-    "gan_weight":          (0.3,        0.3,      ANY,                    "its gradient over the reconstruction's"),
-    "gan_start":           (0.5,        0.5,      (0, 0.99),                 "share of steps before it, without"),
-    "codebook":            ("gradient", "ema",    ["gradient", "ema"],    "how it moves; ema: moving averages"),
-    "codebook_init":       ("kmeans",   "kmeans", ["kmeans", "uniform"],  "from data; uniform collapses"),
-    "ema_decay":           (0.99,       0.99,     (0, 1),                 "of an ema codebook's averages"),
-    "restart_below":       (0.0,        0.1,      ANY,                    "share of mean use; rarer ema codes restart"),
-    "commitment_cost":     (0.25,       0.25,     ANY,                    "beta: ties the encoder to the codebook"),
-    "stride":              (4,          4,        [4, 8, 16],             "pixels a side of one code position"),
-    "num_codebooks":       (1,          1,        (1, 64),                "codes a position; each takes what is left"),
-    "num_embeddings":      (512,        512,      SOME,                   "K, the number of codes"),
-    "embedding_dim":       (64,         64,       SOME,                   "D, the length of an embedding"),
-    "hidden_channels":     (64,         64,       (2, 1e9),               "twice the width of the residual stacks"),
-    "residual_channels":   (32,         32,       SOME,                   "width inside a residual layer"),
-    "num_residual_layers": (2,          3,        ANY,                    "layers in a residual stack"),
-    "num_code_layers":     (0,          4,        ANY,                    "the decoder's, at the codes' own grid"),
-    "refine_channels":     (0,          16,       ANY,                    "of one more, full-size convolution"),
-}  # fmt: skip
-DEFAULTS = {
-    "data": None, "axis": None, "split": None, "subjects": None, "size": None, "fit": None, "planes": None,
-    "skip_bad_files": False, "cache_dir": None, "recipe": "tuned", "name": None, "runs_dir": "runs", "resume": False,
-    "dry_run": False, "plot_every": 10, "device": "auto", "precision": "auto", "compile": None, "deterministic": False,
-    "seed": 0,
-}  # fmt: skip
-KINDS = {
-    "compile": bool,
-    "split": list,
-    "size": list,
-    "planes": int,
-}  # of what has no default; all others: str
-# What --resume may change; anything else would make it another run.
-RESUMABLE = {
-    "data", "cache_dir", "name", "runs_dir", "resume", "dry_run", "plot_every", "device", "compile", "epochs",
-}  # fmt: skip
+RECIPE_GROUP = "recipe (defaults: tuned | document)"
+_data = partial(option, group="data")
+_run = partial(option, group="run")
+_recipe = partial(option, group=RECIPE_GROUP)
+
+# ---------------------------------------------------------------- fields of both scripts
 
 
-def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> dict:
-    """The flags that were typed, no defaults among them: those differ between a new run and a resumed one."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    flag = parser.add_argument_group("data").add_argument
-    flag(
-        "--data",
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The fields that train.py and train_prior.py have in common."""
+
+    data: str | None = _data(
+        None,
+        "folder of slices (2D) or volumes (3D) (default: $HIPMRI_DATA, else the sample data)",
         metavar="DIR",
-        help="folder of slices (2D) or volumes (3D); else $HIPMRI_DATA; else sample data",
+        resumable=True,
     )
-    axes = ("coronal", "sagittal", "axial", "0", "1", "2")
-    flag(
-        "--axis", choices=axes, help="scans of any kind, cut this way: by the affine, or as stored"
+    cache_dir: str | None = _data(
+        None,
+        "folder for the cache of decoded slices (default: $HIPMRI_CACHE, else the user's cache)",
+        metavar="DIR",
+        resumable=True,
     )
-    flag(
-        "--split",
+    runs_dir: str = _run(
+        "runs", "folder of all runs (default: runs)", metavar="DIR", resumable=True
+    )
+    resume: bool = _run(False, "continue an interrupted run, see above", resumable=True)
+    dry_run: bool = _run(
+        False, "print data, model, steps and expected time; train nothing", resumable=True
+    )
+    plot_every: int = _run(
+        10,
+        "epochs between plots; the first and last epoch are always plotted (default: 10)",
+        low=1,
+        resumable=True,
+    )
+    device: str = _run("auto", "auto, cuda, cuda:1, mps or cpu (default: auto)", resumable=True)
+    precision: str = _run(
+        "auto",
+        "precision of the convolutions; auto: bfloat16 where the hardware has it (default: auto)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    compile: bool | None = _run(
+        None,
+        "compile the training step, once per run, in about a minute (default: on one GPU)",
+        negatable=True,
+        resumable=True,
+    )
+    deterministic: bool = _run(False, "bit-identical results on a GPU, at some cost in speed")
+    seed: int = _run(0, "random seed (default: 0)", low=0, high=2**40)
+
+
+# ---------------------------------------------------------------- train.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """The configuration of train.py. The defaults are the `tuned` recipe."""
+
+    # Data
+    axis: str | None = _data(
+        None,
+        "for scans of any kind: axis along which volumes are cut, by the affine or as stored",
+        choices=("coronal", "sagittal", "axial", "0", "1", "2"),
+    )
+    split: list[str] | None = _data(
+        None,
+        "for scans: fractions of the subjects in train, validate and test, or a CSV file with the "
+        "columns split and subject or file (default: 0.8 0.1 0.1)",
         nargs="+",
         metavar="S",
-        help="of scans: three shares of subjects, or a CSV file (0.8 0.1 0.1)",
     )
-    flag(
-        "--subjects",
+    subjects: str | None = _data(
+        None,
+        "for scans: regular expression that extracts the subject from a path (default: "
+        "sub-<name>, or the file name)",
         metavar="REGEX",
-        help="of scans: what finds in a path whose it is (sub-<name>, else the file's name)",
     )
-    flag(
-        "--size",
+    size: list[int] | None = _data(
+        None,
+        "rows and columns of a slice (default: 256 128; for scans, the most common size)",
         nargs=2,
-        type=int,
         metavar=("H", "W"),
-        help="of slices (256 128; of scans, most slices' own)",
     )
-    flag("--fit", choices=("resize", "crop", "trim"), help="what is of another size: resize it, centre-crop it, or cut "
-         "off a few pixels and resize only what is of quite another (resize; scans trim)")  # fmt: skip
-    flag(
-        "--planes",
-        type=int,
-        help="of volumes, how many central planes are slices (HipMRI 60, scans all)",
+    fit: str | None = _data(
+        None,
+        "how to fit slices of another size: resize, centre-crop, or trim up to 10 %% and resize "
+        "the rest (default: resize; for scans, trim)",
+        choices=("resize", "crop", "trim"),
     )
-    flag(
-        "--skip-bad-files",
-        action="store_true",
-        help="go on without files that can't be used, and count them",
+    planes: int | None = _data(
+        None,
+        "number of central planes taken from a volume (default: 60 for HipMRI; for scans, all)",
+        low=1,
+        high=256,
     )
-    flag(
-        "--cache-dir",
-        metavar="DIR",
-        help="where prepared slices are kept; else $HIPMRI_CACHE; else the user's cache",
+    skip_bad_files: bool = _data(False, "skip files that cannot be used, and count them")
+
+    # Run
+    recipe: str = _run(
+        "tuned", "default values of the last group (default: tuned)", choices=("tuned", "document")
     )
-    flag = parser.add_argument_group("run").add_argument
-    flag(
-        "--recipe", choices=("tuned", "document"), help="sets every flag of the last group (tuned)"
+    name: str | None = _run(
+        None, "folder of the run inside --runs-dir (default: time and recipe)", resumable=True
     )
-    flag("--name", help="the run's folder in --runs-dir (time and recipe)")
-    flag("--runs-dir", metavar="DIR", help="where runs are kept (runs)")
-    flag(
-        "--resume", action="store_true", help="go on with --name, or with the newest unfinished run"
+
+    # Optimisation
+    epochs: int = _recipe(100, "passes over the training split", low=1, resumable=True)
+    batch_size: int = _recipe(16, "slices per step", low=1)
+    learning_rate: float = _recipe(2e-3, "Adam's learning rate; with a schedule, its peak", low=0)
+    schedule: str = _recipe(
+        "cosine",
+        "learning rate after the warm-up; cosine ends at 0",
+        choices=("constant", "cosine"),
     )
-    flag(
-        "--plot-every",
-        type=int,
-        metavar="N",
-        help="panels each N epochs, and at the first and the last (10)",
+    warmup: float = _recipe(0.05, "fraction of the steps with a linear warm-up", low=0, high=1)
+    clip_grad_norm: float = _recipe(1.0, "largest gradient norm; 0: no clipping", low=0)
+    crop: int = _recipe(
+        128, "side of random square crops, in pixels; 0: whole slices", low=0, high=128
     )
-    add_training_flags(flag)
-    group = parser.add_argument_group("recipe", "defaults: tuned | document")
-    for name, (document, tuned, allowed, text) in RECIPES.items():
-        options = {"type": type(tuned), "metavar": "X"}
-        if isinstance(tuned, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(allowed, list):
-            options = {"choices": allowed, "type": type(tuned)}
-        group.add_argument(flag_name(name), help=f"{text} ({tuned} | {document})", **options)
-    given = vars(parser.parse_args(argv))
-    if len(given.get("split", ())) == 1:  # a file, that --resume must find from another folder too
-        given["split"] = [str(Path(given["split"][0]).resolve())]
-    return given
+    augment: bool = _recipe(True, "random flips, and for square crops transposes", negatable=True)
+
+    # Losses
+    ssim_weight: float = _recipe(0.5, "weight of 1 - SSIM, added to the squared error", low=0)
+    gan: bool = _recipe(
+        False, "adversarial loss: sharper slices, slightly lower SSIM", negatable=True
+    )
+    gan_weight: float = _recipe(
+        0.3, "norm of the adversarial gradient relative to the reconstruction's", low=0
+    )
+    gan_start: float = _recipe(
+        0.5, "fraction of the steps before the adversarial loss starts", low=0, high=0.99
+    )
+    commitment_cost: float = _recipe(0.25, "beta, the weight of the commitment loss", low=0)
+
+    # Codebook
+    codebook: str = _recipe(
+        "ema",
+        "how the codebook is updated: by gradient or by an exponential moving average",
+        choices=("gradient", "ema"),
+    )
+    codebook_init: str = _recipe(
+        "kmeans",
+        "initial codebook: k-means of encoder outputs, or uniform noise, which collapses",
+        choices=("kmeans", "uniform"),
+    )
+    ema_decay: float = _recipe(0.99, "decay of the moving averages", low=0, high=1)
+    restart_below: float = _recipe(
+        0.1, "EMA codes used less than this fraction of the mean use are restarted; 0: never", low=0
+    )
+
+    # Model
+    stride: int = _recipe(
+        4, "side of the square that one code covers, in pixels", choices=(4, 8, 16)
+    )
+    num_codebooks: int = _recipe(
+        1, "codebooks per position; each quantises the residual of the previous one", low=1, high=64
+    )
+    num_embeddings: int = _recipe(512, "K, codes per codebook", low=1)
+    embedding_dim: int = _recipe(64, "D, length of an embedding", low=1)
+    hidden_channels: int = _recipe(64, "twice the width of the residual stacks", low=2)
+    residual_channels: int = _recipe(32, "width inside a residual layer", low=1)
+    num_residual_layers: int = _recipe(3, "residual layers in each stack", low=0)
+    num_code_layers: int = _recipe(4, "residual layers of the decoder on the code grid", low=0)
+    refine_channels: int = _recipe(
+        16, "channels of an additional full-size convolution; 0: none", low=0
+    )
 
 
-def add_training_flags(flag) -> None:
-    """Those of every script that trains; flag: a parser's `add_argument`."""
-    flag(
-        "--dry-run",
-        action="store_true",
-        help="print data, model, steps and expected time; train nothing",
-    )
-    flag("--device", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    flag(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 where the hardware has it (auto)",
-    )
-    flag(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="a compiled step: a minute once (on a GPU)",
-    )
-    flag(
-        "--deterministic",
-        action="store_true",
-        help="on a GPU: equal runs give equal weights, at some speed (no)",
-    )
-    flag("--seed", type=int, help="start of everything random (0)")
+# What the source document's recipe changes. Its one departure from the document is a codebook
+# that starts from data (`codebook_init`).
+DOCUMENT = {
+    "recipe": "document",
+    "learning_rate": 1e-4,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip_grad_norm": 0.0,
+    "crop": 0,
+    "augment": False,
+    "ssim_weight": 0.0,
+    "codebook": "gradient",
+    "restart_below": 0.0,
+    "num_residual_layers": 2,
+    "num_code_layers": 0,
+    "refine_channels": 0,
+}
 
 
-def flag_name(argument: str) -> str:
-    return "--" + argument.replace("_", "-")
+def parse_train_flags(argv: list[str] | None, description: str | None) -> dict:
+    """Return the flags of train.py that were typed; `--help` shows the values of both recipes."""
+    flags = parse_flags(TrainConfig, argv, description, alternatives=(RECIPE_GROUP, DOCUMENT))
+    if len(flags.get("split", ())) == 1:  # a CSV file, which --resume must find from any folder
+        flags["split"] = [str(Path(flags["split"][0]).resolve())]
+    return flags
 
 
-def with_defaults(recipe: str, given: dict) -> dict:
-    """All arguments: what is given, over the recipe's values, over the other defaults."""
-    if recipe not in ("document", "tuned"):
-        raise UserError(f"the recipe is {recipe!r:.80}; expected document or tuned")
-    column = ("document", "tuned").index(recipe)
-    args = (
-        DEFAULTS | {name: row[column] for name, row in RECIPES.items()} | {"recipe": recipe} | given
-    )
-    if args["codebook"] == "gradient" and "restart_below" not in given:
-        args["restart_below"] = 0.0  # a gradient codebook keeps no counts of use
-    if args["gan"] and args["compile"] is None:
-        args["compile"] = False  # its losses change in the middle of a run
-    return args
+def resolve_config(flags: dict) -> TrainConfig:
+    """Return the configuration: the flags over the recipe's values over the defaults."""
+    values = dict(flags)
+    if flags.get("recipe") == "document":
+        values = DOCUMENT | flags
+    if values.get("codebook") == "gradient" and "restart_below" not in flags:
+        values["restart_below"] = 0.0  # a gradient codebook keeps no counts of use
+    if values.get("gan") and values.get("compile") is None:
+        values["compile"] = False  # its losses change in the middle of a run
+    return TrainConfig(**values)
 
 
-def check_arguments(args: dict, processes: int) -> None:
-    """Refuse, before any work, the values that could only fail later."""
-    bounds = {name: row[2] for name, row in RECIPES.items() if isinstance(row[2], tuple)}
-    check_run_arguments(args, bounds | {"planes": (1, 256)}, processes)
-    size, stride = args["size"], args["stride"]
-    if size and not (
-        len(size) == 2
-        and all(type(side) is int and side >= 16 and side % stride == 0 for side in size)
-    ):
+def check_config(config: TrainConfig, world_size: int) -> None:
+    """Reject, before any work, values that could only fail later.
+
+    Raises:
+        UserError: with the flag, its value, and what was expected.
+    """
+    check_bounds(config)
+    check_processes(config, world_size)
+    stride = config.stride
+    if config.size is not None and not _is_slice_size(config.size, stride):
         raise UserError(
-            f"--size is {' '.join(map(str, size))}; expected two numbers from 16 on, divisible by {stride}"
+            f"--size is {' '.join(map(str, config.size))}; expected two numbers of at least 16, "
+            f"divisible by {stride}"
         )
-    for name, (*_, allowed, _) in RECIPES.items():  # they may come from a config.json
-        if isinstance(allowed, list) and args[name] not in allowed:
-            raise UserError(
-                f"{flag_name(name)} is {args[name]}; expected one of {', '.join(map(str, allowed))}"
-            )
-    if args["crop"] % args["stride"] or 0 < args["crop"] < 16:
-        stride = args["stride"]
+    if config.crop % stride or 0 < config.crop < 16:
         raise UserError(
-            f"--crop is {args['crop']}; expected 0, or 16 to 128 and divisible by --stride {stride}"
+            f"--crop is {config.crop}; expected 0, or 16 to 128 and divisible by --stride {stride}"
         )
-    if args["compile"] and args["gan"]:
-        raise UserError("--compile is for training without --gan: leave one out")
-    if args["restart_below"] and args["codebook"] == "gradient":
+    if config.compile and config.gan:
+        raise UserError("--compile does not work with --gan; omit one of them")
+    if config.restart_below and config.codebook == "gradient":
         raise UserError(
             "--restart-below needs --codebook ema: a gradient codebook keeps no counts of use"
         )
 
 
-def check_bounds(args: dict, bounds: dict[str, tuple]) -> None:
-    """Refuse what is not between {argument: (lowest, highest)}; None is not given."""
-    for name, (low, high) in bounds.items():
-        if args[name] is not None and not low <= args[name] <= high:
-            raise UserError(f"{flag_name(name)} is {args[name]}; expected {low} to {high:g}")
+def _is_slice_size(size: list[int], stride: int) -> bool:
+    return len(size) == 2 and all(
+        type(side) is int and side >= 16 and side % stride == 0 for side in size
+    )
 
 
-def check_run_arguments(args: dict, bounds: dict[str, tuple], processes: int) -> None:
-    """The part of it that is every script's which trains; bounds: {argument: (lowest, highest)}."""
-    check_bounds(args, bounds | {"plot_every": SOME, "seed": (0, 2**40)})
-    if args["batch_size"] % processes:
+def check_processes(config, world_size: int) -> None:
+    """Check the flags that depend on the number of processes; raises UserError."""
+    if config.batch_size % world_size:
         raise UserError(
-            f"--batch-size is {args['batch_size']}; expected a multiple of the {processes} processes"
+            f"--batch-size is {config.batch_size}; expected a multiple of the {world_size} "
+            "processes"
         )
-    if args["compile"] and processes > 1:
-        raise UserError(f"--compile is for one process, and here are {processes}: leave it out")
+    if config.compile and world_size > 1:
+        raise UserError(f"--compile works with one process, not {world_size}; omit it")

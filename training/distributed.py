@@ -10,13 +10,15 @@ Outside a session, or in a session of one process, every function works and comm
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError, first_line
 
@@ -45,7 +47,7 @@ def session() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_lost_process(error):
+        if not is_lost_process(error):
             raise
         raise LostProcessError(
             f"another process of this run ended or hangs ({first_line(error)})"
@@ -54,7 +56,7 @@ def session() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _is_lost_process(error: RuntimeError) -> bool:
+def is_lost_process(error: RuntimeError) -> bool:
     """Return whether the error says that another process could not be reached."""
     if get_world_size() == 1:
         return False
@@ -131,18 +133,31 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
         raise RuntimeError(f"processes hold different {', '.join(names)}")
 
 
-_session = None  # TEMPORARY, until training/run.py is rewritten
+def wrap_model(model: nn.Module) -> nn.Module:
+    """Return a module whose backward pass averages gradients over the processes.
+
+    Buffers are not copied from rank 0: the quantiser keeps its averages equal itself, and copying
+    them would hide it if it did not.
+    """
+    if get_world_size() == 1:
+        return model
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in parameters  # the name in newer versions
+    option = "forward_sync_buffers" if renamed else "broadcast_buffers"
+    return DistributedDataParallel(model, **{option: False})
 
 
-def init() -> None:
-    global _session
-    _session = session()
-    _session.__enter__()
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the module that `wrap_model` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def cleanup() -> None:
-    if get_world_size() > 1:
-        dist.destroy_process_group()
-
-
-is_lost_process = _is_lost_process
+def average_gradients(module: nn.Module) -> None:
+    """Average the gradients of a module that is not wrapped."""
+    world_size = get_world_size()
+    if world_size == 1:
+        return
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size

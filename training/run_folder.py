@@ -1,116 +1,237 @@
-"""What a run's folder holds, for the scripts that use a trained run."""
+"""Runs on disk: start one, find one to resume, and load the data that a trained run used.
+
+folder, config, checkpoint = open_run(flags)                 # train.py
+run = newest_run(Path("runs"))                               # predict.py and others
+slices, root = load_run_data(run, "test")
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Set
 from datetime import datetime
 from pathlib import Path
 
 import dataset
 import utils
-from mri import hipmri, splits
+from mri import splits
+from mri.files import Source
+from mri.hipmri import HIPMRI_CASES
 from mri.preprocessing import Preprocessing
 from training.checkpoint import read_checkpoint
-from training.config import DEFAULTS, KINDS, RESUMABLE, flag_name, with_defaults
+from training.config import TrainConfig, resolve_config
+from training.options import check_types, flag_name
 from utils import CheckpointError, UserError
 
+# ---------------------------------------------------------------- start or resume a run
 
-def read_arguments(run: Path, defaults: dict) -> dict:
-    """The `arguments` of its config.json, as far as `defaults` knows them. UserError where one is of another type."""
-    path = run / "config.json"
-    found = utils.read_json(path).get("arguments", {})
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{path} has arguments of type {type(found).__name__}; expected what train.py writes"
-        )
-    found = {name: value for name, value in found.items() if name in defaults}
-    for name, value in found.items():
-        usual = defaults[name]
-        kinds = (int, float) if type(usual) is float else type(usual)
-        if usual is None:
-            kinds = (KINDS.get(name, str), type(None))
-        if not isinstance(value, kinds) or (
-            isinstance(value, bool) and not (isinstance(usual, bool) or name == "compile")
-        ):
+
+def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
+    """Return folder, configuration and checkpoint of the run that train.py's flags ask for.
+
+    Args:
+        flags: only those that were typed, see `training.config.parse_train_flags`.
+
+    Returns:
+        The checkpoint is None for a run that starts at its first step.
+
+    Raises:
+        UserError: if a new run's folder exists, or there is no run to resume.
+    """
+    if not flags.get("resume"):
+        config = resolve_config(flags)
+        name = config.name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}"
+        folder = Path(config.runs_dir) / name
+        if (folder / "config.json").exists() or (folder / "last.pt").exists():
             raise UserError(
-                f"{path} has {name} {value!r:.80}; expected a value such as {usual!r}, as train.py writes"
+                f"{folder} exists; add --resume to continue it, or choose another --name"
             )
-    return found
+        return folder, config, None
+
+    runs_dir = Path(flags.get("runs_dir", "runs"))
+    folder = runs_dir / flags["name"] if "name" in flags else newest_unfinished_run(runs_dir)
+    arguments = resumed_arguments(folder, TrainConfig, flags)
+    config = resolve_config(arguments)
+    return folder, config, unfinished_checkpoint(folder, config.epochs)
 
 
-def unfinished_checkpoint(folder: Path, args: dict) -> dict | None:
-    """The last one; None where the run was ended before its first epoch was. Raises UserError for a finished run."""
-    checkpoint = last_checkpoint(folder)
-    if checkpoint and checkpoint["epochs_done"] >= args["epochs"]:
-        done = checkpoint["epochs_done"]
+def resumed_arguments(folder: Path, config_class: type, flags: dict) -> dict:
+    """Return the arguments of a run that is resumed: the flags over those it was started with.
+
+    Raises:
+        UserError: if there is no run, or a flag would make it another run.
+    """
+    if not (folder / "config.json").exists():
         raise UserError(
-            f"{folder} has finished {done} epochs; give --epochs more than that, or start another run"
+            f"{folder} contains no run to resume; omit --resume to start one, or name another"
         )
-    return checkpoint
+    saved = read_arguments(folder, config_class)
+    resumable = {
+        field.name for field in dataclasses.fields(config_class) if field.metadata["resumable"]
+    }
+    changes = []
+    for name in sorted(flags.keys() - resumable):
+        if flags[name] != saved.get(name):
+            changes.append(f"{flag_name(name)} {flags[name]} (was {saved.get(name)})")
+    if changes:
+        raise UserError(
+            f"{folder} cannot be resumed with {', '.join(changes)}; omit that, or start a new run"
+        )
+    return saved | flags
 
 
 def last_checkpoint(folder: Path) -> dict | None:
-    """None where the run was ended before its first epoch was."""
+    """Return the checkpoint last.pt, or None if the run ended before its first epoch did."""
     path = folder / "last.pt"
-    checkpoint = read_checkpoint(path) if path.exists() else None
-    if checkpoint and not isinstance(checkpoint.get("epochs_done"), int):
-        raise CheckpointError(f"{path} does not say how many epochs it has done; start a new run")
+    if not path.exists():
+        return None
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint.get("epochs_done"), int):
+        raise CheckpointError(f"{path} lacks the number of finished epochs; start a new run")
     return checkpoint
 
 
-def newest_unfinished(runs_dir: Path) -> Path:
-    """The folder with the newest config.json whose last.pt lacks epochs."""
-    configs = sorted(
-        runs_dir.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
+def unfinished_checkpoint(folder: Path, epochs: int) -> dict | None:
+    """Return `last_checkpoint`; raises UserError if the run has finished its epochs."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and checkpoint["epochs_done"] >= epochs:
+        raise UserError(
+            f"{folder} has finished {checkpoint['epochs_done']} epochs; raise --epochs to train "
+            "longer, or start a new run"
+        )
+    return checkpoint
+
+
+def newest_unfinished_run(runs_dir: Path) -> Path:
+    """Return the folder with the newest config.json whose last.pt lacks epochs."""
+    configs = list(runs_dir.glob("*/config.json"))
+    configs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for config in configs:
-        checkpoint = last_checkpoint(config.parent)
-        epochs = read_arguments(config.parent, {"epochs": 0}).get("epochs", 0)
+        folder = config.parent
+        checkpoint = last_checkpoint(folder)
+        epochs = read_arguments(folder, TrainConfig).get("epochs", 0)
         if not checkpoint or checkpoint["epochs_done"] < epochs:
-            return config.parent
+            return folder
     raise UserError(
-        f"no unfinished run in {runs_dir} ({len(configs)} runs there); start one without --resume"
+        f"{runs_dir} contains no unfinished run ({len(configs)} runs); omit --resume to start one"
     )
+
+
+# ---------------------------------------------------------------- a trained run
 
 
 def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path:
-    """The run whose best.pt, or other file, is newest, finished or not. UserError, with `missing`, if none has it."""
-    found = list(runs_dir.glob(f"*/{file}"))
-    if not found:
-        missing = (
-            missing
-            or f"no run with a best.pt in {runs_dir}; train one with train.py, or name one with --run"
+    """Return the run with the newest `file`, finished or not.
+
+    Args:
+        runs_dir: folder of all runs.
+        file: path within a run, such as "best.pt" or "prior/best.pt".
+        missing: the error message if no run has the file.
+
+    Raises:
+        UserError: if no run has the file.
+    """
+    paths = list(runs_dir.glob(f"*/{file}"))
+    if not paths:
+        default = (
+            f"no run in {runs_dir} has a best.pt; train one with train.py, or name it by --run"
         )
-        raise UserError(missing)
-    return (
-        runs_dir / max(found, key=lambda path: path.stat().st_mtime).relative_to(runs_dir).parts[0]
+        raise UserError(missing or default)
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    return runs_dir / newest.relative_to(runs_dir).parts[0]
+
+
+def read_config(run: Path) -> TrainConfig:
+    """Return the configuration of a run of train.py, also of earlier versions."""
+    return resolve_config(read_arguments(run, TrainConfig))
+
+
+def read_arguments(folder: Path, config_class: type) -> dict:
+    """Return the arguments in a run's config.json, without those that this version lacks.
+
+    Raises:
+        UserError: if the file is missing or corrupt, or an argument has the wrong type.
+    """
+    path = folder / "config.json"
+    arguments = utils.read_json(path).get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"{path} has arguments of type {type(arguments).__name__}; expected the file that "
+            "train.py writes"
+        )
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    arguments = {name: value for name, value in arguments.items() if name in fields}
+    check_types(config_class, arguments, path)
+    return arguments
+
+
+def read_preprocessing(run: Path, source: Source) -> Preprocessing:
+    """Return the preprocessing of a run's slices, adapted to the form of `source`.
+
+    Raises:
+        UserError: if config.json has a preprocessing that train.py would not write.
+    """
+    config = read_config(run)
+    stored = utils.read_json(run / "config.json").get("preprocessing")
+    if stored is None:  # a run of an earlier version
+        return Preprocessing.resolve(source, config.size, config.fit, config.axis, config.planes)
+    try:
+        preprocessing = Preprocessing(**stored | {"size": tuple(stored["size"])})
+        rows, columns = preprocessing.size
+        valid = type(rows) is type(columns) is type(preprocessing.planes) is int
+    except (TypeError, ValueError, KeyError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f"{run / 'config.json'} has preprocessing {stored!r:.80}; expected what train.py writes"
+        )
+    if preprocessing.form == source.form:
+        return preprocessing
+    return Preprocessing.resolve(
+        source, preprocessing.size, preprocessing.fit, preprocessing.axis, config.planes
     )
 
 
 def read_manifest(run: Path) -> dict[str, dict[str, list[str]]] | None:
-    """Which scans were in which split, as `splits.to_manifest` told it to the run's config.json; None: it had no scans."""
-    known = utils.read_json(run / "config.json").get("scans")
-    whole = known is None or (
-        isinstance(known, dict) and known.keys() <= hipmri.HIPMRI_CASES.keys()
-        and all(isinstance(those, dict) for those in known.values())
-        and all(isinstance(names, list) for those in known.values() for names in those.values())
-        and all(isinstance(name, str) for those in known.values() for names in those.values() for name in names)
-    )  # fmt: skip
-    if not whole:
-        raise UserError(
-            f"{run / 'config.json'} has scans {known!r:.80}; expected what train.py writes"
-        )
-    return known
+    """Return which scans were in which split, {split: {subject: [path]}}; None without scans.
+
+    Raises:
+        UserError: if config.json has a manifest that `mri.splits.to_manifest` would not make.
+    """
+    manifest = utils.read_json(run / "config.json").get("scans")
+    if manifest is None or _is_manifest(manifest):
+        return manifest
+    raise UserError(
+        f"{run / 'config.json'} has scans {manifest!r:.80}; expected what train.py writes"
+    )
 
 
-def training_files(run: Path) -> set[Path] | None:
-    """The files that a run was trained on, links followed; None where they are no longer where they were."""
+def _is_manifest(value: object) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= HIPMRI_CASES.keys():
+        return False
+    for subjects in value.values():
+        if not isinstance(subjects, dict):
+            return False
+        for paths in subjects.values():
+            if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+                return False
+    return True
+
+
+def training_files(run: Path) -> Set[Path] | None:
+    """Return the files that a run was trained on, resolved; None if its data has gone."""
     try:
-        arguments = read_arguments(run, with_defaults("tuned", {}))
-        chosen = [arguments.get(name) for name in ("axis", "split", "seed", "subjects")]
+        config = read_config(run)
         source = splits.find_source(
-            arguments.get("data") or "", *chosen, read_manifest(run), others=False
+            config.data or "",
+            config.axis,
+            config.split,
+            config.seed,
+            config.subjects,
+            read_manifest(run),
+            others=False,
         )
-    except (UserError, utils.DataError, OSError):
+    except (UserError, OSError):
         return None
     return {file.resolve() for file in source.splits.get("train", [])}
 
@@ -122,65 +243,42 @@ def load_run_data(
     cache_dir: str | None = None,
     skip_bad_files: bool = False,
 ) -> tuple[dataset.SliceDataset, str]:
-    """A split, prepared as the run's training data was, and the folder that it is in: `data`, or the run's own."""
-    trained_with = read_arguments(run, with_defaults("tuned", {}))
-    root, line = splits.find_data(data or trained_with.get("data"))
+    """Load a split, prepared as the run's training data was, and print notes about it.
+
+    Args:
+        run: folder of the run.
+        split: "train", "validate" or "test".
+        data: folder of the data (default: the run's own).
+        cache_dir: folder of the cache (default: the run's own).
+        skip_bad_files: see `dataset.load_split`.
+
+    Returns:
+        The slices, and the folder in which their files are.
+
+    Raises:
+        UserError: if the data cannot be found or read.
+    """
+    config = read_config(run)
+    root, description = splits.find_data(data or config.data)
     if root is None:
-        raise UserError(
-            f"{run / 'config.json'} names no data; say where the slices are with --data"
-        )
-    print(line if data else f"data: {root} (the run's own)")
-    known = read_manifest(run)
-    axis, parts = trained_with.get("axis"), None if known else trained_with.get("split")
+        raise UserError(f"{run / 'config.json'} names no data; give the folder with --data")
+    print(description if data else f"data: {root} (from the run's config.json)")
+    manifest = read_manifest(run)
     source = splits.find_source(
-        root, axis, parts, trained_with.get("seed", 0), trained_with.get("subjects"), known
+        root,
+        config.axis,
+        None if manifest else config.split,
+        config.seed,
+        config.subjects,
+        manifest,
     )
-    names = ("size", "fit", "axis", "planes")
-    preprocessing = Preprocessing.resolve(source, **{key: trained_with.get(key) for key in names})
     slices = dataset.load_split(
         source,
         split,
-        preprocessing,
-        cache_dir=cache_dir or trained_with.get("cache_dir"),
-        skip_bad_files=skip_bad_files or trained_with.get("skip_bad_files", False),
+        read_preprocessing(run, source),
+        cache_dir=cache_dir or config.cache_dir,
+        skip_bad_files=skip_bad_files or config.skip_bad_files,
     )
     for note in [*source.notes, *slices.notes]:
         print(f"note: {note}")
     return slices, str(source.root)
-
-
-# ---------------------------------------------------------------- the run that is asked for
-
-
-def open_run(given: dict) -> tuple[Path, dict, dict | None]:
-    """Folder, arguments and checkpoint (None: from the start) of the run that the typed flags ask for."""
-    runs_dir = Path(given.get("runs_dir", DEFAULTS["runs_dir"]))
-    if not given.get("resume"):
-        args = with_defaults(given.get("recipe", DEFAULTS["recipe"]), given)
-        folder = runs_dir / (args["name"] or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{args['recipe']}")
-        if (folder / "config.json").exists() or (folder / "last.pt").exists():
-            raise UserError(
-                f"{folder} exists; add --resume to go on with it, or choose another --name"
-            )
-        return folder, args, None
-
-    folder = runs_dir / given["name"] if "name" in given else newest_unfinished(runs_dir)
-    saved = saved_arguments(folder, given, RESUMABLE, with_defaults("tuned", {}))
-    args = with_defaults(saved.get("recipe", DEFAULTS["recipe"]), saved | given)
-    return folder, args, unfinished_checkpoint(folder, args)
-
-
-def saved_arguments(folder: Path, given: dict, resumable: set[str], defaults: dict) -> dict:
-    """A run's arguments, as its config.json has them. Raises UserError where `given` would make it another run."""
-    if not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} holds no run to go on with; start one without --resume, or name another"
-        )
-    saved = read_arguments(folder, defaults)
-    changed = sorted(key for key in given.keys() - resumable if given[key] != saved.get(key))
-    if changed:
-        told = ", ".join(
-            f"{flag_name(key)} {given[key]} (it has {saved.get(key)})" for key in changed
-        )
-        raise UserError(f"{folder} can't go on with {told}; leave that out, or start another run")
-    return saved

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import math
 
+import torch
 
-def learning_rate(args: dict, step: int, steps: int) -> float:
-    """Of step 0..steps-1: a linear warm-up, then constant or a cosine down to zero."""
-    warmup = round(args["warmup"] * steps)
-    if step < warmup:
-        return args["learning_rate"] * (step + 1) / warmup
-    if args["schedule"] == "constant":
-        return args["learning_rate"]
-    return (
-        args["learning_rate"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-    )
+
+def learning_rate(config, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        config: `learning_rate`, the peak; `warmup`, the fraction of the steps in which the rate
+            rises linearly to it; `schedule`, "constant", or "cosine" for half a cosine down to 0.
+        step: 0 to total_steps - 1.
+        total_steps: steps of the whole run.
+    """
+    peak = config.learning_rate
+    warmup_steps = round(config.warmup * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if config.schedule == "constant":
+        return peak
+    angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to pi
+    return peak * 0.5 * (1 + math.cos(angle))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,93 @@
+"""The progress bar of a run, and its estimate of the time that is left."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from tqdm import tqdm
+
+from training.distributed import get_rank
+from training.totals import EpochTotals
+
+WARN_AFTER_STEPS = 20
+SLOW_SECONDS = 2 * 3600
+
+
+class ProgressBar:
+    """A bar over all examples of a run; it is shown by rank 0 only.
+
+    Args:
+        num_examples: in the training set.
+        batch_size: examples per step.
+        epochs: of the whole run.
+        steps_done: since the start of the run, for a run that is resumed.
+        device: a CPU run that will take hours is announced after its first steps.
+    """
+
+    def __init__(
+        self, num_examples: int, batch_size: int, epochs: int, steps_done: int, device: torch.device
+    ):
+        self.epochs = epochs
+        self.device = device
+        self.steps_per_epoch = -(-num_examples // batch_size)
+        self.steps_done = steps_done
+        self._timed_steps = 0
+        epochs_done, steps_left_over = divmod(steps_done, self.steps_per_epoch)
+        self._bar = tqdm(
+            total=epochs * num_examples,
+            initial=epochs_done * num_examples + steps_left_over * batch_size,
+            unit=" slices",
+            smoothing=0.05,
+            disable=get_rank() > 0,
+        )
+
+    def start_epoch(self, epoch: int) -> None:
+        """Show the number of the epoch, from 1."""
+        self._bar.set_description(f"epoch {epoch}/{self.epochs}")
+
+    def update(self, examples: int) -> bool:
+        """Count a step of so many examples; return whether the bar was redrawn."""
+        self.steps_done += 1
+        if self._timed_steps == 0:
+            self._first_step_end = time.perf_counter()  # the first step may compile
+        self._timed_steps += 1
+        if self._timed_steps == WARN_AFTER_STEPS and self.device.type == "cpu":
+            self._warn_if_slow()
+        return bool(self._bar.update(examples))
+
+    def seconds_per_step(self) -> float:
+        """Return the mean duration of the steps after the first."""
+        elapsed = time.perf_counter() - self._first_step_end
+        return elapsed / max(1, self._timed_steps - 1)
+
+    def _warn_if_slow(self) -> None:
+        steps_left = self.epochs * self.steps_per_epoch - self.steps_done
+        seconds = self.seconds_per_step() * steps_left
+        if seconds < SLOW_SECONDS:
+            return
+        epochs_done = self.steps_done // self.steps_per_epoch
+        steps_per_hour = 3600 / self.seconds_per_step()
+        epochs = epochs_done + max(1, int(steps_per_hour / self.steps_per_epoch))
+        self.write(
+            f"warning: the remaining steps will take about {seconds / 3600:.0f} hours on this CPU; "
+            f"--epochs {epochs} takes about one hour, a GPU minutes"
+        )
+
+    def show(self, totals: EpochTotals, num_shown: int, best: dict[str, float]) -> None:
+        """Show the mean of the first `num_shown` losses, the skipped steps and the best score."""
+        loss = totals.losses[:num_shown].sum() / totals.examples.clamp_min(1)
+        postfix = {"loss": f"{loss:.4f}"}
+        if totals.skipped > 0:
+            postfix["skipped"] = f"{totals.skipped:.0f} (last: step {totals.last_skipped:.0f})"
+        for name, value in best.items():
+            postfix[name] = f"{value:.4f}"
+        self._bar.set_postfix(postfix)
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(line)
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()

@@ -1,0 +1,87 @@
+"""Parts of a training step that both training scripts use."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils import first_line
+
+
+def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
+    """Clip each module's gradient to `max_norm` (0: no clipping).
+
+    Returns:
+        (): whether all gradients are finite. It stays on the device, so nothing waits for it.
+    """
+    norms = []
+    for module in modules:
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        if parameters:
+            norms.append(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+    return torch.stack(norms).isfinite().all()
+
+
+def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Let the next `optimizer.step()` of a fused optimizer change nothing if `finite` is false.
+
+    The decision is made on the device; a Python `if` would wait for the gradients.
+    """
+    optimizer.found_inf = (~finite).float()
+
+
+def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:
+    """Return a compiled `function` that continues uncompiled if it cannot be compiled.
+
+    Compilation happens in the first call. If it fails there, a warning is printed, the model's
+    state and the random generator are put back, and the call is repeated uncompiled.
+
+    Args:
+        function: called with tensors of the same shapes each time.
+        model: the module that the function may update in its forward pass.
+        device: on a GPU, the compiled function is recorded as CUDA graphs.
+    """
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    active: Callable | None = None  # what later calls use
+
+    def call(*arguments):
+        nonlocal active
+        if active is not None:
+            return active(*arguments)
+        state = copy.deepcopy(model.state_dict())
+        generators = _random_states(device)
+        try:
+            compiled = torch.compile(function, mode=mode, dynamic=False)
+            result = compiled(*arguments)
+        except Exception as error:  # compilers fail in many ways
+            tqdm.write(
+                "warning: the training step cannot be compiled here and runs uncompiled: "
+                f"{first_line(error)}"
+            )
+            active = function
+            model.load_state_dict(state)
+            _set_random_states(device, generators)
+            return function(*arguments)
+        active = compiled
+        return result
+
+    return call
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the random generators that a step on this device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
