@@ -64,7 +64,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workspace(inputs, tmp_path, monkeypatch, small, own_signals) -> Path:
+def workspace(inputs, tmp_path, monkeypatch, small) -> Path:
     """Return a working directory with the input files and a trained run, runs/x."""
     folder = tmp_path / "workspace"
     folder.mkdir()
