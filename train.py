@@ -38,7 +38,7 @@ from training.config import TrainConfig, check_config, parse_train_flags
 from training.run import Run, epoch_order
 from training.run_folder import open_run, read_manifest, read_preprocessing
 from training.schedule import learning_rate, set_learning_rate
-from training.step import clip_gradients, compile_with_fallback, skip_step_unless
+from training.step import clip_gradients, compile_if_enabled, skip_step_unless
 from utils import DataError, UserError
 
 SAMPLE_FOLDER = Path("sample_data")
@@ -92,13 +92,11 @@ def train(flags: dict) -> int:
     def eager_losses(images: Tensor, adversary: nn.Module | None) -> Tensor:
         return compute_losses(parallel_model, adversary, images, precision, config)
 
-    losses_of_full_batch = eager_losses
-    if config.compile or (config.compile is None and device.type == "cuda" and world_size == 1):
-        losses_of_full_batch = compile_with_fallback(eager_losses, model, device)
+    losses_of_full_batch = compile_if_enabled(eager_losses, model, config, device)
 
     run = Run(
-        folder,
-        config,
+        folder=folder,
+        config=config,
         device=device,
         precision=precision,
         modules=modules,
@@ -387,22 +385,14 @@ def plot_epoch(run: Run, model: VQVAE, val_slices: SliceDataset) -> None:
     reconstructions = model(originals.to(run.device))[0].float().cpu()
     model.train()
     scores = metrics.slice_scores(originals, reconstructions, ("ssim",))["ssim"]
-    titles = []
-    for i, score in zip(indices.tolist(), scores, strict=True):
-        titles.append(f"{val_slices.names[i]}\nssim {score:.3f}")
+    names = [val_slices.names[i] for i in indices]
+    titles = [f"{name}\nssim {score:.3f}" for name, score in zip(names, scores, strict=True)]
     name = f"epoch_{run.epochs_done}"
-    heading = (
-        f"{run.folder.name}, epoch {run.epochs_done}, validation, "
-        f"{model.bits_per_pixel:.4f} bits per pixel"
-    )
-    plots.plot_reconstructions(
-        run.folder / "plots" / name / f"{name}_images.png",
-        originals,
-        reconstructions,
-        titles,
-        heading,
-        val_slices.description["spacing"],
-    )
+    path = run.folder / "plots" / name / f"{name}_images.png"
+    bits = f"{model.bits_per_pixel:.4f} bits per pixel"
+    heading = f"{run.folder.name}, epoch {run.epochs_done}, validation, {bits}"
+    spacing = val_slices.description["spacing"]
+    plots.plot_reconstructions(path, originals, reconstructions, titles, heading, spacing)
     plots.plot_curves(run.folder / "loss_ssim_plot.png", run.history, "val_ssim", run.folder.name)
 
 

@@ -43,7 +43,7 @@ from training.run_folder import (
     unfinished_checkpoint,
 )
 from training.schedule import learning_rate, set_learning_rate
-from training.step import clip_gradients, compile_with_fallback, skip_step_unless
+from training.step import clip_gradients, compile_if_enabled, skip_step_unless
 from utils import UserError
 
 UNKNOWN_POSITION = 0.1  # fraction of slices trained without their position, as it may be unknown
@@ -137,18 +137,15 @@ def train(flags: dict) -> int:
     def eager_losses(codes: Tensor, position: Tensor) -> Tensor:
         return compute_losses(parallel_model, codes, position, precision, config)
 
-    losses_of_full_batch = eager_losses
-    if config.compile or (config.compile is None and device.type == "cuda" and world_size == 1):
-        losses_of_full_batch = compile_with_fallback(eager_losses, model, device)
+    losses_of_full_batch = compile_if_enabled(eager_losses, model, config, device)
 
-    # The fingerprint is of slices and codebook rather than of the codes: another device may round
-    # one code in a million differently.
+    # Not a hash of the codes: another device may round one code in a million differently.
     codebook_hash = hash_codebook(vqvae)
     outline_blocks = [2**n for n in reversed(range(1, config.num_grids))]  # coarse to fine
     losses = (*(f"train_outline_{block}" for block in outline_blocks), "train_codes")
     run = Run(
-        vqvae_run / "prior",
-        config,
+        folder=vqvae_run / "prior",
+        config=config,
         device=device,
         precision=precision,
         modules={"model": model},
@@ -163,7 +160,6 @@ def train(flags: dict) -> int:
             "slices": {"train": len(train_codes), "validate": len(val_codes)},
             "vqvae": str(vqvae_run / "best.pt"),
         },
-        extra_state={},
         resume_command=utils.format_command("train_prior.py", "--resume", "--run", vqvae_run),
     )
     if checkpoint:
@@ -217,11 +213,9 @@ def train(flags: dict) -> int:
     model.load_state_dict(load_model(CodePrior, run.folder / "best.pt").state_dict())
     bits = {"prior": validate(model, val_codes, config, device)["val_bits"]}
     if rank == 0:
-        bits |= compressed_bits(
-            train_codes.codes[:, 0].long(),
-            val_codes.codes[:, 0].long(),
-            vqvae.vector_quantization.num_embeddings,
-        )
+        train_views, val_views = train_codes.codes[:, 0].long(), val_codes.codes[:, 0].long()
+        num_embeddings = vqvae.vector_quantization.num_embeddings
+        bits |= compressed_bits(train_views, val_views, num_embeddings)
         write_metrics(run, bits, vqvae.stride)
         print(f"plots: {run.folder}; to generate new slices:")
         print("    " + utils.format_command("generate.py", "--run", vqvae_run))
@@ -266,11 +260,9 @@ def make_prior(vqvae: VQVAE, train_codes: CodeDataset, config: PriorConfig) -> C
         UserError: if the code grid or the codes do not fit the configuration.
     """
     quantizer = vqvae.vector_quantization
+    names = inspect.signature(CodePrior).parameters
+    arguments = {name: getattr(config, name) for name in names if hasattr(config, name)}
     shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train_codes.codes.shape[-2:])
-    arguments = {}
-    for name in inspect.signature(CodePrior).parameters:
-        if hasattr(config, name):
-            arguments[name] = getattr(config, name)
     try:
         model = CodePrior(*shape, **arguments)
         model.initialize(
@@ -347,9 +339,9 @@ def negative_log_likelihood(
 def validate(
     model: CodePrior, val_codes: CodeDataset, config: PriorConfig, device: torch.device
 ) -> dict[str, float]:
-    """Return the validation columns of metrics.csv: bits per code, of unmirrored slices, in float32.
+    """Return the validation columns of metrics.csv: bits per code of unmirrored slices, in float32.
 
-    The bits of the outlines are divided by the number of codes.
+    They include the bits of the outlines, divided by the number of codes.
     """
     model.eval()
     totals = torch.zeros(config.num_grids, device=device)
@@ -385,10 +377,9 @@ def plot_epoch(run: Run, model: CodePrior, vqvae: VQVAE, val_codes: CodeDataset)
 
 
 def print_plan(run: Run, train_codes: CodeDataset, val_codes: CodeDataset) -> None:
-    codes_per_slice = train_codes.codes[0, 0].numel()
     print(
         f"data: {len(train_codes)} training and {len(val_codes)} validation slices, "
-        f"{codes_per_slice} codes each"
+        f"{train_codes.codes[0, 0].numel()} codes each"
     )
     print(f"prior: {sum(p.numel() for p in run.modules['model'].parameters()):,} parameters")
     print(run.describe_plan())

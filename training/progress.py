@@ -61,9 +61,14 @@ class ProgressBar:
         elapsed = time.perf_counter() - self._first_step_end
         return elapsed / max(1, self._timed_steps - 1)
 
-    def _warn_if_slow(self) -> None:
+    def seconds_left(self, seconds_per_validation: float = 0.0) -> float:
+        """Return how long the rest of the run will take, at the rate so far."""
         steps_left = self.epochs * self.steps_per_epoch - self.steps_done
-        seconds = self.seconds_per_step() * steps_left
+        epochs_left = self.epochs - self.steps_done // self.steps_per_epoch
+        return steps_left * self.seconds_per_step() + epochs_left * seconds_per_validation
+
+    def _warn_if_slow(self) -> None:
+        seconds = self.seconds_left()
         if seconds < SLOW_SECONDS:
             return
         epochs_done = self.steps_done // self.steps_per_epoch
@@ -76,10 +81,10 @@ class ProgressBar:
 
     def show(self, totals: EpochTotals, num_shown: int, best: dict[str, float]) -> None:
         """Show the mean of the first `num_shown` losses, the skipped steps and the best score."""
-        loss = totals.losses[:num_shown].sum() / totals.examples.clamp_min(1)
-        postfix = {"loss": f"{loss:.4f}"}
-        if totals.skipped > 0:
-            postfix["skipped"] = f"{totals.skipped:.0f} (last: step {totals.last_skipped:.0f})"
+        *losses, examples, skipped, last_skipped = totals.to_tensor().tolist()
+        postfix = {"loss": f"{sum(losses[:num_shown]) / max(examples, 1):.4f}"}
+        if skipped:
+            postfix["skipped"] = f"{skipped:.0f} (last: step {last_skipped:.0f})"
         for name, value in best.items():
             postfix[name] = f"{value:.4f}"
         self._bar.set_postfix(postfix)

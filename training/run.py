@@ -1,6 +1,6 @@
 """A run: its folder, lock, signals, history and checkpoints. The training loop is in the script.
 
-    run = Run(folder, config, modules={"model": model}, optimizer=optimizer, ...)
+    run = Run(folder=folder, config=config, modules={"model": model}, optimizer=optimizer, ...)
     if checkpoint:
         run.restore(checkpoint)
     with run:                                     # locks the folder, traps signals
@@ -24,6 +24,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 import utils
 from training import distributed
 from training.checkpoint import CHECKPOINT_FORMAT, read_checkpoint, write_checkpoint
+from training.config import RunConfig
 from training.distributed import get_rank, get_world_size
 from training.guards import collect_stop_signals, lock_folder
 from training.progress import ProgressBar
@@ -54,72 +56,36 @@ class Step(NamedTuple):
     is_full: bool  # whether the whole batch has `batch_size` examples, as all but the last have
 
 
+@dataclass(kw_only=True, eq=False)
 class Run:
-    """A run's folder and progress.
+    """A run's folder and progress."""
 
-    Args:
-        folder: where rank 0 writes checkpoints and tables.
-        config: `training.config.TrainConfig` or another RunConfig with epochs and batch_size.
-        device: where batches are needed.
-        precision: of the convolutions, for config.json.
-        modules: "model", whose arguments checkpoints contain, and what else is trained.
-        optimizer: of all modules.
-        num_examples: in the training set.
-        losses: columns of metrics.csv, one per recorded loss.
-        num_shown: `train_loss` is the sum of the first so many losses.
-        best_column: the validation column that selects best.pt, for the progress bar.
-        best: its worst possible value.
-        fingerprint: of the data; a run can only be resumed on the same.
-        info: further content of config.json.
-        extra_state: further content of checkpoints.
-        resume_command: printed when the run is interrupted.
-    """
+    folder: Path  # where rank 0 writes checkpoints and tables
+    config: RunConfig  # of the script; it must also have epochs and batch_size
+    device: torch.device  # where batches are needed
+    precision: str  # of the convolutions, for config.json
+    modules: dict[str, nn.Module]  # "model", and what else is trained
+    optimizer: torch.optim.Optimizer  # of all modules
+    num_examples: int  # in the training set
+    losses: tuple[str, ...]  # names of the recorded losses, which are columns of metrics.csv
+    num_shown: int  # `train_loss` is the sum of the first so many losses
+    best_column: str  # the validation column that selects best.pt
+    best: float  # its best value so far; at first, the worst possible one
+    fingerprint: str  # of the data; a run can only be resumed on the same
+    info: dict  # further content of config.json
+    extra_state: dict = field(default_factory=dict)  # further content of checkpoints
+    resume_command: str  # printed when the run is interrupted
 
-    def __init__(
-        self,
-        folder: Path,
-        config,
-        *,
-        device: torch.device,
-        precision: str,
-        modules: dict[str, nn.Module],
-        optimizer: torch.optim.Optimizer,
-        num_examples: int,
-        losses: tuple[str, ...],
-        num_shown: int,
-        best_column: str,
-        best: float,
-        fingerprint: str,
-        info: dict,
-        extra_state: dict,
-        resume_command: str,
-    ):
-        self.folder = folder
-        self.config = config
-        self.device = device
-        self.precision = precision
-        self.modules = modules
-        self.optimizer = optimizer
-        self.loss_names = losses
-        self.num_shown = num_shown
-        self.best_column = best_column
-        self.fingerprint = fingerprint
-        self.info = info
-        self.extra_state = extra_state
-        self.resume_command = resume_command
+    # Progress, as checkpoints contain it
+    epochs_done: int = 0
+    steps_done: int = 0  # of the current epoch
+    seconds: float = 0.0  # of the current epoch
+    history: list[dict] = field(default_factory=list)  # rows of metrics.csv
 
-        self.steps_per_epoch = math.ceil(num_examples / config.batch_size)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.num_examples = num_examples
-
-        # Progress, as checkpoints contain it
-        self.epochs_done = 0
-        self.steps_done = 0  # of the current epoch
-        self.seconds = 0.0  # of the current epoch
-        self.history: list[dict] = []  # rows of metrics.csv
-        self.best = best
-        self.totals = EpochTotals(len(losses), device)
-
+    def __post_init__(self):
+        self.steps_per_epoch = math.ceil(self.num_examples / self.config.batch_size)
+        self.total_steps = self.config.epochs * self.steps_per_epoch
+        self.totals = EpochTotals(len(self.losses), self.device)
         self._signals: list[int] = []  # received since the start
 
     # ------------------------------------------------ folder, lock and signals
@@ -248,7 +214,7 @@ class Run:
         """Count a finished step.
 
         Args:
-            losses: (n,) as `loss_names`, on the device.
+            losses: (n,) as `losses`, on the device.
             finite: () whether its gradients were finite; if not, the optimizer has skipped it.
 
         Raises:
@@ -269,23 +235,19 @@ class Run:
 
     def describe_plan(self) -> str:
         """Return a line with epochs, steps, device and precision."""
+        steps_left = self.total_steps - self.epochs_done * self.steps_per_epoch - self.steps_done
         device = utils.describe_device(self.device, get_world_size())
         return (
             f"training: {self.config.epochs} epochs of {self.steps_per_epoch} steps of "
-            f"{self.config.batch_size} slices, {self._steps_left()} steps left, on {device} in "
+            f"{self.config.batch_size} slices, {steps_left} steps left, on {device} in "
             f"{self.precision}"
         )
 
     def print_expected_time(self, seconds_per_validation: float) -> None:
         """Print how long the rest of the run will take, at the end of a dry run."""
-        seconds = self._steps_left() * self._bar.seconds_per_step()
-        seconds += (self.config.epochs - self.epochs_done) * seconds_per_validation
+        minutes = math.ceil(self._bar.seconds_left(seconds_per_validation) / 60)
         self._bar.close()
-        minutes = math.ceil(seconds / 60)
         print(f"dry run: the rest takes about {minutes} min; nothing was written to {self.folder}")
-
-    def _steps_left(self) -> int:
-        return self.total_steps - self.epochs_done * self.steps_per_epoch - self.steps_done
 
     def _check_losses(self) -> None:
         """Raise UserError, with the names of its slices, if the loss of a step was not finite."""
@@ -331,7 +293,7 @@ class Run:
         row = {"epoch": epoch, "step": epoch * self.steps_done}
         row["train_loss"] = sum(losses[: self.num_shown])
         if len(losses) > 1:
-            row |= dict(zip(self.loss_names, losses, strict=True))
+            row |= dict(zip(self.losses, losses, strict=True))
         row |= scores
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["seconds"] = round(time.perf_counter() - self._start, 2)
@@ -339,7 +301,7 @@ class Run:
         self.epochs_done = epoch
         self.steps_done = 0
         self.seconds = 0.0
-        self.totals = EpochTotals(len(self.loss_names), self.device)
+        self.totals = EpochTotals(len(self.losses), self.device)
         return row
 
     def is_plot_epoch(self, epoch: int) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.config import RunConfig
+from training.distributed import get_world_size
 from utils import first_line
 
 
@@ -33,6 +35,19 @@ def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     The decision is made on the device; a Python `if` would wait for the gradients.
     """
     optimizer.found_inf = (~finite).float()
+
+
+def compile_if_enabled(
+    function: Callable, model: nn.Module, config: RunConfig, device: torch.device
+) -> Callable:
+    """Return the function compiled if `--compile` says so; by default, on a single GPU.
+
+    See `compile_with_fallback` for the arguments.
+    """
+    enabled = config.compile
+    if enabled is None:
+        enabled = device.type == "cuda" and get_world_size() == 1
+    return compile_with_fallback(function, model, device) if enabled else function
 
 
 def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:

@@ -29,14 +29,16 @@ class EpochTotals:
         first = (self.nonfinite_step == 0) & ~losses.isfinite().all()
         self.nonfinite_step.masked_fill_(first, step)
 
-    def over_processes(self) -> Tensor:
-        """Return the sums over all processes, (n + 3,) on the CPU, as checkpoints contain them.
+    def to_tensor(self) -> Tensor:
+        """Return this process's sums: losses, examples, skipped, last_skipped, (n + 3,)."""
+        steps = torch.stack([self.examples, self.skipped, self.last_skipped])
+        return torch.cat([self.losses, steps])
 
-        They are in the order losses, examples, skipped, last_skipped.
-        """
-        summed = torch.cat([self.losses, self.examples[None]])
-        common = torch.stack([self.skipped, self.last_skipped])  # all processes skip the same steps
-        return torch.cat([distributed.all_reduce_sum(summed), common.cpu()])
+    def over_processes(self) -> Tensor:
+        """Return `to_tensor` over all processes, on the CPU, as checkpoints contain it."""
+        own = self.to_tensor()
+        summed = distributed.all_reduce_sum(own[:-2])
+        return torch.cat([summed, own[-2:].cpu()])  # all processes skip the same steps
 
     def load(self, values: Tensor) -> None:
         """Continue from what `over_processes` returned; raises ValueError for another shape."""
