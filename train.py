@@ -58,7 +58,13 @@ def load_data(
             args["epochs"] = SAMPLE_EPOCHS
             print(f"training {SAMPLE_EPOCHS} epochs on it; --epochs trains longer")
     source = splits.find_source(
-        root, args["axis"], args["split"], args["seed"], args["subjects"], known, others=False
+        root,
+        args["axis"],
+        args["split"],
+        args["seed"],
+        args["subjects"],
+        known,
+        include_new_subjects=False,
     )
     preprocessing = Preprocessing.resolve(
         source, args["size"], args["fit"], args["axis"], args["planes"]

@@ -108,7 +108,7 @@ def training_files(run: Path) -> set[Path] | None:
         arguments = read_arguments(run, with_defaults("tuned", {}))
         chosen = [arguments.get(name) for name in ("axis", "split", "seed", "subjects")]
         source = splits.find_source(
-            arguments.get("data") or "", *chosen, read_manifest(run), others=False
+            arguments.get("data") or "", *chosen, read_manifest(run), include_new_subjects=False
         )
     except (UserError, utils.DataError, OSError):
         return None
