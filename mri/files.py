@@ -26,13 +26,13 @@ HIPMRI_NAME = re.compile(
 OUTPUT_NAME = re.compile(r"_(reconstruction|error)\.nii(\.gz)?$", re.I)
 HIPMRI_SEGMENTATION_NAME = re.compile(r"seg_|.*semantic", re.I)
 SEGMENTATION_SUFFIX = re.compile(r"[_-](d?seg|segmentation|mask|label)s?(\.nii|$)", re.I)
-SEGMENTATION_FOLDERS = (
+SEGMENTATION_FOLDER_PREFIXES = (
     "keras_slices_seg",
     "semantic_labels",
     "labels",
     "masks",
     "segmentations",
-)  # the beginnings of their names
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class SliceName:
 def parse_name(path: str | Path) -> SliceName:
     """Parse `case_004_week_0_slice_12.nii.gz` or `Case_004_Week0_LFOV.nii.gz`.
 
-    A file with any other name is a case of its own. Of a file inside a folder called `x.nii.gz`,
-    the folder's name counts.
+    A file with any other name is a case of its own. A file inside a folder called `x.nii.gz` has
+    the folder's name.
     """
     folder, name = os.path.split(path)
     folder_name = os.path.basename(folder)
@@ -117,7 +117,7 @@ def is_segmentation(path: Path) -> bool:
     return bool(
         SEGMENTATION_SUFFIX.search(path.name)
         or HIPMRI_SEGMENTATION_NAME.match(path.name)
-        or path.parent.name.lower().startswith(SEGMENTATION_FOLDERS)
+        or path.parent.name.lower().startswith(SEGMENTATION_FOLDER_PREFIXES)
     )
 
 
