@@ -1,3 +1,3 @@
-"""Data: `hipmri` and `splits` decide which file is in which split, by the names (`files`) and the
-`subjects` of files; `nifti` reads them, `preprocessing` makes slices of them, and `cache` keeps the
-slices on disk. `phantom` simulates pelvic scans, the sample data."""
+"""Where slices come from: `splits` and `hipmri` decide which file is in which split, `files` and
+`subjects` interpret names, `nifti` reads files, `preprocessing` makes slices of them, and `cache`
+keeps decoded slices on disk. `phantom` simulates the scans of the sample data."""

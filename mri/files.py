@@ -179,7 +179,7 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
         path = folder / entry.name
         try:
             is_folder = entry.is_dir()
-        except OSError:  # a link to itself; whoever reads it reports it
+        except OSError:  # a link to itself; the error is reported when it is read
             is_folder = False
         if not NIFTI_NAME.search(entry.name):
             if is_folder:

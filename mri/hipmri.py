@@ -35,8 +35,8 @@ EXPECTED = """expected one of
 def find_hipmri(root: str | Path) -> Source:
     """Find the splits in a folder, one level below it, or two levels below it.
 
-    If the folder is itself a part of a data set, such as `keras_slices_test`, they are also
-    searched for one level above it.
+    If the folder is itself a part of a data set, such as `keras_slices_test`, the folder above it
+    is searched last.
 
     Raises:
         DataError: if there is no data set, several at one level, or one that cannot be read.
@@ -158,7 +158,7 @@ def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
             "expected HipMRI's cases: 004-035 train, 036-039 validate, 040-042 test.\n"
             "Move the others elsewhere, or cut them into slices in train/ validate/ test/."
         )
-    return {split: files for split, files in splits.items() if files}
+    return {split: volumes for split, volumes in splits.items() if volumes}
 
 
 def _split_of_case(case: str) -> str | None:

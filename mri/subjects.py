@@ -29,13 +29,13 @@ from utils import DataError
 def subject_of(path: Path, subject_pattern: str | None = None) -> str | None:
     """Return the subject that a path names, or None if it names none.
 
-    With a pattern, the subject is the pattern's first group, or its match if it has no group.
-    Otherwise it is the `sub-<name>` of a folder, else that of the file name, else the case of a
-    HipMRI file name.
+    Without a pattern, it is taken from the first of these that the path has: a folder `sub-<name>`,
+    a file name that starts with `sub-<name>`, a file name like HipMRI's, which contains the case.
 
     Args:
-        path: path of a file within the data folder: the folders above it do not count.
-        subject_pattern: regular expression to search for in the path.
+        path: path of a file, relative to the data folder.
+        subject_pattern: regular expression to search for in the path; the subject is its first
+            group, or the whole match if it has no group.
     """
     if subject_pattern:
         match = re.search(subject_pattern, path.as_posix())
