@@ -201,7 +201,13 @@ def load_data(
             print(f"training {SAMPLE_EPOCHS} epochs on the sample; set --epochs to train longer")
     manifest = read_manifest(folder) if config.resume else None
     source = splits.find_source(
-        root, config.axis, config.split, config.seed, config.subjects, manifest, others=False
+        root,
+        config.axis,
+        config.split,
+        config.seed,
+        config.subjects,
+        manifest,
+        include_new_subjects=False,
     )
     if config.resume:
         preprocessing = read_preprocessing(folder, source)

@@ -1,10 +1,15 @@
-"""HipMRI's 2D and 3D forms."""
+"""HipMRI's 2D and 3D forms, and folders of other 2D slices in the same layout.
+
+    source = find_hipmri("/data/keras_slices_data")
+
+The folders of the 2D form are the splits. The volumes of the 3D form are split by the same cases.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 from mri.files import (
@@ -16,153 +21,200 @@ from mri.files import (
     parse_name,
     split_of_folder,
 )
+from mri.subjects import report_splits, subject_of
 from utils import DataError
 
 HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
 EXPECTED = """expected one of
-  keras_slices_train/ keras_slices_validate/ keras_slices_test/   (HipMRI's 2D form)
-  semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...                (HipMRI's 3D form)
-  train/ validate/ test/                                          (your own 2D .nii or .nii.gz slices)
-  any folder of scans, or one scan                                (with --axis coronal, sagittal or axial)"""
+  keras_slices_train/ keras_slices_validate/ keras_slices_test/  (HipMRI's 2D form)
+  semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...               (HipMRI's 3D form)
+  train/ validate/ test/                                         (your own 2D slices)
+  any folder of scans, or one scan, with --axis coronal, sagittal or axial"""
 
 
 def find_hipmri(root: str | Path) -> Source:
-    """Find the splits in `root`, one level below, two below, or (where `root` is one of the parts) one above.
+    """Find the splits in a folder, one level below it, or two levels below it.
 
-    Raises DataError where there are none, several at one level, or a folder that can't be read.
+    If the folder is itself a part of a data set, such as `keras_slices_test`, the folder above it
+    is searched last.
+
+    Raises:
+        DataError: if there is no data set, several at one level, or one that cannot be read.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if not root.is_dir():
-        raise DataError(f"{root} is {'a file' if root.exists() else 'missing'}; {EXPECTED}")
-    folders, unreadable = [root], []
-    for where in ("", "one level below", "two levels below", "one level above"):
-        if where == "one level above":
-            is_part = split_of_folder(root) or root.name.lower().startswith(
-                ("keras_slices_", "semantic_")
-            )
-            folders = [root.parent] if is_part else []
-        found, below = [], []
-        for folder in folders:
-            try:
-                subfolders, files = list_folder(folder)
-            except OSError as error:  # not a mistake unless nothing is found elsewhere
-                unreadable.append(f"  {folder} can't be read: {error.strerror}")
-                continue
-            found += _recognise(folder, subfolders, files)
-            below += subfolders
-        if found:
-            return _only(found, root, f" ({where} the folder given)" if where else "")
-        folders = below
-    raise DataError(
-        "\n".join(
-            [
-                f"no slices found in {root}:",
-                *describe_folder(root),
-                *unreadable,
-                EXPECTED,
-                "Rename the folders, or point --data at the one that holds them.",
-            ]
-        )
-    )
+        problem = "is a file" if root.exists() else "does not exist"
+        raise DataError(f"{root} {problem}; {EXPECTED}")
+    unreadable: list[str] = []
+    folders = [root]
+    for level in ("", "one level below", "two levels below"):
+        sources, folders, errors = _search(folders)
+        unreadable += errors
+        if sources:
+            return _finish(sources, root, level)
+    if split_of_folder(root) or root.name.lower().startswith(("keras_slices_", "semantic_")):
+        sources, _, errors = _search([root.parent])
+        unreadable += errors
+        if sources:
+            return _finish(sources, root, "one level above")
+    lines = [f"no slices found in {root}:", *describe_folder(root), *unreadable, EXPECTED]
+    lines.append("Rename the folders, or point --data at the folder that contains them.")
+    raise DataError("\n".join(lines))
+
+
+def _search(folders: list[Path]) -> tuple[list[Source], list[Path], list[str]]:
+    """Return the data sets in the folders, all subfolders, and a line per unreadable folder.
+
+    An unreadable folder is an error only if no data set is found elsewhere.
+    """
+    sources: list[Source] = []
+    all_subfolders: list[Path] = []
+    errors = []
+    for folder in folders:
+        try:
+            subfolders, files = list_folder(folder)
+        except OSError as error:
+            errors.append(f"  {folder} cannot be read: {error.strerror}")
+            continue
+        sources += _recognise(folder, subfolders, files)
+        all_subfolders += subfolders
+    return sources, all_subfolders, errors
 
 
 def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[Source]:
-    """The data sets that `folder` holds: none, one, or (a mistake that `_only` reports) several."""
-    parts: dict[str, list[Path]] = {}
-    no_volumes = (
-        split_of_folder(folder) or "label" in folder.name.lower()
-    )  # slices, or masks whatever their names
-    volumes = [(folder, files)] if not no_volumes and any(map(_is_volume, files)) else []
-    for sub in subfolders:
-        split, is_3d = split_of_folder(sub), sub.name.lower().startswith("semantic_mrs")
+    """Return the data sets that a folder directly contains; more than one is a mistake.
+
+    Raises:
+        DataError: if a subfolder of a data set cannot be read, or two are for the same split.
+    """
+    sources = []
+    # A folder named after a split contains slices, and one named after labels only segmentations.
+    may_hold_volumes = not split_of_folder(folder) and "label" not in folder.name.lower()
+    if may_hold_volumes and any(is_volume(file) for file in files):
+        sources.append(_volumes_source(folder, files))
+    splits: dict[str, list[Path]] = {}
+    for subfolder in subfolders:
+        split = split_of_folder(subfolder)
+        is_3d = subfolder.name.lower().startswith("semantic_mrs")
         if not split and not is_3d:
             continue
         try:
-            images = list_folder(sub)[1]
+            images = list_folder(subfolder)[1]
         except OSError as error:
             raise DataError(
-                f"{sub} can't be read: {error.strerror}. Expected a readable folder."
+                f"{subfolder} cannot be read: {error.strerror}. Expected a readable folder."
             ) from error
-        if images and is_3d:
-            volumes.append((sub, images))
-        elif images and split in parts:
+        if not images:
+            continue
+        if is_3d:
+            sources.append(_volumes_source(subfolder, images))
+        elif split in splits:
+            first = splits[split][0].relative_to(folder).parts[0]
             raise DataError(
-                f"{folder} holds two folders for the {split} split, of which {sub.name} is one; "
-                "expected one. Move the other away."
+                f"{folder} contains two folders for the {split} split, {first} and "
+                f"{subfolder.name}; expected one. Move one of them elsewhere."
             )
-        elif images:
-            parts[split] = images
-    found = [_volumes_by_case(*volume) for volume in volumes]
-    if parts:
-        splits = {split: parts[split] for split in HIPMRI_CASES if split in parts}
-        found.append(Source(folder, "2D", splits, []))
-    return found
+        else:
+            splits[split] = images
+    if splits:
+        in_order = {split: splits[split] for split in HIPMRI_CASES if split in splits}
+        sources.append(Source(folder, "2D", in_order, []))
+    return sources
 
 
-def _is_volume(path: Path) -> bool:
-    """Whether a file is named as HipMRI's volumes are: case and week, no slice."""
+def is_volume(path: Path) -> bool:
+    """Return whether a file is named like HipMRI's volumes: with case and week, without slice."""
     match = HIPMRI_NAME.match(NIFTI_NAME.sub("", path.name))
     return bool(match and match[2] and not match[3])
 
 
-def _volumes_by_case(folder: Path, files: list[Path]) -> Source:
-    """Split volumes by case as HipMRI's 2D form is. Volumes whose case is in no range are a DataError."""
+def _volumes_source(folder: Path, files: list[Path]) -> Source:
+    """Return HipMRI's volumes as a data set, with a note on how they compare with the 2D form."""
+    note = (
+        "the volumes (3D form) are cut into coronal slices here; these are not the 12,660 slices "
+        "of the 2D form, so the scores cannot be compared with published ones"
+    )
+    return Source(folder, "3D", splits_from_cases(folder, files), [note])
+
+
+def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Split volumes by case, as HipMRI's 2D form is split.
+
+    Raises:
+        DataError: if there are volumes of other cases, or with other names.
+    """
     splits: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
     others = []
     for file in files:
-        case = parse_name(file).case
-        found = [s for s, cases in HIPMRI_CASES.items() if case.isdecimal() and int(case) in cases]
-        splits[found[0]].append(file) if found else others.append(file.name)
+        split = _split_of_case(parse_name(file).case)
+        if split:
+            splits[split].append(file)
+        else:
+            others.append(file.name)
     if others:
         raise DataError(
             f"{len(others)} of the {len(files)} volumes in {folder} are in no split:\n"
-            f"{format_listing(others)}\nexpected HipMRI's cases, 004-035 train, 036-039 validate, "
-            "040-042 test.\nMove others away, or cut them into slices in train/ validate/ test/."
+            f"{format_listing(others)}\n"
+            "expected HipMRI's cases: 004-035 train, 036-039 validate, 040-042 test.\n"
+            "Move the others elsewhere, or cut them into slices in train/ validate/ test/."
         )
-    note = (
-        "volumes (3D form) are cut into coronal slices here: these are not the course's 12,660 slices, "
-        "and scores on them can't be set against published ones"
-    )
-    return Source(folder, "3D", {split: files for split, files in splits.items() if files}, [note])
+    return {split: volumes for split, volumes in splits.items() if volumes}
 
 
-def _only(found: list[Source], root: Path, where: str) -> Source:
-    """The one data set found, with notes of what was chosen and of shared cases. Several are a DataError."""
-    if len(found) > 1:
-        names = "\n".join(f"  {source.root} ({source.form} form)" for source in found)
+def _split_of_case(case: str) -> str | None:
+    """Return the split of a HipMRI case such as "004", or None if it is not one of HipMRI's."""
+    for split, cases in HIPMRI_CASES.items():
+        if case.isdecimal() and int(case) in cases:
+            return split
+    return None
+
+
+def _finish(sources: list[Source], root: Path, level: str) -> Source:
+    """Return the only data set, with its subjects and notes.
+
+    Args:
+        sources: the data sets that were found.
+        root: the folder that the user gave.
+        level: where they were found relative to it, such as "one level below".
+
+    Raises:
+        DataError: if there are several data sets.
+    """
+    if len(sources) > 1:
+        names = "\n".join(f"  {source.root} ({source.form} form)" for source in sources)
         raise DataError(
-            f"{root} holds {len(found)} data sets, expected one:\n{names}\nPoint --data at one."
+            f"{root} contains {len(sources)} data sets, expected one:\n{names}\n"
+            "Point --data at one of them."
         )
-    source = found[0]
-    counts = ", ".join(f"{split} {len(files):,}" for split, files in source.splits.items())
+    source = sources[0]
+    subjects = {}
+    for files in source.splits.values():
+        for file in files:
+            subjects[file] = subject_of(file.relative_to(source.root)) or parse_name(file).stem
     unit = "slices" if source.form == "2D" else "volumes"
-    notes = [f"{source.root}{where}: {counts} {unit}", *source.notes]
-    cases = {
-        split: {parse_name(file).case for file in files} for split, files in source.splits.items()
-    }
-    for one, other in combinations(cases, 2):
-        if both := sorted(cases[one] & cases[other]):
-            notes.append(
-                f"warning: {len(both)} case(s) in both {one} and {other} ({', '.join(both[:5])}"
-                f"{', ...' * (len(both) > 5)}): if these are the same patients, scores are too good"
-            )
-    return replace(source, notes=notes)
+    counts, *warnings = report_splits(source.splits, subjects, unit)
+    place = f" ({level} the given folder)" if level else ""
+    notes = [f"{source.root}{place}: {counts}", *source.notes, *warnings]
+    return replace(source, notes=notes, subjects=subjects)
 
 
 def describe_folder(root: Path) -> list[str]:
-    """What is in a folder where no data was recognised, for the error message."""
+    """Describe a folder in which no data set was recognised, in lines for the error message."""
     lines = []
-    try:
+    with contextlib.suppress(OSError):  # unreadable folders are in the message already
         subfolders, files = list_folder(root)
+        subfolders_shown = subfolders[:10]
         lines.append(
-            f"  {len(files)} NIfTI image(s), masks not counted, and {len(subfolders)} folder(s)"
+            f"  {len(files)} NIfTI image(s), segmentations not counted, and "
+            f"{len(subfolders)} folder(s)"
         )
-        for sub in subfolders[:10]:
-            lines.append(f"  {sub.name}/: {len(list_folder(sub)[1])} NIfTI image(s)")
-        if pairs := sum(len(list(where.glob("*.hdr"))) for where in [root, *subfolders[:10]]):
+        for subfolder in subfolders_shown:
+            images = list_folder(subfolder)[1]
+            lines.append(f"  {subfolder.name}/: {len(images)} NIfTI image(s)")
+        pairs = sum(len(list(folder.glob("*.hdr"))) for folder in [root, *subfolders_shown])
+        if pairs:
             lines.append(
-                f"  {pairs} .hdr file(s): pairs of .hdr and .img aren't read; convert them to .nii or .nii.gz"
+                f"  {pairs} .hdr file(s): pairs of .hdr and .img are not supported; convert them "
+                "to .nii or .nii.gz"
             )
-    except OSError:
-        pass  # the search has noted it already
     return lines

@@ -1,21 +1,19 @@
-"""Which files are in which split: HipMRI's forms, plain folders of slices, and scans of any kind.
+"""Which file is in which split: HipMRI's forms, and scans of any other kind, split by subject.
 
-    path, line = find_data(args.data)          # --data, else $HIPMRI_DATA, else None: the sample
-    source = find_source(path)                 # HipMRI, or train/ validate/ test/ folders of 2D slices
-    source = find_source(path, "axial")        # any folder of scans, split by subject
+    path, line = find_data(args.data)      # --data, else $HIPMRI_DATA, else None: the sample data
+    source = find_source(path)             # HipMRI, or 2D slices in train/ validate/ test/
+    source = find_source(path, "axial")    # any folder of scans
 
-Files are found, not read. What is wrong is a `DataError`: what was found, what was expected, what to do. What is merely
-worth knowing stands in `Source.notes`, for the script to print.
+Scans are split in two steps: each file gets a subject, and one of four policies turns files and
+subjects into splits. The policies are the functions `splits_from_...`; none changes its arguments.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ import numpy as np
 from mri.files import (
     NIFTI_NAME,
     SPLIT_NAMES,
+    SPLITS,
     Source,
     files_below,
     format_listing,
@@ -31,306 +30,369 @@ from mri.files import (
     natural_key,
     parse_name,
     printable,
-    split_of_folder,
+    split_of_path,
 )
-from mri.hipmri import HIPMRI_CASES, find_hipmri
+from mri.hipmri import find_hipmri, is_volume
+from mri.subjects import check_guesses, find_subjects, report_splits
 from utils import DataError
+
+Splits = dict[str, list[Path]]  # split -> its files
+Manifest = dict[str, dict[str, list[str]]]  # split -> subject -> its files, relative to the root
+
+FRACTIONS = (0.8, 0.1, 0.1)  # of the subjects, for train, validate and test
+MIN_SUBJECTS = 3  # with fewer, two splits share a subject
+# Validation and test are not compared: the new subjects of a run are in both.
+TRAIN_PAIRS = (("train", "validate"), ("train", "test"))
 
 
 def find_data(data: str | Path | None) -> tuple[Path | None, str]:
-    """The data folder: `data` (--data), else $HIPMRI_DATA, else None, which means the sample.
+    """Return the data path and a line that says where it comes from.
 
-    Also returns the line to print that says which it is and why. Raises DataError where a path was given,
-    by either, and is missing: a mistyped path must never end in training on the sample.
+    Args:
+        data: the value of --data; if it is None, $HIPMRI_DATA counts.
+
+    Returns:
+        The path, or None for the sample data if neither is set; and the line to print.
+
+    Raises:
+        DataError: if a path is given and does not exist. A mistyped path must never end in
+            training on the sample data.
     """
-    environment = os.environ.get("HIPMRI_DATA") or None
-    given, by = (data, "--data") if data is not None else (environment, "$HIPMRI_DATA")
-    if given is None:
-        return None, "data: the sample, as neither --data nor $HIPMRI_DATA is given"
-    path = Path(given).expanduser()
+    name, origin = data, "--data"
+    if data is None:
+        name, origin = os.environ.get("HIPMRI_DATA") or None, "$HIPMRI_DATA"
+    if name is None:
+        return None, "data: the sample data, because neither --data nor $HIPMRI_DATA is set"
+    path = Path(name).expanduser()
     try:
-        os.stat(path if str(given).strip() else "")  # Path("") would be the current folder
+        os.stat(path if str(name).strip() else "")  # Path("") would be the current folder
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
         raise DataError(
-            f"can't open the data that {by} names, '{given}': {getattr(error, 'strerror', error)}.\n"
-            "Give an existing folder, or leave both --data and $HIPMRI_DATA out."
+            f"cannot open the data that {origin} names, '{name}': {reason}.\n"
+            "Give an existing folder, or leave out both --data and $HIPMRI_DATA."
         ) from error
-    return path, f"data: {path}, from {by}"
+    return path, f"data: {path}, from {origin}"
 
 
 def find_source(
-    root: str | Path, axis: str | None = None, split: Sequence | None = None, seed: int = 0,
-    subjects: str | None = None, known: dict | None = None, others: bool = True,
-) -> Source:  # fmt: skip
-    """`find_hipmri`, or, where an axis is named, `find_scans`. Raises DataError."""
+    root: str | Path,
+    axis: str | None = None,
+    split: Sequence[str] | None = None,
+    seed: int = 0,
+    subject_pattern: str | None = None,
+    manifest: Manifest | None = None,
+    include_new_subjects: bool = True,
+) -> Source:
+    """Return the files of each split: `find_scans` if an axis is given, else `find_hipmri`.
+
+    The arguments other than `axis`, the value of --axis, are those of `find_scans`.
+
+    Raises:
+        DataError: if no data is found, or it cannot be split.
+    """
     if axis is not None:
-        return find_scans(root, split, seed, subjects, known, others)
-    if split is not None or subjects is not None:
+        return find_scans(root, split, seed, subject_pattern, manifest, include_new_subjects)
+    if split is not None or subject_pattern is not None:
         raise DataError(
-            "--split and --subjects are for scans of any kind, which --axis asks for: name it, or neither."
+            "--split and --subjects are given without --axis; they apply only to folders of scans. "
+            "Add --axis coronal, sagittal or axial, or leave them out."
         )
     return find_hipmri(root)
 
 
+# ---------------------------------------------------------------- scans
+
+
 def find_scans(
-    root: str | Path, split: Sequence | None = None, seed: int = 0, pattern: str | None = None,
-    known: dict | None = None, others: bool = True,
-) -> Source:  # fmt: skip
-    """Any NIfTI files, volumes or slices, in a folder at any depth, or a single file; split by subject.
+    root: str | Path,
+    split: Sequence[str] | None = None,
+    seed: int = 0,
+    subject_pattern: str | None = None,
+    manifest: Manifest | None = None,
+    include_new_subjects: bool = True,
+) -> Source:
+    """Find all NIfTI files, volumes or slices, at any depth of a folder, and split them by subject.
 
-    split: shares of the subjects, (0.8, 0.1, 0.1) by default, drawn by the seed; or a CSV file, which has the columns
-    `split` and `subject` or `file` (a path within the folder). Files that it does not name are left out. Without it,
-    folders that are named as splits (train, val, test ...) are the splits.
-    pattern: a regular expression that finds in a path whose scan it is, see `_owner`.
-    known: {split: {subject: [file within the folder]}} of a run, as `placed` gives it: its files stay where they were,
-    and scans of nobody it was trained on, which have come since or are in another folder, are in validate and test,
-    or, without `others`, left out. Raises DataError.
+    The first of these policies that applies determines the splits: the manifest; the table or the
+    fractions of `split`; folders that are named after splits; the default fractions.
+
+    Args:
+        root: the folder, or a single file.
+        split: the value of --split, three fractions of the subjects or the path of a CSV file.
+        seed: seed of the random order in which subjects are divided into fractions.
+        subject_pattern: regular expression that extracts the subject from a path, see `subject_of`.
+        manifest: the splits of a run, as `to_manifest` returns them.
+        include_new_subjects: with a manifest, put the files that it does not list into validation
+            and test, unless they may belong to a training subject; otherwise leave them out.
+
+    Raises:
+        DataError: if there are no files, or they cannot be split.
     """
-    root = Path(os.path.abspath(Path(root).expanduser()))
-    if root.is_file():
-        files, root, left = [root], root.parent, 0
+    folder, files, num_skipped = _list_scans(root)
+    subjects, unnamed = find_subjects(files, folder, subject_pattern)
+    policy_notes: list[str] = []
+    pairs = TRAIN_PAIRS
+    if manifest:
+        subjects = subjects | subjects_from_manifest(files, folder, manifest)
+        splits = splits_from_manifest(files, subjects, folder, manifest, include_new_subjects)
+    elif split is None and _has_split_folders(files, folder):
+        splits = splits_from_folders(files, folder)
+        policy_notes = ["the splits are taken from the names of the folders"]
+    elif split is not None and len(split) == 1:
+        splits = splits_from_table(files, subjects, folder, Path(split[0]))
     else:
-        found = sorted(
-            files_below(root, NIFTI_NAME.pattern), key=lambda path: natural_key(str(path))
-        )
-        files = [path for path in found if not is_segmentation(path) and not is_output(path)]
-        left = len(found) - len(files)
-    if not files:
-        raise DataError(
-            f"no .nii or .nii.gz file in {root}, at any depth; point --data at a folder of scans."
-        )
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise DataError(f"--subjects {pattern!r} is no regular expression: {error}.") from error
-    by_folder = {} if known or split is not None else _splits_by_folder(files, root)
-    drawing = not known and not by_folder and not (split is not None and len(split) == 1)
-    subjects, rule = _subjects(files, root, pattern, needed=drawing)
-    names, several = sorted(set(subjects.values())), []
-    notes = [f"{root}: {len(files):,} scan(s) of {len(names):,} subject(s), {rule}"]
-    if left:
-        notes.append(
-            f"{left:,} file(s) that are named as segmentations or as outputs of predict.py are left out"
-        )
-    if known:
-        chosen = _as_known(known, files, subjects, root, others)
-    elif by_folder:
-        chosen = by_folder
-        notes.append("the splits are those that the folders name")
-    elif drawing:
-        drawn, several = _draw_splits(names, _shares(split), seed)
-        notes += several
-        chosen = {part: [file for file in files if subjects[file] in drawn[part]] for part in drawn}
-    else:
-        chosen = _read_splits(Path(split[0]), files, subjects, root)
-    source = Source(
-        root, "scans", {part: found for part, found in chosen.items() if found}, notes, subjects
-    )
-    counts = ", ".join(f"{part} {len(found):,}" for part, found in source.splits.items())
-    notes = [*notes, f"{counts} scan(s)"]
-    trained = {subjects[file] for file in source.splits.get("train", [])}
-    for part in ("validate", "test"):
-        if several:  # of few subjects it has been said
-            break
-        if both := sorted(trained & {subjects[file] for file in source.splits.get(part, [])}):
-            notes.append(f"warning: {len(both)} subject(s) in both train and {part} ({', '.join(both[:5])}): "
-                         "if these are the same people, scores are too good")  # fmt: skip
-    return replace(source, notes=notes)
+        check_guesses(unnamed, folder, subject_pattern)
+        splits = splits_from_fractions(files, subjects, parse_fractions(split), seed)
+        policy_notes = _notes_on_fractions(files, subjects, unnamed)
+        if len(set(subjects.values())) < MIN_SUBJECTS:
+            pairs = ()  # the notes above warn of it already
+    splits = {name: paths for name, paths in splits.items() if paths}
+    notes = _notes_on_scans(files, subjects, folder, num_skipped) + policy_notes
+    notes += report_splits(splits, subjects, "scans", pairs)
+    return Source(folder, "scans", splits, notes, subjects)
 
 
-def to_manifest(source: Source) -> dict[str, dict[str, list[str]]]:
-    """Where each scan is, for `find_scans(known=...)` later on."""
-    found: dict[str, dict[str, list[str]]] = {}
+def to_manifest(source: Source) -> Manifest:
+    """Record the split of each scan, for `find_scans(manifest=...)` later on."""
+    manifest: Manifest = {}
     for split, files in source.splits.items():
         for file in files:
-            found.setdefault(split, {}).setdefault(source.subjects[file], []).append(
-                str(file.relative_to(source.root))
-            )
-    return found
+            names = manifest.setdefault(split, {}).setdefault(source.subjects[file], [])
+            names.append(str(file.relative_to(source.root)))
+    return manifest
 
 
-def _owner(file: Path, root: Path, pattern: str | None) -> str | None:
-    """Whose a file is, by what its path says: what `pattern` finds there, or `sub-<name>`, or the case of its name."""
-    path = file.relative_to(root)
-    if pattern:
-        found = re.search(pattern, path.as_posix())
-        return found and (found[1] if found.re.groups else found[0])
-    bids = [part[4:] for part in path.parts[:-1] if part.startswith("sub-")]
-    bids += re.findall("^sub-([A-Za-z0-9]+)", file.name)
-    name = parse_name(file)
-    return bids[0] if bids else name.case if name.case != name.stem else None
+def _list_scans(root: str | Path) -> tuple[Path, list[Path], int]:
+    """Return the folder, its scans in natural order, and the number of files skipped by name.
 
+    A single file is its folder's only scan.
 
-def _subjects(
-    files: list[Path], root: Path, pattern: str | None, needed: bool
-) -> tuple[dict[Path, str], str]:
-    """Whose each file is, and a line that says how that was told, with an example.
-
-    Where its path does not say (see `_owner`), files in one folder are each somebody's, and in several its folder says;
-    but if it is `needed` to know, and a folder has several, a DataError: a wrong guess would put one person into two
-    splits.
+    Raises:
+        DataError: if there are no scans.
     """
-    owners = {file: _owner(file, root, pattern) for file in files}
-    unknown = [file for file in files if not owners[file]]
-    if unknown and pattern and needed:
-        names = format_listing([str(file.relative_to(root)) for file in unknown], most=5)
-        raise DataError(f"--subjects {pattern!r} finds nothing in the path of {len(unknown)} scan(s):\n{names}\n"
-                        "expected a regular expression that finds in each path whose scan it is.")  # fmt: skip
-    paths = {
-        file: [part for part in file.relative_to(root).parts if not split_of_folder(Path(part))]
-        for file in unknown
-    }
-    while (
-        paths
-        and min(map(len, paths.values())) > 1
-        and len({parts[0] for parts in paths.values()}) == 1
-    ):
-        paths = {
-            file: parts[1:] for file, parts in paths.items()
-        }  # a folder that all are in tells nobody's name
-    tops = Counter(parts[0] if len(parts) > 1 else None for parts in paths.values())
-    if needed and len(tops) > 1 and max(tops.values()) > 1:
-        some = next(file for file in unknown if len(paths[file]) > 1).relative_to(root)
-        shared, folders = (
-            os.path.commonpath([file.parent for file in unknown]),
-            len(set(tops) - {None}),
-        )
-        start = "".join(f"{re.escape(part)}/" for part in Path(shared).relative_to(root).parts)
+    folder = Path(os.path.abspath(Path(root).expanduser()))
+    if folder.is_file():
+        return folder.parent, [folder], 0
+    paths = sorted(files_below(folder, NIFTI_NAME.pattern), key=lambda path: natural_key(str(path)))
+    files = [path for path in paths if not is_segmentation(path) and not is_output(path)]
+    if not files:
         raise DataError(
-            f"whose scan is whose can't be told in {root}: {len(unknown)} files in {folders} folders, such as {some}, "
-            "and no sub-<name> in their paths. Say it, so that nobody gets into two splits, by a regular expression:\n"
-            f"  --subjects '^{start}([^/]+)/'   each of these folders is somebody's\n"
-            "  --subjects '([^/]+)\\.nii'   each name is somebody's, in whatever folder\n"
-            "  --subjects 'IXI\\d+'   whatever in a path is of this kind\n"
-            "or by a table: --split splits.csv, with columns split and file."
+            f"no .nii or .nii.gz file in {folder}, at any depth; point --data at a folder of scans."
         )
-    by_folder = len(tops) > 1
-    for file in unknown:
-        stem = NIFTI_NAME.sub("", paths[file][-1])
-        owners[file] = paths[file][0] if by_folder and len(paths[file]) > 1 else stem
-    subjects = {file: printable(owner or "") for file, owner in owners.items()}
-    told = f"{files[0].relative_to(root)} is of {subjects[files[0]]}"
-    if unknown and needed and len(files) > 1:
-        told += "; each file is taken for another person's (--subjects tells it otherwise)"
-    return subjects, printable(told)
+    return folder, files, len(paths) - len(files)
 
 
-def _splits_by_folder(files: list[Path], root: Path) -> dict[str, list[Path]]:
-    """The splits that folders name, if at least two are; then every file must be below one. Else none."""
-    chosen: dict[str | None, list[Path]] = {split: [] for split in (*HIPMRI_CASES, None)}
-    for file in files:
-        named = [
-            split
-            for part in file.relative_to(root).parts[:-1]
-            if (split := split_of_folder(Path(part)))
-        ]
-        chosen[named[0] if named else None].append(file)
-    others = chosen.pop(None)
-    if sum(map(bool, chosen.values())) < 2:
-        return {}
-    if others:
-        raise DataError(
-            f"{len(others)} scan(s) of {root} are in none of the folders that are named as splits:\n"
-            f"{format_listing([str(file.relative_to(root)) for file in others], most=5)}\nMove them away, or say with --split "
-            "0.8 0.1 0.1, or a CSV file, what the splits are."
+def _notes_on_scans(
+    files: list[Path], subjects: dict[Path, str], root: Path, num_skipped: int
+) -> list[str]:
+    """Return notes on the number of scans and subjects, with an example, and on skipped files."""
+    num_subjects = len(set(subjects.values()))
+    example = printable(str(files[0].relative_to(root)))
+    notes = [
+        f"{root}: {len(files):,} scan(s) of {num_subjects:,} subject(s); for example, {example} "
+        f"belongs to subject {subjects[files[0]]}"
+    ]
+    if num_skipped:
+        notes.append(
+            f"{num_skipped:,} file(s) are skipped because they are named like segmentations or "
+            "outputs of predict.py"
         )
-    return chosen
+    return notes
 
 
-def _as_known(
-    known: dict, files: list[Path], subjects: dict[Path, str], root: Path, others: bool
-) -> dict[str, list[Path]]:
-    """The splits of a run; who it was trained on is in no other. Its files are whose they were: `subjects` is changed.
+def _notes_on_fractions(
+    files: list[Path], subjects: dict[Path, str], unnamed: list[Path]
+) -> list[str]:
+    """Return notes on what a division of subjects into fractions cannot know or do."""
+    notes = []
+    if unnamed and len(files) > 1:
+        notes.append(
+            f"the paths of {len(unnamed):,} scan(s) name no subject; each of these scans counts as "
+            "a subject of its own (--subjects changes this)"
+        )
+    if any(is_volume(file) for file in files):
+        notes.append(
+            "HipMRI's own splits are not used with --axis: its cases are divided at random; to use "
+            "HipMRI's splits, leave out --axis"
+        )
+    num_subjects = len(set(subjects.values()))
+    if num_subjects < MIN_SUBJECTS:
+        sharing = "validation and test" if num_subjects == 2 else "training, validation and test"
+        notes.append(
+            f"warning: {num_subjects} subject(s) for three splits: {sharing} use the same subject, "
+            "so the scores do not generalise to other subjects"
+        )
+    return notes
 
-    Another file is no stranger if its name, or a folder that it is in, is called as somebody of training is.
+
+# ---------------------------------------------------------------- policies
+
+
+def subjects_from_manifest(files: list[Path], root: Path, manifest: Manifest) -> dict[Path, str]:
+    """Return the subjects of those files that a manifest lists."""
+    recorded = _read_manifest(root, manifest)
+    return {file: next(iter(recorded[file].values())) for file in files if file in recorded}
+
+
+def splits_from_manifest(
+    files: list[Path],
+    subjects: dict[Path, str],
+    root: Path,
+    manifest: Manifest,
+    include_new_subjects: bool,
+) -> Splits:
+    """Split files as a run recorded them; its training subjects are in no other split.
+
+    Files that it does not list are left out, or, with `include_new_subjects`, are in both
+    validation and test unless they may belong to a training subject.
     """
-    chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
-    owners = {split: {root / name: subject for subject, names in those.items() for name in names}
-              for split, those in known.items()}  # fmt: skip
-    trained = set(known.get("train", {}))
+    recorded = _read_manifest(root, manifest)
+    training_subjects = set(manifest.get("train", {}))
+    splits: Splits = {split: [] for split in SPLITS}
     for file in files:
-        splits = [
-            split for split, those in owners.items() if file in those
-        ]  # with few subjects, one file is in several
-        if splits:
-            subjects[file] = owners[splits[0]][file]
-        elif others and not trained & {
-            subjects[file],
-            parse_name(file).stem,
-            *file.relative_to(root).parts,
-        }:
-            splits = ["validate", "test"]
-        for split in splits:
-            chosen[split].append(file)
-    return chosen
+        file_splits = list(recorded.get(file, {}))
+        if not file_splits and include_new_subjects:
+            names = {subjects[file], parse_name(file).stem, *file.relative_to(root).parts}
+            if names.isdisjoint(training_subjects):
+                file_splits = ["validate", "test"]
+        for split in file_splits:
+            splits[split].append(file)
+    return splits
 
 
-def _shares(split: Sequence | None) -> list[float]:
-    """Three shares that add up to 1, of train, validate and test."""
-    try:
-        shares = [float(share) for share in (split or (0.8, 0.1, 0.1))]
-    except (TypeError, ValueError):
-        shares = []
-    if (
-        len(shares) != 3
-        or not min(shares) >= 0
-        or not shares[0] * shares[1]
-        or not abs(sum(shares) - 1) <= 1e-6
-    ):
-        given = " ".join(map(str, split or []))
+def _read_manifest(root: Path, manifest: Manifest) -> dict[Path, dict[str, str]]:
+    """Return file -> split -> subject; a file of a small study may be in several splits."""
+    recorded: dict[Path, dict[str, str]] = {}
+    for split, subjects in manifest.items():
+        for subject, names in subjects.items():
+            for name in names:
+                recorded.setdefault(root / name, {})[split] = subject
+    return recorded
+
+
+def splits_from_folders(files: list[Path], root: Path) -> Splits:
+    """Split files by the folders that are named after splits.
+
+    Raises:
+        DataError: if a file is in no such folder.
+    """
+    splits: Splits = {split: [] for split in SPLITS}
+    outside = []
+    for file in files:
+        split = split_of_path(file.relative_to(root))
+        if split:
+            splits[split].append(file)
+        else:
+            outside.append(str(file.relative_to(root)))
+    if outside:
         raise DataError(
-            f"--split is {given}; expected three shares that add up to 1, such as 0.8 0.1 0.1, or a CSV file. Only the "
-            "last, of the test split, may be 0: validation chooses the checkpoint."
+            f"{len(outside)} scan(s) in {root} are not in a folder that is named after a split:\n"
+            f"{format_listing(outside, most=5)}\n"
+            "Move them elsewhere, or set the splits by --split 0.8 0.1 0.1 or a CSV file."
         )
-    return shares
+    return splits
 
 
-def _draw_splits(
-    subjects: list[str], shares: list[float], seed: int
-) -> tuple[dict[str, set[str]], list[str]]:
-    """Subjects of each split, at least one where its share is not 0; and what to note where there are too few."""
-    order = [subjects[i] for i in np.random.default_rng(seed).permutation(len(subjects))]
-    if len(order) < 3:
-        note = f"warning: {len(order)} subject(s) for three splits: validation and test are of the same person"
-        note += " as training" * (len(order) == 1) + ": scores say nothing about other people"
-        return dict(zip(HIPMRI_CASES, ({order[0]}, {order[-1]}, {order[-1]}), strict=True)), [note]
-    wanted = [max(1, round(share * len(order))) if share else 0 for share in shares[1:]]
-    while sum(wanted) >= len(order):
-        wanted[wanted.index(max(wanted))] -= 1
-    ends = [len(order) - sum(wanted), len(order) - wanted[1]]
-    parts = (order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] :])
-    return {split: set(part) for split, part in zip(HIPMRI_CASES, parts, strict=True)}, []
+def _has_split_folders(files: list[Path], root: Path) -> bool:
+    """Return whether folders are named after at least two splits."""
+    splits = {split_of_path(file.relative_to(root)) for file in files}
+    return len(splits - {None}) >= 2
 
 
-def _read_splits(
-    path: Path, files: list[Path], subjects: dict[Path, str], root: Path
-) -> dict[str, list[Path]]:
-    """The files of each split, as a CSV file has them."""
+def splits_from_table(
+    files: list[Path], subjects: dict[Path, str], root: Path, table: Path
+) -> Splits:
+    """Split files by a CSV file with the columns `split` and `subject` or `file`.
+
+    Paths in the column `file` are relative to the root. Files that are not listed are left out.
+
+    Raises:
+        DataError: if the table cannot be read, a row is not usable, or a file is listed twice.
+    """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(table, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
-            f"--split {path} can't be read ({error}); expected three shares, or a CSV file."
+            f"cannot read --split {table} ({error}); expected three fractions or a CSV file."
         ) from error
-    chosen: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    splits: Splits = {split: [] for split in SPLITS}
     for number, row in enumerate(rows, start=2):
         split = SPLIT_NAMES.get((row.get("split") or "").strip().lower())
-        name, by_file = (row.get("file") or "").strip(), bool((row.get("file") or "").strip())
-        name = name or (row.get("subject") or "").strip().removeprefix("sub-")
-        found = [
-            file for file in files if (file == root / name if by_file else subjects[file] == name)
-        ]
-        if not split or not found:
+        name = (row.get("file") or "").strip()
+        subject = (row.get("subject") or "").strip().removeprefix("sub-")
+        if name:
+            matches = [path for path in files if path == root / name]
+        else:
+            matches = [path for path in files if subjects[path] == subject]
+        if not split or not matches:
             raise DataError(
-                f"{path}, line {number}: {dict(row)}; expected a split of train, validate or test, and a subject or a "
-                f"file that {root} holds."
+                f"{table}, line {number}: {dict(row)}; expected a split (train, validate or test) "
+                f"and a subject or a file that is in {root}."
             )
-        chosen[split] += found
-    placed = [file for found in chosen.values() for file in found]
-    if len(set(placed)) < len(placed):
-        twice = next(file for file in placed if placed.count(file) > 1)
+        splits[split] += matches
+    counts = Counter(path for paths in splits.values() for path in paths)
+    for path, count in counts.items():
+        if count > 1:
+            raise DataError(
+                f"{table} lists {path.relative_to(root)} more than once; expected each scan in one "
+                "split."
+            )
+    return splits
+
+
+def parse_fractions(split: Sequence[str] | None) -> list[float]:
+    """Return the fractions of train, validate and test from the value of --split, or the default.
+
+    Raises:
+        DataError: if they are not three fractions that add up to 1.
+    """
+    try:
+        fractions = [float(value) for value in split or FRACTIONS]
+    except (TypeError, ValueError):
+        fractions = []
+    are_valid = (
+        len(fractions) == 3
+        and min(fractions[:2]) > 0
+        and fractions[2] >= 0
+        and abs(sum(fractions) - 1) <= 1e-6
+    )
+    if not are_valid:
         raise DataError(
-            f"{path} names {twice.relative_to(root)} twice; expected each scan in one split."
+            f"--split is {' '.join(map(str, split or []))}; expected three fractions that add up "
+            "to 1, such as 0.8 0.1 0.1, or a CSV file. Only the last one, for test, may be 0: "
+            "validation selects the checkpoint."
         )
-    return chosen
+    return fractions
+
+
+def splits_from_fractions(
+    files: list[Path], subjects: dict[Path, str], fractions: Sequence[float], seed: int
+) -> Splits:
+    """Divide the subjects at random into train, validate and test.
+
+    Each split with a positive fraction gets at least one subject. With fewer than three subjects,
+    splits share one.
+    """
+    names = sorted(set(subjects.values()))
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    if len(order) < MIN_SUBJECTS:
+        groups = [order[:1], order[-1:], order[-1:]]
+    else:
+        num_validate, num_test = _count_held_out(len(order), fractions)
+        num_train = len(order) - num_validate - num_test
+        test_start = num_train + num_validate
+        groups = [order[:num_train], order[num_train:test_start], order[test_start:]]
+    splits: Splits = {}
+    for split, group in zip(SPLITS, map(set, groups), strict=True):
+        splits[split] = [file for file in files if subjects[file] in group]
+    return splits
+
+
+def _count_held_out(num_subjects: int, fractions: Sequence[float]) -> list[int]:
+    """Return the numbers of validation and test subjects; at least one subject is left to train."""
+    counts = [max(1, round(part * num_subjects)) if part else 0 for part in fractions[1:]]
+    while sum(counts) >= num_subjects:
+        counts[counts.index(max(counts))] -= 1
+    return counts

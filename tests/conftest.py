@@ -3,11 +3,14 @@
 import gzip
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+
+import dataset
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +87,24 @@ def write_slices(write_nifti):
         return root
 
     return write
+
+
+@pytest.fixture
+def study(tmp_path, write_nifti) -> Path:
+    """A BIDS folder: five subjects with two scans of 20 x 24 x 28, whose outer planes are empty."""
+    scan = np.random.default_rng(0).integers(50, 950, (20, 24, 28)).astype(np.int16)
+    scan[:4] = 0
+    scan[:, :5] = 0
+    scan[:, :, :6] = 0
+    affine = np.array([[1.7, 0, 0, -20], [0, 1.5, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1]])
+    for subject in "ABCDE":
+        for session in (1, 2):
+            folder = tmp_path / "study" / f"sub-{subject}" / f"ses-{session}" / "anat"
+            write_nifti(folder / f"sub-{subject}_ses-{session}_T2w.nii.gz", scan, affine)
+    return tmp_path / "study"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(source, split, preprocessing): `load_split` with its cache in the test's folder."""
+    return partial(dataset.load_split, cache_dir=tmp_path / "cache", progress=False)

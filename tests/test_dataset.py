@@ -252,7 +252,7 @@ def test_integers_within_65535_steps_are_exact(image, offset):
 def test_real_slices(real_data, load):
     source = find_hipmri(real_data)
     assert [len(source.splits[split]) for split in ("train", "validate", "test")] == [86, 38, 106]
-    assert any("1 case(s) in both train and validate (218)" in note for note in source.notes)
+    assert any("1 subject(s) in both train and validate (218)" in note for note in source.notes)
     assert not any("and test" in note for note in source.notes)
     for split, files in source.splits.items():
         slices = load(source, split)

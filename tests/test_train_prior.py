@@ -331,7 +331,7 @@ def test_a_prior_is_never_overwritten_nor_made_another(run, monkeypatch):
         ("--learning-rate nan", "--learning-rate is nan"),
         ("--batch-size 0", "--batch-size is 0"),
         ("--seed -1", "--seed is -1"),
-        ("--data /nowhere", "can't open the data that --data names"),
+        ("--data /nowhere", "cannot open the data that --data names"),
     ],
 )
 def test_values_that_could_only_fail_later(run, flags, message):

@@ -229,7 +229,7 @@ def training_files(run: Path) -> Set[Path] | None:
             config.seed,
             config.subjects,
             read_manifest(run),
-            others=False,
+            include_new_subjects=False,
         )
     except (UserError, OSError):
         return None

@@ -124,7 +124,7 @@ def test_slices_and_volumes_take_the_room_that_they_need(tmp_path):
         write(tmp_path / "mixed" / f"sub-{i}.nii.gz", volume((20, 28)) + i)
     write(tmp_path / "mixed" / "sub-3.nii.gz", volume((20, 40, 28)))
     everyone = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(6)}}
-    source = splits.find_source(tmp_path / "mixed", "coronal", known=everyone)
+    source = splits.find_source(tmp_path / "mixed", "coronal", manifest=everyone)
     slices = dataset.load_split(
         source, "train", axis="coronal", size=(16, 32), cache_dir=tmp_path, progress=False
     )
@@ -139,7 +139,7 @@ def test_a_file_that_grows_while_it_is_read_takes_no_other_files_rows(tmp_path, 
     for i in range(3):
         write(tmp_path / "study" / f"sub-{i}.nii.gz", volume())
     everyone = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(3)}}
-    source = splits.find_source(tmp_path / "study", "coronal", known=everyone)
+    source = splits.find_source(tmp_path / "study", "coronal", manifest=everyone)
     real = nifti.read_header
     write(tmp_path / "before.nii.gz", volume((20, 5, 28)))
     names = {"sub-1.nii.gz": tmp_path / "before.nii.gz"}
@@ -156,7 +156,7 @@ def test_slices_get_the_size_that_most_have(tmp_path):
     for i in range(1, 4):
         write(tmp_path / "d" / f"sub-{i}.nii.gz", volume((64, 96, 3)))
     everyone = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(4)}}
-    source = splits.find_source(tmp_path / "d", "axial", known=everyone)
+    source = splits.find_source(tmp_path / "d", "axial", manifest=everyone)
     slices = dataset.load_split(source, "train", axis="axial", cache_dir=tmp_path, progress=False)
     assert slices.size == (64, 96)
     assert any("3 slice(s) of 20 x 24 are resized to 64 x 96" in note for note in slices.notes)
@@ -181,7 +181,7 @@ def test_what_is_little_larger_is_cut_not_resampled(tmp_path):
     everyone = {
         "train": {c: [f"semantic_MRs_anon/Case_{c}_Week0_LFOV.nii.gz"] for c in ("004", "005")}
     }
-    source = splits.find_source(tmp_path, "coronal", known=everyone)
+    source = splits.find_source(tmp_path, "coronal", manifest=everyone)
     slices = dataset.load_split(source, "train", axis="coronal", cache_dir=tmp_path, progress=False)
     assert slices.size == (32, 48) and slices.fit == "trim" and len(slices) == 8
     inside = labels[1:33, :, 1:49]
@@ -207,7 +207,7 @@ def test_places_in_volumes_are_by_file(tmp_path):
     everyone = {
         "train": {"0": [n for n in files if n[0] == "s"], "007": [n for n in files if n[0] == "c"]}
     }
-    source = splits.find_source(tmp_path / "d", "axial", known=everyone)
+    source = splits.find_source(tmp_path / "d", "axial", manifest=everyone)
     slices = dataset.load_split(source, "train", axis="axial", cache_dir=tmp_path, progress=False)
     expected = [0, 0.25, 1, *np.linspace(0, 1, 5), *np.linspace(0, 1, 9)]
     np.testing.assert_allclose(slices.positions, expected)
@@ -222,7 +222,7 @@ def test_headers_that_claim_more_than_files_hold_take_no_room(tmp_path):
     (tmp_path / "d" / "sub-1.nii").write_bytes(content)
     (tmp_path / "d" / "sub-2.nii.gz").write_bytes(gzip.compress(content))
     everyone = {"train": {"0": ["sub-0.nii.gz"], "1": ["sub-1.nii"], "2": ["sub-2.nii.gz"]}}
-    source = splits.find_source(tmp_path / "d", "axial", known=everyone)
+    source = splits.find_source(tmp_path / "d", "axial", manifest=everyone)
     options = {"axis": "axial", "cache_dir": tmp_path, "progress": False}
     with pytest.raises(
         utils.DataError,

@@ -1,165 +1,283 @@
-"""A person's own files: they come back as they were, at their own size; codes out and in; organs; odd ones."""
+"""Which file is in which split: fractions, folders, tables, and the splits that a run recorded."""
 
+import copy
 import csv
-import gzip
 import json
+from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 import predict
 import train
 import utils
-from evaluation import reconstruct
-from modules import VQVAE
 from mri import splits
-from training.checkpoint import write_checkpoint
 from training.run_folder import load_run_data, read_manifest
-from utils import UserError
-
-AFFINE = np.array([[1.7, 0, 0, -20], [0, 1.5, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1.0]])
+from utils import DataError, UserError
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with a best.pt of a small, untrained model, whose training slices had voxels of 1.7 x 2 mm."""
-    torch.manual_seed(0)
-    model = VQVAE(hidden_channels=8, residual_channels=4, num_embeddings=16, embedding_dim=4)
-    folder = tmp_path_factory.mktemp("runs") / "x"
-    folder.mkdir()
-    slices = {"size": [256, 128], "spacing": [1.7, 2.0], "axis": "coronal"}
-    kept = {
-        "format": 3,
-        "model_args": model.arguments,
-        "model": model.state_dict(),
-        "slices": slices,
-    }
-    write_checkpoint(folder / "best.pt", kept)
-    return folder
+def make_files(root: Path, *names: str) -> Path:
+    """Make empty files `<name>.nii.gz`: splits depend on names only."""
+    for name in names:
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
 
 
-@pytest.fixture
-def reconstruct(run, tmp_path):
-    """reconstruct(path, "--flags") -> output folder."""
-
-    def reconstruct(path, flags="", out="out"):
-        command = [
-            str(path),
-            "-o",
-            str(tmp_path / out),
-            "--run",
-            str(run),
-            "--device",
-            "cpu",
-            *flags.split(),
-        ]
-        assert predict.main(command) == 0
-        return tmp_path / out
-
-    return reconstruct
+def subjects_of(source) -> dict[str, set[str]]:
+    """Return the subjects of each split."""
+    subjects = {}
+    for split, files in source.splits.items():
+        subjects[split] = {source.subjects[file] for file in files}
+    return subjects
 
 
-def volume(shape=(20, 24, 28), dtype=np.int16):
-    return np.random.default_rng(0).integers(0, 900, shape).astype(dtype)
+def counts_of(source) -> dict[str, int]:
+    """Return the number of files of each split."""
+    return {split: len(files) for split, files in source.splits.items()}
 
 
-def write(path, array, affine=AFFINE):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(array, affine)
-    image.header["descrip"] = b"DOE^JANE"
-    path.write_bytes(gzip.compress(image.to_bytes()))
-    return path
+def names_of(source) -> dict[str, set[str]]:
+    """Return the files of each split, relative to the root and without .nii.gz."""
+    names = {}
+    for split, files in source.splits.items():
+        paths = [file.relative_to(source.root).as_posix() for file in files]
+        names[split] = {path.removesuffix(".nii.gz") for path in paths}
+    return names
 
 
-def rows_of(folder):
-    with open(folder / "scores.csv") as file:
-        return list(csv.DictReader(file))
+# ---------------------------------------------------------------- the data folder
 
 
-# ---------------------------------------------------------------- files as slices, and back
+def test_data_comes_from_the_flag_then_the_environment_then_the_sample(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    path, line = splits.find_data(None)
+    assert path is None
+    assert "the sample" in line
+    monkeypatch.setenv("HIPMRI_DATA", str(tmp_path / "a"))
+    line = f"data: {tmp_path / 'a'}, from $HIPMRI_DATA"
+    assert splits.find_data(None) == (tmp_path / "a", line)
+    line = f"data: {tmp_path / 'b'}, from --data"
+    assert splits.find_data(str(tmp_path / "b")) == (tmp_path / "b", line)
+    monkeypatch.setenv("HIPMRI_DATA", "")
+    assert splits.find_data(None)[0] is None
 
 
-@pytest.fixture
-def study(tmp_path):
-    """Five subjects as BIDS has them, two scans each of 20 x 24 x 28, the outer planes empty."""
-    for subject in "ABCDE":
-        for session in (1, 2):
-            array = volume() + 50
-            array[:4] = array[:, :5] = array[..., :6] = 0
-            name = f"sub-{subject}_ses-{session}_T2w.nii.gz"
-            write(tmp_path / "study" / f"sub-{subject}" / f"ses-{session}" / "anat" / name, array)
-    return tmp_path / "study"
+def test_missing_data_path_is_an_error_and_not_the_sample(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"--data names, '.*missing': No such file"):
+        splits.find_data(tmp_path / "missing")
+    with pytest.raises(DataError, match="--data names, ''"):
+        splits.find_data("")
+    monkeypatch.setenv("HIPMRI_DATA", str(tmp_path / "missing"))
+    with pytest.raises(DataError, match=r"\$HIPMRI_DATA names"):
+        splits.find_data(None)
 
 
-def subjects(source):
-    return {
-        split: {source.subjects[file] for file in files} for split, files in source.splits.items()
-    }
+def test_split_needs_an_axis(study):
+    with pytest.raises(DataError, match="given without --axis"):
+        splits.find_source(study, None, ["0.8", "0.1", "0.1"])
 
 
-def test_subjects_are_in_one_split_each(study):
+def test_folder_without_scans_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"no \.nii or \.nii\.gz file"):
+        splits.find_source(tmp_path, "axial")
+
+
+def test_segmentations_and_outputs_are_skipped(tmp_path):
+    make_files(tmp_path, "sub-0_T1w", "sub-0_dseg", "labelsTr/x", "sub-1_T1w_reconstruction")
+    source = splits.find_source(tmp_path, "axial")
+    assert len(source.subjects) == 1
+    assert any("3 file(s) are skipped" in note for note in source.notes)
+
+
+# ---------------------------------------------------------------- fractions
+
+
+def test_each_subject_is_in_one_split(study):
     source = splits.find_source(study, "coronal", None, 0)
-    assert {split: len(files) for split, files in source.splits.items()} == {
-        "train": 6,
-        "validate": 2,
-        "test": 2,
-    }
-    parts = subjects(source)
-    assert set.union(*parts.values()) == set("ABCDE") and sum(map(len, parts.values())) == 5
-    assert subjects(splits.find_source(study, "axial", None, 0)) == parts
-    assert any(
-        subjects(splits.find_source(study, "axial", None, seed)) != parts for seed in range(1, 5)
-    )
-    assert len(subjects(splits.find_source(study, "axial", ["0.4", "0.2", "0.4"]))["test"]) == 2
+    assert counts_of(source) == {"train": 6, "validate": 2, "test": 2}
+    subjects = subjects_of(source)
+    assert set.union(*subjects.values()) == set("ABCDE")
+    assert sum(map(len, subjects.values())) == 5
+
+
+def test_fractions_and_seed_determine_the_splits(study):
+    subjects = subjects_of(splits.find_source(study, "axial", None, 0))
+    assert subjects_of(splits.find_source(study, "coronal", None, 0)) == subjects
+    others = [subjects_of(splits.find_source(study, "axial", None, seed)) for seed in range(1, 5)]
+    assert any(other != subjects for other in others)
+    large_test = splits.find_source(study, "axial", ["0.4", "0.2", "0.4"])
+    assert len(subjects_of(large_test)["test"]) == 2
     assert "test" not in splits.find_source(study, "axial", ["0.8", "0.2", "0"]).splits
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("subject,split\nA,train\nsub-B,val\nC,test\n", {"train": {"A"}, "validate": {"B"}, "test": {"C"}}),
-    ("split,file\ntrain,sub-A/ses-1/anat/sub-A_ses-1_T2w.nii.gz\nvalidate,sub-A/ses-2/anat/sub-A_ses-2_T2w.nii.gz\n",
-     {"train": {"A"}, "validate": {"A"}}),
-])  # fmt: skip
-def test_splits_from_a_table(study, tmp_path, text, expected):
-    (tmp_path / "splits.csv").write_text(text)
-    assert subjects(splits.find_source(study, "axial", [str(tmp_path / "splits.csv")])) == expected
-
-
-@pytest.mark.parametrize(("split", "message"), [
-    (["0.8", "0.1"], "three shares"), (["0.8", "0.1", "0.2"], "add up to 1"), (["a", "b", "c"], "three shares"),
-    (["0", "0.5", "0.5"], "three shares"), (["nowhere.csv"], "can't be read"),
-    ("subject,split\nX,train\n", "line 2"), ("subject,split\nA,training set\n", "line 2"),
-    ("subject,split\nA,train\nA,test\n", "twice"), ("a,b\n1,2\n", "line 2"),
-])  # fmt: skip
-def test_splits_that_cannot_be_used(study, tmp_path, split, message):
-    if isinstance(split, str):
-        (tmp_path / "splits.csv").write_text(split)
-        split = [str(tmp_path / "splits.csv")]
-    with pytest.raises(utils.DataError, match=message):
-        splits.find_source(study, "axial", split)
-
-
-def test_split_needs_an_axis_and_scans(tmp_path, study):
-    with pytest.raises(utils.DataError, match="which --axis asks for"):
-        splits.find_source(study, None, ["0.8", "0.1", "0.1"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(utils.DataError, match=r"no \.nii or \.nii\.gz file"):
-        splits.find_source(tmp_path / "empty", "axial")
-
-
 @pytest.mark.parametrize("count", [1, 2])
-def test_too_few_subjects_are_told(study, count):
-    for subject in "ABCDE"[count:]:
-        for file in (study / f"sub-{subject}").rglob("*.nii.gz"):
-            file.unlink()
-    source = splits.find_source(study, "axial")
-    assert any("scores say nothing about other people" in note for note in source.notes)
+def test_too_few_subjects_are_reported(tmp_path, count):
+    for subject in "AB"[:count]:
+        make_files(tmp_path, f"sub-{subject}_ses-1", f"sub-{subject}_ses-2")
+    source = splits.find_source(tmp_path, "axial")
+    warnings = [note for note in source.notes if note.startswith("warning")]
+    assert len(warnings) == 1
+    assert "do not generalise to other subjects" in warnings[0]
     assert source.splits["validate"] == source.splits["test"]
     assert (source.splits["train"] == source.splits["test"]) == (count == 1)
 
 
-def test_a_run_with_a_table_of_splits_goes_on(study, tmp_path, monkeypatch, small, own_signals):
+def test_hipmri_volumes_with_an_axis_do_not_get_hipmri_splits(tmp_path):
+    names = [f"semantic_MRs_anon/Case_{case:03d}_Week0_LFOV" for case in (4, 36, 40)]
+    make_files(tmp_path, *names)
+    source = splits.find_source(tmp_path, "coronal", seed=1)
+    assert set.union(*subjects_of(source).values()) == {"004", "036", "040"}
+    assert any("HipMRI's own splits are not used" in note for note in source.notes)
+    make_files(tmp_path / "other", "sub-1", "sub-2", "sub-3")
+    notes = splits.find_source(tmp_path / "other", "coronal").notes
+    assert not any("HipMRI" in note for note in notes)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_folders_named_after_splits_determine_the_splits(tmp_path):
+    make_files(tmp_path, "train/a/1", "train/b/2", "val/3", "test/4", "test/5")
+    source = splits.find_source(tmp_path, "axial")
+    names = {split: [file.name[0] for file in files] for split, files in source.splits.items()}
+    assert names == {"train": ["1", "2"], "validate": ["3"], "test": ["4", "5"]}
+    assert any("the names of the folders" in note for note in source.notes)
+
+
+def test_fractions_take_precedence_over_split_folders(tmp_path):
+    make_files(tmp_path, "train/a/1", "train/b/2", "val/3", "test/4", "test/5")
+    source = splits.find_source(tmp_path, "axial", ["0.6", "0.2", "0.2"], 0, r"([^/]+)\.nii")
+    assert len(source.splits["train"]) == 3
+
+
+def test_scans_outside_the_split_folders_are_an_error(tmp_path):
+    make_files(tmp_path, "train/1", "val/2", "test/3", "6")
+    message = r"(?s)1 scan\(s\).*not in a folder that is named after a split.*6.nii.gz"
+    with pytest.raises(DataError, match=message):
+        splits.find_source(tmp_path, "axial")
+
+
+@pytest.mark.parametrize("names", [("val/1", "test/2"), ("train/1", "test/2")])
+def test_training_needs_both_train_and_validation_scans(tmp_path, names, small):
+    make_files(tmp_path / "d", *names)
+    with pytest.raises(DataError, match=r"is in the (train|validate) split .*Give --split"):
+        train.main(["--data", str(tmp_path / "d"), "--axis", "axial", *small, "--dry-run"])
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            "subject,split\nA,train\nsub-B,val\nC,test\n",
+            {"train": {"A"}, "validate": {"B"}, "test": {"C"}},
+        ),
+        (
+            "split,file\n"
+            "train,sub-A/ses-1/anat/sub-A_ses-1_T2w.nii.gz\n"
+            "validate,sub-A/ses-2/anat/sub-A_ses-2_T2w.nii.gz\n",
+            {"train": {"A"}, "validate": {"A"}},
+        ),
+    ],
+)
+def test_table_determines_the_splits(study, tmp_path, table, expected):
+    path = tmp_path / "splits.csv"
+    path.write_text(table)
+    assert subjects_of(splits.find_source(study, "axial", [str(path)])) == expected
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("subject,split\nX,train\n", "line 2"),
+        ("subject,split\nA,training set\n", "line 2"),
+        ("subject,split\nA,train\nA,test\n", "more than once"),
+        ("a,b\n1,2\n", "line 2"),
+    ],
+)
+def test_unusable_tables_are_refused(study, tmp_path, table, message):
+    path = tmp_path / "splits.csv"
+    path.write_text(table)
+    with pytest.raises(DataError, match=message):
+        splits.find_source(study, "axial", [str(path)])
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (["0.8", "0.1"], "three fractions"),
+        (["0.8", "0.1", "0.2"], "add up to 1"),
+        (["a", "b", "c"], "three fractions"),
+        (["0", "0.5", "0.5"], "three fractions"),
+        (["nowhere.csv"], "cannot read"),
+    ],
+)
+def test_unusable_fractions_are_refused(study, split, message):
+    with pytest.raises(DataError, match=message):
+        splits.find_source(study, "axial", split)
+
+
+# ---------------------------------------------------------------- splits of a run
+
+
+def test_training_subjects_are_recognised_in_another_folder(tmp_path):
+    """By the name of a file or of any folder that it is in."""
+    manifest = {
+        "train": {"p0": ["p0.nii.gz"], "p1": ["p1.nii.gz"]},
+        "validate": {"p2": ["p2.nii.gz"]},
+    }
+    names = ("p0", "p2", "p9", "batch/p1", "batch/p8", "p0/T1", "p7/T1", "p7/T2")
+    make_files(tmp_path, *names)
+    source = splits.find_source(tmp_path, "axial", manifest=manifest)
+    new = {"p9", "batch/p8", "p7/T1", "p7/T2"}
+    assert names_of(source) == {"train": {"p0"}, "validate": {"p2", *new}, "test": new}
+    source = splits.find_source(tmp_path, "axial", manifest=manifest, include_new_subjects=False)
+    assert names_of(source) == {"train": {"p0"}, "validate": {"p2"}}
+
+
+def test_manifest_restores_splits_and_subjects(tmp_path):
+    make_files(tmp_path, *(f"{site}/p{i}" for site in ("x", "y") for i in range(4)))
+    source = splits.find_source(tmp_path, "axial", None, 3, r"p\d")
+    manifest = splits.to_manifest(source)
+    unchanged = copy.deepcopy(manifest)
+    restored = splits.find_source(tmp_path, "axial", manifest=manifest)
+    assert restored.splits == source.splits
+    assert restored.subjects == source.subjects
+    assert manifest == unchanged
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        7,
+        {"train": 7},
+        {"train": {"A": 7}},
+        {"train": {"A": [7]}},
+        {"else": {"A": ["a.nii"]}},
+    ],
+)
+def test_malformed_manifests_are_refused(tmp_path, manifest):
+    (tmp_path / "config.json").write_text(json.dumps({"scans": manifest}))
+    with pytest.raises(UserError, match="expected what train"):
+        read_manifest(tmp_path)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def write_scan(path: Path, write_nifti) -> None:
+    scan = np.random.default_rng(0).integers(50, 950, (20, 24, 28)).astype(np.int16)
+    write_nifti(path, scan)
+
+
+def test_run_with_a_table_can_be_resumed_from_another_folder(
+    study, tmp_path, monkeypatch, small, own_signals
+):
     (tmp_path / "splits.csv").write_text("subject,split\nA,train\nB,validate\nC,test\n")
     monkeypatch.chdir(tmp_path)
     command = ["--data", "study", "--axis", "axial", "--split", "splits.csv", *small, "--name", "a"]
@@ -170,227 +288,87 @@ def test_a_run_with_a_table_of_splits_goes_on(study, tmp_path, monkeypatch, smal
     assert train.main(["--resume", "--runs-dir", "../runs", "--name", "a", "--epochs", "3"]) == 0
 
 
-def test_who_was_trained_on_stays_out_of_the_test_split(
-    study, tmp_path, monkeypatch, small, own_signals, capsys
+def test_training_subjects_stay_out_of_the_test_split(
+    study, tmp_path, monkeypatch, small, own_signals, write_nifti
 ):
-    """The run keeps its splits: scans that come or go move nobody; other folders are tested without its people."""
+    """Scans added or removed later move no subject to another split."""
     monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "a"
     command = ["--data", str(study), "--axis", "axial", *small, "--epochs", "1", "--name", "a"]
     assert train.main(command) == 0
-    assert (
-        train.main(["--resume", "--name", "a", "--epochs", "2"]) == 0
-    )  # of the size that was found
-    kept = utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"]
-    gone = next(iter(kept["validate"]))
-    for file in (study / f"sub-{gone}").rglob("*.nii.gz"):
+    assert train.main(["--resume", "--name", "a", "--epochs", "2"]) == 0  # keeps the slice size
+    manifest = utils.read_json(run / "config.json")["scans"]
+    removed = next(iter(manifest["validate"]))
+    for file in (study / f"sub-{removed}").rglob("*.nii.gz"):
         file.unlink()
     for subject in "XYZ":
-        write(study / f"sub-{subject}" / f"sub-{subject}_T2w.nii.gz", volume() + 50)
-    found, _ = load_run_data(tmp_path / "runs" / "a", "test")
-    assert {name.case for name in found.names} == {*kept["test"], "X", "Y", "Z"}
+        write_scan(study / f"sub-{subject}" / f"sub-{subject}_T2w.nii.gz", write_nifti)
+    slices, _ = load_run_data(run, "test")
+    assert {name.case for name in slices.names} == {*manifest["test"], "X", "Y", "Z"}
     other = tmp_path / "other"
-    for subject in ("N", next(iter(kept["train"]))):
-        write(other / f"sub-{subject}_T2w.nii.gz", volume() + 50)
-    found, _ = load_run_data(tmp_path / "runs" / "a", "test", data=str(other))
-    assert {name.case for name in found.names} == {"N"}
+    for subject in ("N", next(iter(manifest["train"]))):
+        write_scan(other / f"sub-{subject}_T2w.nii.gz", write_nifti)
+    slices, _ = load_run_data(run, "test", data=str(other))
+    assert {name.case for name in slices.names} == {"N"}
 
 
-PATIENTS = [f"p{i:02d}" for i in range(4)]
-LAYOUTS = {  # paths, whose they are, and --subjects
-    "sub-": ([f"sub-{p}/anat/sub-{p}_T1w" for p in PATIENTS], PATIENTS, None),
-    "flat sub-": ([f"sub-{p}_ses-{n}_T1w" for p in PATIENTS for n in (1, 2)], PATIENTS, None),
-    "HipMRI's names": (
-        ["a/Case_004_Week0", "a/Case_004_Week1", "b/Case_005_Week0"],
-        ["004", "005"],
-        None,
-    ),
-    "flat": (PATIENTS, PATIENTS, None),
-    "flat, below other folders": ([f"a/b/{p}" for p in PATIENTS], PATIENTS, None),
-    "a folder with one file each": ([f"images/{p}/T1" for p in PATIENTS], PATIENTS, None),
-    "a folder each": (
-        [f"{p}/{kind}" for p in PATIENTS for kind in ("T1", "T2")],
-        PATIENTS,
-        "^([^/]+)/",
-    ),
-    "a folder a sequence": (
-        [f"{kind}/{p}" for p in PATIENTS for kind in ("T1", "T2")],
-        PATIENTS,
-        r"([^/]+)\.nii",
-    ),
-    "IXI": (
-        [f"IXI-{kind}/{p}-{kind}" for p in PATIENTS for kind in ("T1", "T2")],
-        PATIENTS,
-        r"p\d+",
-    ),
-    "sites": ([f"site{p[-1] in '01'}/{p}" for p in PATIENTS], PATIENTS, r"p\d+"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_whose_a_file_is(tmp_path, layout):
-    """Told by the path, or by --subjects; never guessed where a wrong guess would put one person into two splits."""
-    paths, expected, pattern = LAYOUTS[layout]
-    for path in paths:
-        write(tmp_path / "data" / f"{path}.nii.gz", volume((8, 8, 8)))
-    if pattern:
-        with pytest.raises(utils.DataError, match="whose scan is whose can't be told") as error:
-            splits.find_source(tmp_path / "data", "axial")
-        if pattern.startswith(("^", "(")):  # it is what the error proposes
-            assert f"--subjects '{pattern}'" in str(error.value)
-    source = splits.find_source(tmp_path / "data", "axial", None, 0, pattern)
-    assert set(source.subjects.values()) == set(expected)
-    assert all(whose in str(file.relative_to(tmp_path)) for file, whose in source.subjects.items())
-    assert "is of" in source.notes[0] and ("another person's" in source.notes[0]) == (len(paths) == 4 and not (
-        pattern or layout == "sub-"))  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"), [("q", r"finds nothing in the path of 2 scan"), ("(", "no regular exp")]
-)
-def test_patterns_that_cannot_be_used(tmp_path, pattern, message):
-    for name in "ab":
-        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
-    with pytest.raises(utils.DataError, match=message):
-        splits.find_source(tmp_path, "axial", None, 0, pattern)
-
-
-def test_people_of_training_are_known_in_another_folder(tmp_path):
-    """Whatever level it is: by the name of a file or of a folder that it is in."""
-    known = {"train": {"p0": ["p0.nii.gz"], "p1": ["p1.nii.gz"]}, "validate": {"p2": ["p2.nii.gz"]}}
-    names = ("p0", "p2", "p9", "batch/p1", "batch/p8", "p0/T1", "p7/T1", "p7/T2")
-    for name in names:
-        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
-    source = splits.find_source(tmp_path, "axial", known=known)
-    found = {
-        split: {str(file.relative_to(tmp_path))[:-7] for file in files}
-        for split, files in source.splits.items()
-    }
-    strangers = {"p9", "batch/p8", "p7/T1", "p7/T2"}
-    assert found == {"train": {"p0"}, "validate": {"p2", *strangers}, "test": strangers}
-    alone = splits.find_source(tmp_path, "axial", known=known, others=False)
-    assert {split: len(files) for split, files in alone.splits.items()} == {
-        "train": 1,
-        "validate": 1,
-    }
-
-
-def test_folders_that_are_named_as_splits_are_the_splits(tmp_path):
-    for name in ("train/a/1", "train/b/2", "val/3", "test/4", "test/5"):
-        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
-    source = splits.find_source(tmp_path, "axial")
-    found = {split: [file.name[0] for file in files] for split, files in source.splits.items()}
-    assert found == {"train": ["1", "2"], "validate": ["3"], "test": ["4", "5"]}
-    assert any("those that the folders name" in note for note in source.notes)
-    drawn = splits.find_source(tmp_path, "axial", ["0.6", "0.2", "0.2"], 0, r"([^/]+)\.nii")
-    assert len(drawn.splits["train"]) == 3
-    (tmp_path / "6.nii.gz").write_bytes((tmp_path / "val" / "3.nii.gz").read_bytes())
-    with pytest.raises(utils.DataError, match=r"(?s)1 scan\(s\).*in none of the folders.*6.nii.gz"):
-        splits.find_source(tmp_path, "axial")
-
-
-@pytest.mark.parametrize("names", [("val/1", "test/2"), ("train/1", "test/2")])
-def test_splits_that_lack_one(tmp_path, names, small):
-    for name in names:
-        write(tmp_path / "d" / f"{name}.nii.gz", volume())
-    with pytest.raises(utils.DataError, match=r"is in the (train|validate) split .*Give --split"):
-        train.main(["--data", str(tmp_path / "d"), "--axis", "axial", *small, "--dry-run"])
-
-
-def test_one_person_in_two_splits_is_told(tmp_path):
-    for name in ("train/sub-1", "val/sub-2", "test/sub-1"):
-        write(tmp_path / f"{name}.nii.gz", volume((8, 8, 8)))
-    notes = splits.find_source(tmp_path, "axial").notes
-    assert any("1 subject(s) in both train and test (1)" in note for note in notes)
-    known = {split: {"1": ["train/sub-1.nii.gz"]} for split in ("train", "validate", "test")}
-    notes = splits.find_source(tmp_path, "axial", known=known).notes
-    assert sum("in both train and" in note for note in notes) == 2
-
-
-def test_segmentations_and_outputs_are_no_scans(tmp_path):
-    for name in ("sub-0_T1w", "sub-0_dseg", "labelsTr/x", "sub-1_T1w_reconstruction"):
-        write(tmp_path / f"{name}.nii.gz", volume())
-    source = splits.find_source(tmp_path, "axial")
-    assert len(source.subjects) == 1
-    assert any(
-        "3 file(s) that are named as segmentations or as outputs" in note for note in source.notes
-    )
-
-
-@pytest.mark.parametrize(
-    "odd", [7, {"train": 7}, {"train": {"A": 7}}, {"train": {"A": [7]}}, {"else": {"A": ["a.nii"]}}]
-)
-def test_splits_of_a_run_that_are_none(tmp_path, odd):
-    (tmp_path / "config.json").write_text(json.dumps({"scans": odd}))
-    with pytest.raises(UserError, match="expected what train"):
-        read_manifest(tmp_path)
-
-
-def test_a_run_goes_on_when_scans_have_come(study, tmp_path, monkeypatch, small, own_signals):
-    """With the people that it had, each in the split that it was in."""
+def test_resume_ignores_scans_added_since(
+    study, tmp_path, monkeypatch, small, own_signals, write_nifti
+):
     monkeypatch.chdir(tmp_path)
     command = ["--data", "study", "--axis", "axial", *small, "--name", "a", "--epochs"]
     assert train.main([*command, "1"]) == 0
-    before = utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"]
-    for name in "0Z":  # before and after the others
-        write(study / f"sub-{name}" / f"sub-{name}_T2w.nii.gz", volume() + 50)
+    manifest = utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"]
+    for name in "0Z":  # sorted before and after the others
+        write_scan(study / f"sub-{name}" / f"sub-{name}_T2w.nii.gz", write_nifti)
     assert train.main([*command, "2", "--resume"]) == 0
-    assert utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"] == before
+    assert utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"] == manifest
 
 
-def test_an_empty_test_split_is_said(study, tmp_path, monkeypatch, small, own_signals, capsys):
+def test_only_the_test_split_may_be_empty(study, tmp_path, monkeypatch, small, own_signals, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(utils.DataError, match="Only the last, of the test split, may be 0"):
-        train.main(["--data", "study", "--axis", "axial", "--split", "0.8", "0", "0.2", *small])
-    command = [
-        "--data",
-        "study",
-        "--axis",
-        "axial",
-        "--split",
-        "0.8",
-        "0.2",
-        "0",
-        *small,
-        "--epochs",
-        "1",
-    ]
-    assert train.main([*command, "--name", "a"]) == 0
+    command = ["--data", "study", "--axis", "axial", *small, "--epochs", "1", "--name", "a"]
+    with pytest.raises(DataError, match="Only the last one, for test, may be 0"):
+        train.main([*command, "--split", "0.8", "0", "0.2"])
+    assert train.main([*command, "--split", "0.8", "0.2", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("--run runs/a --split validate")
-    with pytest.raises(
-        utils.DataError, match=r"is in the test split \(train 8, validate 2\): its share was 0"
-    ):
+    with pytest.raises(DataError, match=r"is in the test split \(train 8, validate 2\)"):
         predict.main(["--run", "runs/a"])
 
 
-def test_what_a_run_was_trained_on_is_told(
+def test_results_say_which_files_were_trained_on(
     study, tmp_path, monkeypatch, small, own_signals, capsys
 ):
-    """In scores.csv, with the paths; and slices.csv has which file a slice is of."""
+    """scores.csv has a column for it, and slices.csv names the file of each slice."""
     monkeypatch.chdir(tmp_path)
-    assert (
-        train.main(["--data", "study", "--axis", "axial", *small, "--epochs", "1", "--name", "a"])
-        == 0
-    )
-    kept = utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"]
+    command = ["--data", "study", "--axis", "axial", *small, "--epochs", "1", "--name", "a"]
+    assert train.main(command) == 0
+    manifest = utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"]
+    files_of = {}
+    for split, subjects in manifest.items():
+        files_of[split] = {file for files in subjects.values() for file in files}
+
     assert predict.main(["study", "-o", "out", "--device", "cpu"]) == 0
-    rows = {row["path"]: row["in_training"] for row in rows_of(tmp_path / "out")}
-    trained = {f"study/{file}" for files in kept["train"].values() for file in files}
-    assert {path for path, told in rows.items() if told == "yes"} == trained and len(rows) == 10
-    assert set(rows.values()) == {"yes", "no"}
-    assert "note: 6 of 10 files are of the run's training" in capsys.readouterr().out
+    with open(tmp_path / "out" / "scores.csv") as file:
+        in_training = {row["path"]: row["in_training"] for row in csv.DictReader(file)}
+    assert len(in_training) == 10
+    assert set(in_training.values()) == {"yes", "no"}
+    trained = {path for path, answer in in_training.items() if answer == "yes"}
+    assert trained == {f"study/{file}" for file in files_of["train"]}
+    assert "note: 6 of 10 files are" in capsys.readouterr().out
+
     assert predict.main(["--run", "runs/a", "--html", "--device", "cpu"]) == 0
     with open("runs/a/test/slices.csv") as file:
         slices = [(row["file"], row["slice"]) for row in csv.DictReader(file)]
-    assert len(set(slices)) == len(slices) == 44
-    assert {file for file, _ in slices} == {
-        file for files in kept["test"].values() for file in files
-    }
+    assert len(slices) == 44
+    assert len(set(slices)) == 44
+    assert {file for file, _ in slices} == files_of["test"]
     assert f"{slices[0][0]}, slice" in (tmp_path / "runs" / "a" / "report.html").read_text()
 
 
-def test_what_is_wrong_with_both_splits_is_told_at_once(tmp_path, write_slices, monkeypatch, small):
+def test_errors_of_both_splits_are_reported_together(tmp_path, write_slices, small):
     data = write_slices(tmp_path / "d")
     for split, case in (("train", "004"), ("validate", "036")):
         (data / f"keras_slices_{split}" / f"case_{case}_week_0_slice_0.nii.gz").write_bytes(b"")
-    with pytest.raises(utils.DataError, match=r"(?s)of the train split.*of the validate split"):
+    with pytest.raises(DataError, match=r"(?s)of the train split.*of the validate split"):
         train.main(["--data", str(data), *small, "--dry-run"])

@@ -137,7 +137,7 @@ def test_a_mistake_ends_all_processes(tmp_path, launch):
     process = launch(2, f"--name a --data {tmp_path / 'nowhere'}")
     assert process.wait() != 0
     output = (tmp_path / "log").read_text()
-    assert "error: can't open the data that --data names" in output
+    assert "error: cannot open the data that --data names" in output
     assert (
         'train.py", line' not in output
     )  # torchrun's own traceback is its way to say which process failed

@@ -1,0 +1,182 @@
+"""Subjects: which patient or volunteer a file belongs to, as far as its path says.
+
+    subject_of(Path("sub-07/ses-1/T2w.nii.gz"))        # "07"
+    subject_of(Path("case_004_week_0_slice_3.nii"))    # "004"
+
+No subject may be in both training and test. `report_splits` warns of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations
+from pathlib import Path
+
+from mri.files import (
+    NIFTI_NAME,
+    SPLITS,
+    format_listing,
+    parse_name,
+    printable,
+    split_of_folder,
+)
+from utils import DataError
+
+
+def subject_of(path: Path, subject_pattern: str | None = None) -> str | None:
+    """Return the subject that a path names, or None if it names none.
+
+    Without a pattern, it is taken from the first of these that the path has: a folder `sub-<name>`,
+    a file name that starts with `sub-<name>`, a file name like HipMRI's, which contains the case.
+
+    Args:
+        path: path of a file, relative to the data folder.
+        subject_pattern: regular expression to search for in the path; the subject is its first
+            group, or the whole match if it has no group.
+    """
+    if subject_pattern:
+        match = re.search(subject_pattern, path.as_posix())
+        if not match:
+            return None
+        subject = match[1] if match.re.groups else match[0]
+        return printable(subject) if subject else None
+    for part in path.parts[:-1]:
+        if part.startswith("sub-"):
+            return printable(part.removeprefix("sub-")) or None
+    match = re.match(r"sub-([A-Za-z0-9]+)", path.name)
+    if match:
+        return match[1]
+    name = parse_name(path)
+    return name.case if name.case != name.stem else None
+
+
+def find_subjects(
+    files: list[Path], root: Path, subject_pattern: str | None = None
+) -> tuple[dict[Path, str], list[Path]]:
+    """Return the subject of each file, and a list of the files whose paths do not name one.
+
+    The subjects of those files are guesses, see `subjects_from_layout`.
+
+    Raises:
+        DataError: if the pattern is not a regular expression.
+    """
+    try:
+        re.compile(subject_pattern or "")
+    except re.error as error:
+        raise DataError(
+            f"--subjects {subject_pattern!r} is not a regular expression: {error}."
+        ) from error
+    subjects: dict[Path, str] = {}
+    unnamed = []
+    for file in files:
+        subject = subject_of(file.relative_to(root), subject_pattern)
+        if subject:
+            subjects[file] = subject
+        else:
+            unnamed.append(file)
+    return subjects | subjects_from_layout(unnamed, root), unnamed
+
+
+def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
+    """Guess the subjects of files whose paths do not name them.
+
+    A file in a subfolder belongs to the subject after which the subfolder is named; any other file
+    is a subject of its own. Folders named after splits, and folders that contain all of the files,
+    do not count as subfolders.
+    """
+    subjects = {}
+    for file, parts in _distinctive_parts(files, root).items():
+        subject = parts[0] if len(parts) > 1 else NIFTI_NAME.sub("", parts[0])
+        subjects[file] = printable(subject)
+    return subjects
+
+
+def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, ...]]:
+    """Return the parts of each file's path, without split folders and folders of all files."""
+    parts_of: dict[Path, tuple[str, ...]] = {}
+    for file in files:
+        parts = file.relative_to(root).parts
+        parts_of[file] = tuple(part for part in parts if not split_of_folder(Path(part)))
+    num_shared = 0
+    for folders in zip(*(parts[:-1] for parts in parts_of.values()), strict=False):
+        if len(set(folders)) > 1:
+            break
+        num_shared += 1
+    return {file: parts[num_shared:] for file, parts in parts_of.items()}
+
+
+def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) -> None:
+    """Check that `subjects_from_layout` cannot put one subject's files under two subjects.
+
+    Files in one folder can be one subject each, and so can folders with one file each. If there
+    are several folders, and one has several files, the folders could be subjects, sequences or
+    sites; a wrong guess would put a subject into two splits.
+
+    Args:
+        unnamed: the files whose paths do not name a subject.
+        root: the folder of the data.
+        subject_pattern: the value of --subjects, which did not match these files.
+
+    Raises:
+        DataError: if the layout is ambiguous, or if a pattern is given and does not match a file.
+    """
+    if unnamed and subject_pattern:
+        names = format_listing([str(file.relative_to(root)) for file in unnamed], most=5)
+        raise DataError(
+            f"--subjects {subject_pattern!r} matches nothing in the paths of {len(unnamed)} "
+            f"scan(s):\n{names}\n"
+            "expected a regular expression that finds the subject in each path."
+        )
+    parts_of = _distinctive_parts(unnamed, root)
+    in_subfolders = [file for file in unnamed if len(parts_of[file]) > 1]
+    counts = Counter(parts_of[file][0] for file in in_subfolders)
+    num_loose = len(unnamed) - len(in_subfolders)
+    if not counts or max(num_loose, *counts.values()) == 1:
+        return
+    example = in_subfolders[0].relative_to(root)
+    parent = Path(os.path.commonpath([file.parent for file in unnamed])).relative_to(root)
+    prefix = "".join(f"{re.escape(part)}/" for part in parent.parts)
+    raise DataError(
+        f"cannot tell which subject each scan in {root} belongs to: {len(unnamed)} files in "
+        f"{len(counts)} folders, such as {example}, and no sub-<name> in their paths. To keep each "
+        "subject in one split, extract it from the path by a regular expression:\n"
+        f"  --subjects '^{prefix}([^/]+)/'   if each of these folders is a subject\n"
+        "  --subjects '([^/]+)\\.nii'   if each file name is a subject, in any folder\n"
+        "  --subjects 'IXI\\d+'   if the paths contain identifiers such as IXI012\n"
+        "or list the files in a table: --split splits.csv, with the columns split and file."
+    )
+
+
+def report_splits(
+    splits: dict[str, list[Path]],
+    subjects: dict[Path, str],
+    unit: str,
+    pairs: Iterable[tuple[str, str]] = tuple(combinations(SPLITS, 2)),
+) -> list[str]:
+    """Count the files of each split, and warn of subjects that are in two splits.
+
+    Args:
+        splits: split -> its files.
+        subjects: file -> its subject.
+        unit: plural noun for the files, such as "slices".
+        pairs: splits that must not share subjects.
+
+    Returns:
+        "train 6, validate 2, test 2 slices", followed by one warning per pair that shares subjects.
+    """
+    counts = ", ".join(f"{split} {len(files):,}" for split, files in splits.items())
+    notes = [f"{counts or 'no'} {unit}"]
+    for one, other in pairs:
+        one_subjects = {subjects[file] for file in splits.get(one, [])}
+        other_subjects = {subjects[file] for file in splits.get(other, [])}
+        shared = sorted(one_subjects & other_subjects)
+        if shared:
+            examples = ", ".join(shared[:5]) + (", ..." if len(shared) > 5 else "")
+            notes.append(
+                f"warning: {len(shared)} subject(s) in both {one} and {other} ({examples}): "
+                "if these are the same patients, the scores are too high"
+            )
+    return notes

@@ -1,0 +1,124 @@
+"""Subjects: how they are read from paths, and the warning when a subject is in two splits."""
+
+from pathlib import Path
+
+import pytest
+
+from mri import hipmri, splits
+from mri.subjects import subject_of
+from utils import DataError
+
+PATIENTS = [f"p{i:02d}" for i in range(4)]
+LAYOUTS = {  # paths without endings, subjects, --subjects
+    "BIDS": ([f"sub-{p}/anat/sub-{p}_T1w" for p in PATIENTS], PATIENTS, None),
+    "sub- in file names": (
+        [f"sub-{p}_ses-{n}_T1w" for p in PATIENTS for n in (1, 2)],
+        PATIENTS,
+        None,
+    ),
+    "HipMRI's file names": (
+        ["a/Case_004_Week0", "a/Case_004_Week1", "b/Case_005_Week0"],
+        ["004", "005"],
+        None,
+    ),
+    "one folder of files": (PATIENTS, PATIENTS, None),
+    "one folder of files, deeper": ([f"a/b/{p}" for p in PATIENTS], PATIENTS, None),
+    "folders with one file each": ([f"images/{p}/T1" for p in PATIENTS], PATIENTS, None),
+    "a folder per subject": (
+        [f"{p}/{sequence}" for p in PATIENTS for sequence in ("T1", "T2")],
+        PATIENTS,
+        "^([^/]+)/",
+    ),
+    "a folder per sequence": (
+        [f"{sequence}/{p}" for p in PATIENTS for sequence in ("T1", "T2")],
+        PATIENTS,
+        r"([^/]+)\.nii",
+    ),
+    "IXI": (
+        [f"IXI-{sequence}/{p}-{sequence}" for p in PATIENTS for sequence in ("T1", "T2")],
+        PATIENTS,
+        r"p\d+",
+    ),
+    "a folder per site": ([f"site{p[-1] in '01'}/{p}" for p in PATIENTS], PATIENTS, r"p\d+"),
+}
+GUESSED_LAYOUTS = {  # one subject per file, without any sign of it in the path
+    "one folder of files",
+    "one folder of files, deeper",
+    "folders with one file each",
+}
+
+
+def make_files(root: Path, *names: str) -> Path:
+    """Make empty files `<name>.nii.gz`: subjects and splits depend on names only."""
+    for name in names:
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("sub-A/ses-1/sub-B_T1w.nii", None, "A"),
+        ("sub-A_ses-1_T1w.nii", None, "A"),
+        ("sub-A/case_004_week_0.nii", None, "A"),
+        ("train/case_4_week_0_slice_1.nii", None, "004"),
+        ("case_004_week_0_slice_1.nii.gz/x.nii", None, "004"),
+        ("p01/T1.nii", None, None),
+        ("sub-A/p01.nii", r"p\d+", "p01"),
+        ("sub-A/p01.nii", r"p(\d+)", "01"),
+        ("sub-A/x.nii", r"p\d+", None),
+        ("sub-A\a/x.nii", None, r"A\x07"),
+    ],
+)
+def test_subject_is_read_from_the_path(path, pattern, expected):
+    assert subject_of(Path(path), pattern) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_subjects_of_a_layout(tmp_path, layout):
+    """Where a wrong guess would put a subject into two splits, --subjects is required."""
+    paths, expected, pattern = LAYOUTS[layout]
+    data = make_files(tmp_path / "data", *paths)
+    if pattern:
+        with pytest.raises(DataError, match="cannot tell which subject each scan") as error:
+            splits.find_source(data, "axial")
+        if pattern.startswith(("^", "(")):  # one of the patterns that the error proposes
+            assert f"--subjects '{pattern}'" in str(error.value)
+    source = splits.find_source(data, "axial", None, 0, pattern)
+    assert set(source.subjects.values()) == set(expected)
+    for file, subject in source.subjects.items():
+        assert subject in str(file.relative_to(tmp_path))
+    assert "belongs to subject" in source.notes[0]
+    is_guess = any("a subject of its own" in note for note in source.notes)
+    assert is_guess == (layout in GUESSED_LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("q", r"matches nothing in the paths of 2 scan"),
+        ("(", "is not a regular expression"),
+    ],
+)
+def test_unusable_subject_patterns_are_refused(tmp_path, pattern, message):
+    make_files(tmp_path, "a", "b")
+    with pytest.raises(DataError, match=message):
+        splits.find_source(tmp_path, "axial", None, 0, pattern)
+
+
+def test_subjects_in_two_splits_are_reported(tmp_path):
+    make_files(tmp_path, "train/sub-1", "val/sub-2", "test/sub-1")
+    notes = splits.find_source(tmp_path, "axial").notes
+    assert any("1 subject(s) in both train and test (1)" in note for note in notes)
+    manifest = {split: {"1": ["train/sub-1.nii.gz"]} for split in ("train", "validate", "test")}
+    notes = splits.find_source(tmp_path, "axial", manifest=manifest).notes
+    assert sum("in both train and" in note for note in notes) == 2
+
+
+def test_2d_slices_of_a_subject_in_two_splits_are_reported(tmp_path):
+    make_files(tmp_path, "train/sub-1_slice_1", "validate/sub-2_slice_1", "test/sub-1_slice_2")
+    source = hipmri.find_hipmri(tmp_path)
+    assert set(source.subjects.values()) == {"1", "2"}
+    assert any("1 subject(s) in both train and test (1)" in note for note in source.notes)
