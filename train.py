@@ -385,8 +385,7 @@ def format_epoch(row: dict) -> str:
 @torch.no_grad()
 def plot_epoch(run: Run, model: VQVAE, val_slices: SliceDataset) -> None:
     """Plot the same four validation slices every time, and the curves so far."""
-    # Evenly spaced, without the ends of a volume, which show little.
-    indices = torch.linspace(0, len(val_slices) - 1, 6).round().long()[1:-1].unique()
+    indices = plots.spread_indices(len(val_slices))
     originals = val_slices.batch(indices)
     model.eval()
     reconstructions = model(originals.to(run.device))[0].float().cpu()

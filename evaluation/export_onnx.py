@@ -1,4 +1,12 @@
-"""Export encoder and decoder to ONNX."""
+"""Export a model's encoder and decoder to ONNX, for use in other programs.
+
+    python -m evaluation.export_onnx -o out               # of the newest run
+    python -m evaluation.export_onnx --run runs/x -o out
+
+Writes encoder.onnx, z-scored `images` (B, 1, H, W) float32 -> `codes` (B, h, w) int64, and
+decoder.onnx, the reverse. B, h and w are free; H and W are multiples of the model's stride. Needs
+the packages onnx and onnxscript.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +15,100 @@ import io
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import utils
-from evaluation.reconstruct import pick_model
+from evaluation.reconstruct import find_run, load_run_model
 from modules import VQVAE
 from utils import UserError
 
 
-class _Method(torch.nn.Module):
-    """A model's method as a module, which is what can be exported."""
+class _Encoder(nn.Module):
+    """`VQVAE.encode` as a module, as `torch.onnx.export` requires."""
 
-    def __init__(self, model: VQVAE, method: str):
+    def __init__(self, model: VQVAE):
         super().__init__()
-        self.model, self.method = model, method
+        self.model = model
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return getattr(self.model, self.method)(x)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.encode(images)
 
 
-def export(args: argparse.Namespace) -> int:
-    """encoder.onnx: z-scored `images` (B, 1, H, W) -> `codes` (B, h, w); decoder.onnx: back. B, h and w are free."""
-    model, _ = pick_model(args)
-    model, folder = model.cpu(), Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    images = torch.zeros(2, 1, 16 * model.stride, 8 * model.stride)
-    batch, height, width = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
-    free = {0: batch, 2: model.stride * height, 3: model.stride * width}
-    grid = {0: batch, 1: height, 2: width}
-    parts = (
-        ("encoder", "encode", images, free, ["images", "codes"]),
-        ("decoder", "decode_codes", model.encode(images), grid, ["codes", "images"]),
+class _Decoder(nn.Module):
+    """`VQVAE.decode_codes` as a module."""
+
+    def __init__(self, model: VQVAE):
+        super().__init__()
+        self.model = model
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.model.decode_codes(codes)
+
+
+def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
+    """Write encoder.onnx and decoder.onnx to the folder `out`.
+
+    Args:
+        run, runs_dir: the run with the model, see `reconstruct.find_run`.
+        out: the folder to write to.
+
+    Raises:
+        UserError: if a package is missing.
+    """
+    model, _ = load_run_model(find_run(run, runs_dir), torch.device("cpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    batch = torch.export.Dim("batch", min=1)
+    height = torch.export.Dim("h", min=1)
+    width = torch.export.Dim("w", min=1)
+    images = torch.zeros(2, 1, 16 * model.stride, 8 * model.stride)  # an example
+    image_sizes = {0: batch, 2: model.stride * height, 3: model.stride * width}
+    code_sizes = {0: batch, 1: height, 2: width}
+    _export_module(_Encoder(model), images, image_sizes, "images", "codes", out / "encoder.onnx")
+    codes = model.encode(images)
+    _export_module(_Decoder(model), codes, code_sizes, "codes", "images", out / "decoder.onnx")
+    print(f"written: encoder.onnx, decoder.onnx in {out}")
+
+
+def _export_module(
+    module: nn.Module, example: Tensor, sizes: dict, input_name: str, output_name: str, path: Path
+) -> None:
+    """Write a module with one input and one output; sizes: {dimension: its free size}."""
+    try:
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            input_names=[input_name],
+            output_names=[output_name],
+            dynamic_shapes=(sizes,),
+            dynamo=True,
+            verbose=False,
+        )
+    except ImportError as error:
+        raise UserError(
+            f"ONNX export needs two more packages ({error}): pip install onnx onnxscript"
+        ) from None
+    content = io.BytesIO()
+    program.save(content)
+    utils.write_bytes(path, content.getbuffer())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.export_onnx",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, method, example, dimensions, (source, target) in parts:
-        content = io.BytesIO()
-        try:
-            program = torch.onnx.export(
-                _Method(model, method).eval(), (example,), input_names=[source], output_names=[target],
-                dynamic_shapes=(dimensions,), dynamo=True, verbose=False,
-            )  # fmt: skip
-        except ImportError as error:
-            raise UserError(
-                f"--export needs more packages ({error}): pip install onnx onnxscript"
-            ) from None
-        program.save(content)
-        utils.write_bytes(folder / f"{name}.onnx", content.getbuffer())
-    print(f"written: encoder.onnx, decoder.onnx in {folder}")
+    parser.add_argument(
+        "--run", metavar="DIR", help="folder of the run (default: the newest in --runs-dir)"
+    )
+    parser.add_argument(
+        "--runs-dir", metavar="DIR", default="runs", help="folder of all runs (default: runs)"
+    )
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="output folder")
+    args = parser.parse_args(argv)
+    export(args.run, args.runs_dir, Path(args.out))
     return 0
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

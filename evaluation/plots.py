@@ -1,15 +1,19 @@
-"""Pictures of slices, codes and runs, with axes and units; a slice and its reconstruction in one grey window.
+"""Figures of slices, codes and runs, written as PNG files.
 
-SliceDataset have rows left-right and columns inferior-superior, as HipMRI's, and are shown superior up.
+Slices have rows left-right and columns inferior-superior, as in HipMRI. They are shown with
+superior up and, if the voxel spacing is known, in true proportions. A slice and its reconstruction
+share one grey window, from the original's 0.5 to its 99.5 percentile.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from torch import Tensor
 
 from utils import write_atomically
@@ -17,113 +21,148 @@ from utils import write_atomically
 matplotlib.use("Agg")  # files only: works without a screen
 import matplotlib.pyplot as plt
 
-
-def save_figure(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=110)
-    )
-    plt.close(figure)
+MAX_COLUMNS = 8  # of slices in one figure
 
 
-def _upright(image: Tensor) -> np.ndarray:
-    """(1, H, W) with rows left-right and columns inferior-superior -> array to show with superior up."""
-    return image[0].float().cpu().numpy().T[::-1]
+# ---------------------------------------------------------------- slices
 
 
-def plain(text: str) -> str:
-    """For titles that hold names of files: a dollar in them begins no formula."""
-    return text.replace("$", r"\$")
+def spread_indices(count: int, number: int = 4) -> Tensor:
+    """Return at most `number` indices, evenly spaced in range(count), without repetition.
 
-
-def fit_title(text: str, inches: float, points: float) -> str:
-    """A title's lines as `plain`, those that are longer than there is room for without their middle."""
-    most = max(8, int(inches * 72 / (0.6 * points)))  # characters
-    lines = [line if len(line) <= most else f"{line[: most // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{line[-(most // 2) :]}"
-             for line in text.split("\n")]  # fmt: skip
-    return plain("\n".join(lines))
-
-
-def _window(original: Tensor) -> dict:
-    """The grey window of a slice and of its reconstruction: the original's 0.5 and 99.5 percentiles."""
-    low, high = np.quantile(original.float().cpu().numpy(), (0.005, 0.995)).tolist()
-    return {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
-
-
-def _proportions(
-    images: Tensor, spacing: Sequence[float] | None, width: float
-) -> tuple[float, float, float]:
-    """Inches that a slice is wide, `width` or, of tall ones, less, and high; and a pixel's height over its width.
-
-    images: (..., H, W). spacing: mm between rows and between columns; None: alike.
+    They keep clear of both ends: the first and last slices of a volume show little.
     """
-    aspect = spacing[1] / spacing[0] if spacing and min(spacing) > 0 else 1.0
-    aspect = min(max(aspect, 0.1), 10.0)  # of odd headers the slice should still be seen
-    tall = aspect * images.shape[-1] / images.shape[-2]
-    width *= min(1, (0.7 / tall) ** 0.5)
-    return width, width * tall, aspect
+    positions = torch.linspace(0, count - 1, number + 2)[1:-1]
+    return positions.round().long().unique()
 
 
 def plot_reconstructions(
-    path: Path, originals: Tensor, reconstructions: Tensor, titles: list[str], heading: str,
+    path: Path,
+    originals: Tensor,
+    reconstructions: Tensor,
+    titles: list[str],
+    heading: str,
     spacing: Sequence[float] | None = None,
-) -> None:  # fmt: skip
-    """Original, reconstruction and signed error under each other, a column a slice; (B, 1, H, W) z-scores.
+) -> None:
+    """Plot original, reconstruction and signed error below each other, one column per slice.
 
-    spacing: mm between rows and between columns; None: alike.
+    Args:
+        path: the file to write.
+        originals, reconstructions: (B, 1, H, W), z-scored, B at most 8.
+        titles: title of each slice.
+        heading: title of the figure.
+        spacing: mm between rows and between columns; None for square pixels.
     """
-    width, height, aspect = _proportions(originals, spacing, 2.7)
+    if len(titles) > MAX_COLUMNS:
+        raise ValueError(f"{len(titles)} slices; expected at most {MAX_COLUMNS}")
+    width, height, aspect = _panel_size(originals, spacing, 2.7)
     size = (max(width * len(titles), 3) + 0.9, 3 * height + 0.85)
     figure, axes = plt.subplots(3, len(titles), figsize=size, squeeze=False, layout="constrained")
     errors = reconstructions - originals
     limit = max(float(np.quantile(errors.abs().numpy(), 0.995)), 1e-6)
+    error_window = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     for column, title in enumerate(titles):
-        grey = _window(originals[column])
+        grey = _grey_window(originals[column])
         axes[0, column].imshow(_upright(originals[column]), aspect=aspect, **grey)
         axes[1, column].imshow(_upright(reconstructions[column]), aspect=aspect, **grey)
-        error = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-        shown = axes[2, column].imshow(_upright(errors[column]), aspect=aspect, **error)
+        error = axes[2, column].imshow(_upright(errors[column]), aspect=aspect, **error_window)
         axes[0, column].set_title(fit_title(title, size[0] / len(titles) - 0.3, 8), fontsize=8)
     for row, label in zip(axes, ("original", "reconstruction", "error"), strict=True):
         row[0].set_ylabel(label)
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-    bar = {"shrink": 0.3, "anchor": (0, 0), "fraction": 0.03, "pad": 0.01}  # beside the errors
-    figure.colorbar(shown, ax=axes, **bar).set_label("standard deviations", fontsize=8)
+    # The colour bar is next to the bottom row.
+    bar = figure.colorbar(error, ax=axes, shrink=0.3, anchor=(0, 0), fraction=0.03, pad=0.01)
+    bar.set_label("standard deviations", fontsize=8)
     figure.suptitle(fit_title(heading, size[0], 10), fontsize=10)
     save_figure(figure, path)
 
 
 def plot_slices(
-    path: Path, images: Tensor, titles: list[str], heading: str, columns: int = 8, crop=None,
+    path: Path,
+    images: Tensor,
+    titles: list[str],
+    heading: str,
+    columns: int = MAX_COLUMNS,
+    crop: tuple[slice, slice] | None = None,
     spacing: Sequence[float] | None = None,
-) -> None:  # fmt: skip
-    """A grid of slices, (B, 1, H, W) z-scores, each in its own window; beside it its part `crop`, rows and columns.
+) -> None:
+    """Plot a grid of slices, each in its own grey window.
 
-    spacing: mm between rows and between columns; None: alike.
+    Args:
+        path: the file to write.
+        images: (B, 1, H, W), z-scored.
+        titles: title of each slice.
+        heading: title of the figure.
+        columns: slices per row.
+        crop: rows and columns of a part that is shown enlarged, to the right of each slice.
+        spacing: mm between rows and between columns; None for square pixels.
     """
-    pictures = [(image, _window(image), title) for image, title in zip(images, titles, strict=True)]
-    if crop:
-        enlarged = [(image[:, crop[0], crop[1]], grey, "enlarged") for image, grey, _ in pictures]
-        pictures = [picture for pair in zip(pictures, enlarged, strict=True) for picture in pair]
-        columns *= 2
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    width, height, aspect = _proportions(images, spacing, 2.4)
+    panels = []
+    for image, title in zip(images, titles, strict=True):
+        grey = _grey_window(image)
+        panels.append((image, grey, title))
+        if crop:
+            panels.append((image[:, crop[0], crop[1]], grey, "enlarged"))
+    panels_per_slice = 2 if crop else 1
+    columns = min(columns * panels_per_slice, MAX_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height, aspect = _panel_size(images, spacing, 2.4)
     size = (max(width * columns, 4), (height + 0.3) * rows + 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, (image, grey, title) in zip(axes.flat, pictures, strict=False):
+    for axis, (image, grey, title) in zip(axes.flat, panels, strict=False):
         axis.imshow(_upright(image), aspect=aspect, **grey)
         axis.set_title(fit_title(title, size[0] / columns, 7), fontsize=7)
     figure.suptitle(fit_title(heading, size[0], 10), fontsize=10)
     save_figure(figure, path)
 
 
+def _upright(image: Tensor) -> np.ndarray:
+    """Turn a slice (1, H, W) so that its last column, the superior one, is at the top."""
+    return image[0].float().cpu().numpy().T[::-1]
+
+
+def _grey_window(original: Tensor) -> dict:
+    """Return the options of `imshow` for a slice and its reconstruction."""
+    low, high = np.quantile(original.float().cpu().numpy(), (0.005, 0.995)).tolist()
+    return {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+
+
+def _panel_size(
+    images: Tensor, spacing: Sequence[float] | None, width: float
+) -> tuple[float, float, float]:
+    """Compute the size of a panel that shows one slice.
+
+    Args:
+        images: (..., H, W).
+        spacing: mm between rows and between columns; None for square pixels.
+        width: inches; slices that are tall on the page get less.
+
+    Returns:
+        Width and height in inches, and the height of a pixel relative to its width.
+    """
+    aspect = spacing[1] / spacing[0] if spacing and min(spacing) > 0 else 1.0
+    aspect = min(max(aspect, 0.1), 10.0)  # keeps slices with odd headers visible
+    height_per_width = aspect * images.shape[-1] / images.shape[-2]
+    width *= min(1, (0.7 / height_per_width) ** 0.5)
+    return width, width * height_per_width, aspect
+
+
+# ---------------------------------------------------------------- runs
+
+
 def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> None:
-    """Training and validation loss, and one more column, by epoch; history: rows of metrics.csv."""
+    """Plot training loss, validation loss and one more column by epoch.
+
+    Args:
+        path: the file to write.
+        history: rows of metrics.csv.
+        column: name of the third column, such as "val_ssim".
+        heading: title of the figure.
+    """
     epochs = [row["epoch"] for row in history]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
@@ -134,64 +173,154 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
     right.set(xlabel="epoch", ylabel=column.replace("val_", "validation "))
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(plain(heading), fontsize=10)
+    figure.suptitle(escape_dollars(heading), fontsize=10)
     save_figure(figure, path)
 
 
+def plot_comparison(
+    curves: list[tuple[str, list[int], list[float]]], points: list[tuple[str, float, float]]
+) -> bytes:
+    """Plot several runs in the same axes and return the PNG file's content.
+
+    Args:
+        curves: (run, epochs, validation ssim of each epoch).
+        points: (run, bits per pixel, ssim) of the evaluated runs.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for run, epochs, ssim in curves:
+        left.plot(epochs, ssim, marker=".", label=escape_dollars(run))
+    for run, bits_per_pixel, ssim in points:
+        right.scatter(bits_per_pixel, ssim, label=escape_dollars(run))
+    left.set(xlabel="epoch", ylabel="validation ssim")
+    right.set(xlabel="bits per pixel", ylabel="ssim of the split in the table")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    plt.close(figure)
+    return content.getvalue()
+
+
 def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str) -> None:
-    """One histogram a SSIM name; scores: {name: (N,)}, NaN left out."""
+    """Plot one histogram per score; scores: {name: (N,)}, where NaN values are skipped."""
+    size = (3.2 * len(scores), 3.2)
     figure, axes = plt.subplots(
-        1, len(scores), figsize=(3.2 * len(scores), 3.2), sharey=True, layout="constrained"
+        1, len(scores), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
-    for axis, (name, values) in zip(np.atleast_1d(axes), scores.items(), strict=True):
+    for axis, (name, values) in zip(axes[0], scores.items(), strict=True):
         values = values[np.isfinite(values)]
-        limits = (
-            values.min() - 1e-3,
-            values.max() + 1e-3,
-        )  # not empty where all slices score alike
+        limits = (values.min() - 1e-3, values.max() + 1e-3)  # not empty if all scores are equal
         axis.hist(values, bins=min(40, max(5, len(values) // 3)), range=limits, color="0.4")
         axis.axvline(values.mean(), color="C3", label=f"mean {values.mean():.3f}")
         axis.set(xlabel=name)
         axis.legend(fontsize=8)
-    np.atleast_1d(axes)[0].set_ylabel("slices")
-    figure.suptitle(plain(heading), fontsize=10)
+    axes[0, 0].set_ylabel("slices")
+    figure.suptitle(escape_dollars(heading), fontsize=10)
     save_figure(figure, path)
 
 
+# ---------------------------------------------------------------- codes
+
+
 def plot_code_usage(path: Path, counts: Tensor, heading: str) -> None:
-    """How often each code is used, most used first; counts: (K,)."""
-    share = (counts.double() / counts.sum()).sort(descending=True).values.numpy() * 100
+    """Plot how often each code is used, in descending order; counts: (K,)."""
+    frequencies = counts.double() / counts.sum()
+    percentages = frequencies.sort(descending=True).values.numpy() * 100
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    axis.bar(np.arange(1, len(share) + 1), share, width=1.0, color="0.3")
-    axis.axhline(100 / len(share), color="C3", linewidth=1, label="all codes alike")
+    axis.bar(np.arange(1, len(percentages) + 1), percentages, width=1.0, color="0.3")
+    axis.axhline(100 / len(percentages), color="C3", linewidth=1, label="equal use of all codes")
     axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
     axis.legend()
-    figure.suptitle(plain(heading), fontsize=10)
+    figure.suptitle(escape_dollars(heading), fontsize=10)
     save_figure(figure, path)
 
 
 def plot_code_map(
-    path: Path, original: Tensor, reconstruction: Tensor, indices: Tensor, colours: Tensor, title: str,
+    path: Path,
+    original: Tensor,
+    reconstruction: Tensor,
+    indices: Tensor,
+    colours: Tensor,
+    title: str,
     spacing: Sequence[float] | None = None,
-) -> None:  # fmt: skip
-    """A slice, its codes as an image, and its reconstruction; (1, H, W), (1, H, W), (h, w).
+) -> None:
+    """Plot a slice, the image of its codes, and its reconstruction.
 
-    colours: (K, 3) in [0, 1], codes of like embeddings alike in colour. spacing: see `plot_slices`.
+    Args:
+        path: the file to write.
+        original, reconstruction: (1, H, W).
+        indices: (h, w), the codes.
+        colours: (K, 3) in [0, 1], see `code_colours`.
+        title: title of the figure.
+        spacing: mm between rows and between columns; None for square pixels.
     """
-    width, height, aspect = _proportions(original, spacing, 4)
+    width, height, aspect = _panel_size(original, spacing, 4)
     size = (max(3 * width, 6), height + 0.7)
     figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained")
-    grey = _window(original)
+    grey = _grey_window(original)
+    code_image = colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1]
     axes[0].imshow(_upright(original), aspect=aspect, **grey)
-    axes[1].imshow(
-        colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1],
-        aspect=aspect,
-        interpolation="nearest",
-    )
+    axes[1].imshow(code_image, aspect=aspect, interpolation="nearest")
     axes[2].imshow(_upright(reconstruction), aspect=aspect, **grey)
-    grid = "{} x {}".format(*indices.shape)
-    for axis, label in zip(axes, ("original", f"its {grid} codes", "reconstruction"), strict=True):
+    rows, columns = indices.shape
+    labels = ("original", f"{rows} x {columns} codes", "reconstruction")
+    for axis, label in zip(axes, labels, strict=True):
         axis.set_title(label, fontsize=9)
         axis.set_axis_off()
     figure.suptitle(fit_title(title, size[0], 10), fontsize=10)
     save_figure(figure, path)
+
+
+def code_colours(embeddings: Tensor) -> Tensor:
+    """Return a colour for each code, so that similar embeddings have similar colours.
+
+    Red, green and blue are the ranks along the three main directions of the embeddings; ranks
+    spread the colours evenly.
+
+    Args:
+        embeddings: (K, D).
+
+    Returns:
+        (K, 3) in [0, 1].
+    """
+    centred = embeddings - embeddings.mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:3]  # (at most 3, D)
+    ranks = (embeddings @ directions.T).argsort(0).argsort(0)
+    colours = ranks / max(1, len(embeddings) - 1)
+    return torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]))
+
+
+# ---------------------------------------------------------------- titles and files
+
+
+def escape_dollars(text: str) -> str:
+    """Keep matplotlib from reading text between dollar signs, as in file names, as a formula."""
+    return text.replace("$", r"\$")
+
+
+def fit_title(text: str, inches: float, points: float) -> str:
+    """Shorten each line of a title to the available width, with an ellipsis in the middle.
+
+    Args:
+        text: the title, with file names as they are.
+        inches: available width.
+        points: font size; a character is about 0.6 times as wide.
+    """
+    limit = max(8, int(inches * 72 / (0.6 * points)))  # characters
+    lines = []
+    for line in text.split("\n"):
+        if len(line) > limit:
+            end = line[-(limit // 2) :]
+            line = line[: limit // 2 - 1] + "\N{HORIZONTAL ELLIPSIS}" + end
+        lines.append(line)
+    return escape_dollars("\n".join(lines))
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure atomically, in the format of the path's suffix, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_format = path.suffix[1:]
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=file_format, dpi=110))
+    plt.close(figure)

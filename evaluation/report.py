@@ -1,9 +1,10 @@
-"""One self-contained HTML page of a run, and a comparison of several.
+"""Write one HTML page about a run, or a comparison of several runs.
 
-    python report.py runs/x                          # runs/x/report.html; train.py and predict.py --html write it too
-    python report.py runs/x runs/y -o compare.html   # side by side: SSIM, PSNR, bits per pixel, time
+    python -m evaluation.report runs/x                            # writes runs/x/report.html
+    python -m evaluation.report runs/x runs/y -o compare.html     # side by side: scores, rate, time
 
-Everything is in the file, pictures too: it can be mailed, and opened without a network.
+train.py and predict.py --html also write a run's page. A page is one file with its pictures inside:
+it can be mailed, and opened without a network.
 """
 
 from __future__ import annotations
@@ -12,237 +13,299 @@ import argparse
 import base64
 import csv
 import html
-import io
+import string
 from pathlib import Path
 
 import utils
 from evaluation import plots
-from evaluation.plots import plt
+from evaluation.metrics import SCORE_NAMES
 from utils import UserError
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } img { max-width: 100% }
-td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4 } th { font-weight: 600 }
-td:first-child, th:first-child { text-align: left } details { margin: .5rem 0 } .note { color: #666 }
-"""
-SCORES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body", "psnr")
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>$title</title>
+<link rel="icon" href="data:,">
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222 }
+h1 { font-size: 1.5rem }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
+th { font-weight: 600 }
+td:first-child, th:first-child { text-align: left }
+img { max-width: 100% }
+details { margin: .5rem 0 }
+.note { color: #666 }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$sections
+</body>
+</html>
+""")
+
+MAX_EPOCHS = 12  # rows of the table of epochs
+MAX_CASES = 12  # columns of the table of scores
+WORST_SLICES = 8
+EPOCH_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "val_ssim",
+    "val_psnr",
+    "codes_used",
+    "perplexity",
+    "seconds",
+)
 
 
-def table(head: list[str], rows: list[list]) -> str:
-    """Cells are escaped: names of files and of runs may hold anything."""
-    cells = [
-        [html.escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row]
-        for row in rows
-    ]
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells]
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    return f"<table><tr>{heads}</tr>{''.join(lines)}</table>"
+# ---------------------------------------------------------------- a run
 
 
-def picture(path: Path, text: str) -> str:
-    """A PNG within the page, or a line that says that it isn't there."""
-    if not path.exists():
-        return f'<p class="note">{html.escape(text)}: not made yet</p>'
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{content}"></figure>'
+def write_report(run: Path) -> Path:
+    """Write <run>/report.html from the files in the run's folder, and return its path."""
+    sections = {
+        "Configuration": _configuration_html(utils.read_json(run / "config.json")),
+        "Curves": _curves_html(run),
+        "Panels": _panels_html(run),
+    }
+    splits = _evaluated_splits(run)
+    for split in splits:
+        for name, content in _split_sections(run / split).items():
+            sections[f"{name}, {split}"] = content
+    if not splits:
+        command = utils.format_command("predict.py", "--run", run, "--html")
+        sections["Scores"] = f"<p>not evaluated yet: <code>{html.escape(command)}</code></p>\n"
+    path = run / "report.html"
+    utils.write_bytes(path, _page_html(f"Run {run.resolve().name}", sections).encode())
+    return path
 
 
-def page(title: str, sections: dict[str, str]) -> str:
-    title, body = (
-        html.escape(title),
-        "".join(f"<h2>{html.escape(name)}</h2>{text}" for name, text in sections.items()),
+def _evaluated_splits(run: Path) -> list[str]:
+    """Return the splits that predict.py has evaluated, the test split first."""
+    splits = ("test", "validate", "train")
+    return [split for split in splits if (run / split / "metrics.json").exists()]
+
+
+def _configuration_html(config: dict) -> str:
+    """Return the tables of config.json, with the long ones folded."""
+    names = ("bits_per_pixel", "slices", "device", "precision")
+    overview = [(name, config[name]) for name in names if name in config]
+    arguments = _table_html(["argument", "value"], config.get("arguments", {}).items())
+    versions = _table_html(["package", "version"], config.get("versions", {}).items())
+    return (
+        _table_html(["", "value"], overview)
+        + _details_html("all arguments", arguments)
+        + _details_html("versions", versions)
     )
-    head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n'
 
 
-def fold(summary: str, content: str) -> str:
-    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+def _curves_html(run: Path) -> str:
+    """Return the plot of the training curves, and a table of up to 12 epochs and the last one."""
+    history = _read_rows(run / "metrics.csv")
+    columns = [name for name in EPOCH_COLUMNS if history and name in history[0]]
+    step = -(-len(history) // MAX_EPOCHS) or 1
+    rows = []
+    for epoch in [*history[:-1:step], *history[-1:]]:
+        rows.append([_round_cell(epoch[name]) for name in columns])
+    picture = _picture_html(run / "loss_ssim_plot.png", "loss and validation ssim by epoch")
+    return picture + _table_html(columns, rows)
 
 
-def read_rows(path: Path) -> list[dict]:
+def _panels_html(run: Path) -> str:
+    """Return the newest picture of reconstructed validation slices."""
+    pictures = list((run / "plots").glob("epoch_*/*.png"))
+    newest = max(pictures, key=lambda path: int(path.parent.name.split("_")[1]), default=None)
+    return _picture_html(newest, "validation slices of the last panel")
+
+
+def _split_sections(folder: Path) -> dict[str, str]:
+    """Return the sections about a split: {name: HTML}, from what predict.py wrote to its folder."""
+    summary = utils.read_json(folder / "metrics.json")
+    sections = {"Scores": _scores_html(summary)}
+    if summary.get("organs"):
+        sections["By organ"] = _organs_html(summary["organs"])
+    usage = f"{summary['codes_used']} codes used, perplexity {summary['perplexity']:.0f}"
+    sections["Code use"] = (
+        f"<p>{html.escape(usage)}</p>\n"
+        + _picture_html(folder / "code_use.png", usage)
+        + _picture_html(folder / "code_map.png", "codes of a slice")
+    )
+    sections["Worst slices"] = _worst_slices_html(folder)
+    return sections
+
+
+def _scores_html(summary: dict) -> str:
+    """Return the table of scores: their means over the slices, and over those of each case."""
+    cases = list(summary["ssim"]["by_case"])[:MAX_CASES]
+    rows = []
+    for name in SCORE_NAMES:
+        by_case = summary[name]["by_case"]
+        rows.append([name, summary[name]["mean"], *(by_case[case] for case in cases)])
+    note = (
+        f"{summary['slices']} slices at {summary['bits_per_pixel']:.4f} bits per pixel; "
+        f"{summary['excluded_slices']} constant slices excluded; "
+        "evaluation/metrics.py defines the scores"
+    )
+    head = ["score", "mean", *(f"case {case}" for case in cases)]
+    return _table_html(head, rows) + _note_html(note)
+
+
+def _organs_html(organs: dict[str, dict]) -> str:
+    """Return the table of scores inside each organ."""
+    rows = []
+    for organ, scores in organs.items():
+        means = [scores[name]["mean"] for name in ("ssim", "psnr", "bias")]
+        rows.append([organ, scores["slices"], *means])
+    return _table_html(["inside", "slices", "ssim", "psnr (dB)", "bias (std)"], rows)
+
+
+def _worst_slices_html(folder: Path) -> str:
+    """Return the table of the slices with the lowest ssim, and the picture of some."""
+    slices = [row for row in _read_rows(folder / "slices.csv") if row["ssim"]]
+    slices.sort(key=lambda row: float(row["ssim"]))
+    rows = []
+    for row in slices[:WORST_SLICES]:
+        if row["week"]:
+            name = f"case {row['case']} week {row['week']} slice {row['slice']}"
+        else:  # older runs have no column "file"
+            name = f"{row.get('file') or row['case']}, slice {row['slice']}"
+        rows.append([name, row["ssim"], row["ssim_body"], row["psnr"]])
+    table = _table_html(["slice", "ssim", "ssim_body", "psnr (dB)"], rows)
+    return table + _picture_html(folder / "best_median_worst.png", "worst, median and best slices")
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def write_comparison(runs: list[Path], path: Path) -> Path:
+    """Write a page with a table and the curves of several runs to `path`, and return it."""
+    rows = []
+    curves = []
+    points = []
+    for run in runs:
+        name = run.resolve().name
+        config = utils.read_json(run / "config.json")
+        history = _read_rows(run / "metrics.csv")
+        splits = _evaluated_splits(run)
+        split = splits[0] if splits else ""
+        if split:
+            summary = utils.read_json(run / split / "metrics.json")
+            scores = [summary[score]["mean"] for score in SCORE_NAMES]
+            points.append((name, summary["bits_per_pixel"], summary["ssim"]["mean"]))
+        else:
+            scores = ["not evaluated"] + [""] * (len(SCORE_NAMES) - 1)
+        minutes = sum(float(row["seconds"]) for row in history) / 60
+        rate = config.get("bits_per_pixel", "")
+        device = config.get("device", "")
+        rows.append([name, split, rate, *scores, len(history), f"{minutes:.1f}", device])
+        epochs = [int(row["epoch"]) for row in history]
+        curves.append((name, epochs, [float(row["val_ssim"]) for row in history]))
+    head = ["run", "split", "bits per pixel", *SCORE_NAMES, "epochs", "minutes", "device"]
+    sections = {
+        "Table": _table_html(head, rows),
+        "Curves": _image_html(plots.plot_comparison(curves, points), "curves"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    utils.write_bytes(path, _page_html(f"{len(runs)} runs", sections).encode())
+    return path
+
+
+# ---------------------------------------------------------------- parts of a page
+
+# All text is escaped: names of files and runs may contain any character.
+
+
+def _page_html(title: str, sections: dict[str, str]) -> str:
+    """Return a page; sections: {heading: HTML}."""
+    parts = [f"<h2>{html.escape(name)}</h2>\n{content}" for name, content in sections.items()]
+    return PAGE.substitute(title=html.escape(title), sections="\n".join(parts))
+
+
+def _table_html(head: list[str], rows) -> str:
+    """Return a table; head: text of the columns, rows: sequences of cells of any plain type."""
+    lines = [_row_html("th", head)]
+    for row in rows:
+        lines.append(_row_html("td", [_format_cell(cell) for cell in row]))
+    return "<table>\n" + "\n".join(lines) + "\n</table>\n"
+
+
+def _row_html(tag: str, texts: list[str]) -> str:
+    cells = [f"<{tag}>{html.escape(text)}</{tag}>" for text in texts]
+    return "<tr>" + "".join(cells) + "</tr>"
+
+
+def _note_html(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>\n'
+
+
+def _details_html(summary: str, content: str) -> str:
+    """Return a part that is folded until the reader opens it; content: HTML."""
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>\n"
+
+
+def _picture_html(path: Path | None, description: str) -> str:
+    """Return the picture of a PNG file, or a line that says that it does not exist yet."""
+    if path is None or not path.exists():
+        return _note_html(f"{description}: not made yet")
+    return _image_html(path.read_bytes(), description)
+
+
+def _image_html(png: bytes, description: str) -> str:
+    """Return a picture that is part of the page."""
+    content = base64.b64encode(png).decode()
+    address = f"data:image/png;base64,{content}"
+    return f'<figure><img alt="{html.escape(description)}" src="{address}"></figure>\n'
+
+
+def _format_cell(value) -> str:
+    """Format a value for a table, floats to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _round_cell(text: str) -> str:
+    """Round a number of metrics.csv to four digits; keep integers."""
+    return f"{float(text):.4g}" if "." in text else text
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with a header; none if the file does not exist."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def evaluated(run: Path) -> list[str]:
-    """The splits that predict.py has been run on."""
-    return [
-        split for split in ("test", "validate", "train") if (run / split / "metrics.json").exists()
-    ]
-
-
-def write_report(run: Path) -> Path:
-    """<run>/report.html, of what the run's folder holds by now."""
-    config, history = utils.read_json(run / "config.json"), read_rows(run / "metrics.csv")
-    panels = sorted(
-        (run / "plots").glob("epoch_*/*.png"), key=lambda path: int(path.parent.name.split("_")[1])
-    )
-    about = [
-        [name, config[name]]
-        for name in ("bits_per_pixel", "slices", "device", "precision")
-        if name in config
-    ]
-    arguments = table(
-        ["argument", "value"], [list(item) for item in config.get("arguments", {}).items()]
-    )
-    versions = table(
-        ["package", "version"], [list(item) for item in config.get("versions", {}).items()]
-    )
-    wanted = (
-        "epoch",
-        "train_loss",
-        "val_loss",
-        "val_ssim",
-        "val_psnr",
-        "codes_used",
-        "perplexity",
-        "seconds",
-    )
-    columns = [name for name in wanted if history and name in history[0]]
-    every = -(-len(history) // 12) or 1
-    epochs = [
-        [rounded(row[name]) for name in columns] for row in [*history[:-1:every], *history[-1:]]
-    ]
-    sections = {
-        "Configuration": table(["", "value"], about)
-        + fold("all arguments", arguments)
-        + fold("versions", versions),
-        "Curves": picture(run / "loss_ssim_plot.png", "loss and validation ssim by epoch")
-        + table(columns, epochs),
-        "Panels": picture(
-            panels[-1] if panels else run / "-", "validation slices of the last panel"
-        ),
-    }
-    for split in evaluated(run):
-        sections |= {f"{name}, {split}": text for name, text in split_sections(run / split).items()}
-    if not evaluated(run):
-        command = html.escape(utils.format_command("predict.py", "--run", run, "--html"))
-        sections["Scores"] = f"<p>not evaluated yet: <code>{command}</code></p>"
-    utils.write_bytes(run / "report.html", page(f"Run {run.resolve().name}", sections).encode())
-    return run / "report.html"
-
-
-def rounded(text: str) -> str:
-    return f"{float(text):.4g}" if "." in text else text
-
-
-def split_sections(folder: Path) -> dict[str, str]:
-    """What predict.py has written to <run>/<split>/."""
-    found, sections = utils.read_json(folder / "metrics.json"), {}
-    cases = list(found["ssim"]["by_case"])[:12]
-    scores = [
-        [name, found[name]["mean"], *(found[name]["by_case"][case] for case in cases)]
-        for name in SCORES
-    ]
-    told = f"{found['slices']} slices at {found['bits_per_pixel']:.4f} bits per pixel; ssim names as in the README; "
-    told = f'<p class="note">{told}{found["excluded_slices"]} constant slices excluded</p>'
-    sections["Scores"] = (
-        table(["score", "mean", *(f"case {case}" for case in cases)], scores) + told
-    )
-    if organs := found.get("organs"):
-        lines = [[organ, one["slices"], *(one[name]["mean"] for name in ("ssim", "psnr", "bias"))]
-                 for organ, one in organs.items()]  # fmt: skip
-        sections["By organ"] = table(["inside", "slices", "ssim", "psnr (dB)", "bias (std)"], lines)
-    used = f"{found['codes_used']} codes used, perplexity {found['perplexity']:.0f}"
-    pictures = picture(folder / "code_use.png", used) + picture(
-        folder / "code_map.png", "a slice's codes"
-    )
-    sections["Code use"] = f"<p>{used}</p>{pictures}"
-    slices = sorted(
-        (row for row in read_rows(folder / "slices.csv") if row["ssim"]),
-        key=lambda row: float(row["ssim"]),
-    )
-    names = [f"case {one['case']} week {one['week']} slice {one['slice']}" if one["week"] else
-             f"{one.get('file') or one['case']}, slice {one['slice']}" for one in slices[:8]]  # fmt: skip
-    scores = [[one[name] for name in ("ssim", "ssim_body", "psnr")] for one in slices[:8]]
-    lines = [[name, *those] for name, those in zip(names, scores, strict=True)]
-    panels = picture(folder / "best_median_worst.png", "worst, median and best slices")
-    return sections | {
-        "Worst slices": table(["slice", "ssim", "ssim_body", "psnr (dB)"], lines) + panels
-    }
-
-
-def compare(runs: list[Path], path: Path) -> Path:
-    """A table, and curves over each other, of several runs."""
-    rows, figure = [], plt.figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for run in runs:
-        config, history = utils.read_json(run / "config.json"), read_rows(run / "metrics.csv")
-        split = next(iter(evaluated(run)), None)
-        scores = utils.read_json(run / split / "metrics.json") if split else None
-        means = (
-            [scores[name]["mean"] for name in SCORES]
-            if scores
-            else ["not evaluated"] + [""] * (len(SCORES) - 1)
-        )
-        seconds, name = sum(float(row["seconds"]) for row in history), run.resolve().name
-        rate = config.get("bits_per_pixel", "")
-        rows.append(
-            [
-                name,
-                split or "",
-                rate,
-                *means,
-                len(history),
-                f"{seconds / 60:.1f}",
-                config.get("device", ""),
-            ]
-        )
-        epochs = [int(row["epoch"]) for row in history]
-        axes[0].plot(
-            epochs,
-            [float(row["val_ssim"]) for row in history],
-            marker=".",
-            label=plots.escape_dollars(name),
-        )
-        if scores:
-            axes[1].scatter(
-                scores["bits_per_pixel"], scores["ssim"]["mean"], label=plots.escape_dollars(name)
-            )
-    axes[0].set(xlabel="epoch", ylabel="validation ssim")
-    axes[1].set(xlabel="bits per pixel", ylabel="ssim of the split in the table")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    plt.close(figure)
-    image = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    head = ["run", "split", "bits per pixel", *SCORES, "epochs", "minutes", "device"]
-    sections = {
-        "Table": table(head, rows),
-        "Curves": f'<figure><img alt="curves" src="{image}"></figure>',
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_bytes(path, page(f"{len(runs)} runs", sections).encode())
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m evaluation.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "-o",
         "--out",
         type=Path,
         default=Path("compare.html"),
-        help="of several runs (compare.html)",
+        metavar="FILE",
+        help="output file of a comparison (default: compare.html)",
     )
     args = parser.parse_args(argv)
     for run in args.runs:
         if not (run / "config.json").exists():
-            raise UserError(f"{run} is no run of train.py: it has no config.json")
-    print(
-        f"written: {write_report(args.runs[0]) if len(args.runs) == 1 else compare(args.runs, args.out)}"
-    )
+            raise UserError(
+                f"{run} has no config.json; expected the folder of a run that train.py made"
+            )
+    if len(args.runs) == 1:
+        path = write_report(args.runs[0])
+    else:
+        path = write_comparison(args.runs, args.out)
+    print(f"written: {path}")
     return 0
 
 

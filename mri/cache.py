@@ -1,4 +1,23 @@
-"""Decoded slices on disk, as an int16 memory map."""
+"""Decoded slices on disk: every file is decoded once, into an int16 memory map.
+
+    cached = load_cached_split(source, "train", preprocessing, cache_root(cache_dir))
+    cached.pixels[cached.records["row"][0]]   # (rows, columns) int16, the first slice
+
+Files. Each split has a folder below the cache's root:
+
+    <split>-<data set>-<files>/pixels.npy     (rows of the cache, *size) int16
+    <split>-<data set>-<files>/slices.npz     tables of slices and of unusable files
+
+When is a cache stale? <data set> is a hash of the data's folder, the `Preprocessing` and
+CACHE_FORMAT. <files> is a hash of the name, size and modification time of every file. So the split
+is decoded again if a file is added, removed, renamed, resized or touched, if any field of the
+preprocessing differs, or if CACHE_FORMAT is raised; raise it whenever a change of the code changes
+what is written. Files that could not be used are tried again at every start: permissions and
+networks recover without changing the key. A damaged cache is replaced.
+
+Several runs may use one cache. One of them builds it, the others wait for the lock. A folder gets
+its final name once it is complete; if another run was first, that run's folder is used.
+"""
 
 from __future__ import annotations
 
@@ -23,327 +42,335 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mri import nifti
-from mri.files import Source, format_listing
-from mri.preprocessing import Preprocessing, fit_slice, read_planes
-from utils import DataError
+from mri.encoding import decode_file
+from mri.files import Source
+from mri.messages import bad_files_error
+from mri.preprocessing import Preprocessing
+from utils import DataError, lock
 
-POOL_FROM = 500  # slices: starting processes costs more than decoding fewer than this
-CACHE_FORMAT = 2  # raise it when what is written to the cache changes
+CACHE_FORMAT = 2  # see "When is a cache stale?"
+POOL_FROM = 500  # slices; decoding fewer takes less time than starting processes
 
+
+# A slice: its row of pixels.npy, its file's index in the split, and the fields of SliceRecord.
 SLICE_DTYPE = np.dtype([
-    ("row", "i8"), ("file", "i8"), ("plane", "i8"), ("scale", "f8"), ("low", "f8"), ("mean", "f8"), ("std", "f8"),
+    ("row", "i8"), ("file", "i8"),
+    ("plane", "i8"), ("scale", "f8"), ("low", "f8"), ("mean", "f8"), ("std", "f8"),
     ("constant", "?"), ("height", "i8"), ("width", "i8"),
 ])  # fmt: skip
+# An unusable file: its index in the split, and the reason, see `mri.nifti`.
 BAD_DTYPE = np.dtype([("file", "i8"), ("reason", "U200")])
 
 
-def quantize(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, float]:
-    """int16 steps and scale: image = (steps + 32768) * scale + low, no pixel off by more than scale / 2.
+class CachedSplit(NamedTuple):
+    """The decoded slices of a split, sorted by file and plane."""
 
-    low, high: its extremes. Integers spanning at most 65,535 get scale 1 and are exact; others (high - low) / 65,535.
-    """
-    if high - low <= 65535 and (image == np.rint(image)).all():
-        return (image - low - 32768).astype(np.int16), 1.0
-    scale = (high - low) / 65535 or 1.0
-    return (np.rint((image - low) / scale) - 32768).astype(np.int16), scale
+    pixels: np.ndarray  # (rows of the cache, *size) int16, memory-mapped; some rows may be unused
+    records: np.ndarray  # (N,) SLICE_DTYPE
+    bad: np.ndarray  # (files that cannot be used,) BAD_DTYPE
 
 
-def encode_slice(image: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, tuple]:
-    """Fit and quantise a slice: its int16 pixels, and (scale, low, mean, std, constant, height, width)."""
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ValueError(f"has {np.count_nonzero(~np.isfinite(image)):,} NaN or infinite pixels")
-    fitted = fit_slice(image, preprocessing.fit, preprocessing.size)
-    low, high = float(fitted.min()), float(fitted.max())
-    largest = max(abs(low), abs(high))
-    if largest > 1e30:
-        raise ValueError(f"has intensities up to {largest:.0e}, too large for single precision")
-    constant = high - low <= 1e-30 + 1e-9 * largest  # resizing a constant leaves rounding noise
-    steps, scale = quantize(fitted, low, high)
-    return steps, (scale, low, float(fitted.mean()), float(fitted.std()), constant, *image.shape)
-
-
-def decode_file(path: Path, preprocessing: Preprocessing) -> tuple[list[tuple], str]:
-    """[(plane, pixels, numbers)] of a file and "", or [] and why the file can't be used."""
-    try:
-        return [
-            (plane, *encode_slice(image, preprocessing))
-            for plane, image in read_planes(path, preprocessing)
-        ], ""
-    except ValueError as error:
-        return [], str(error)
-    except Exception as error:  # one odd file must not end the reading of the others
-        return [], f"can't be decoded ({error!r})"
-
-
-class Job(NamedTuple):
-    """A file to decode, and its rows of the cache; those that empty slices or a bad file don't fill stay unused."""
-
-    file: int
-    path: Path
-    rows: range
-
-
-def decode_jobs(
-    pixels_path: Path, jobs: list[Job], preprocessing: Preprocessing
-) -> tuple[list, list]:
-    """Decode files straight into the memory map (what a worker process runs): SLICE_DTYPE records, BAD_DTYPE records."""
-    pixels = np.load(pixels_path, mmap_mode="r+")
-    good, bad = [], []
-    for file, path, rows in jobs:
-        slices, reason = decode_file(path, preprocessing)
-        if len(slices) > len(rows):
-            slices, reason = [], "was changed while it was read; run the command again"
-        bad += [(file, reason)] if reason else []
-        for row, (plane, steps, numbers) in zip(rows, slices, strict=False):
-            pixels[row] = steps
-            good.append((row, file, plane, *numbers))
-    return good, bad
+# ---------------------------------------------------------------- finding a cache
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
-    """`cache_dir`, else $HIPMRI_CACHE, else a folder of ours in the user's cache folder."""
-    if given := cache_dir or os.environ.get("HIPMRI_CACHE"):
-        return Path(os.path.abspath(Path(given).expanduser()))
-    users = {
+    """Return the folder of all caches: `cache_dir`, else $HIPMRI_CACHE, else the user's cache."""
+    folder = cache_dir or os.environ.get("HIPMRI_CACHE")
+    if folder:
+        return Path(os.path.abspath(Path(folder).expanduser()))
+    system_folders = {
         "win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local"),
         "darwin": "~/Library/Caches",
     }
-    user = os.environ.get("XDG_CACHE_HOME") or users.get(sys.platform, "~/.cache")
-    return Path(os.path.abspath(os.path.expanduser(user))) / "hipmri-vqvae"
+    folder = os.environ.get("XDG_CACHE_HOME") or system_folders.get(sys.platform, "~/.cache")
+    return Path(os.path.abspath(os.path.expanduser(folder))) / "hipmri-vqvae"
 
 
-def cache_name(source: Source, split: str, preprocessing: Preprocessing) -> tuple[str, str]:
-    """The cache folder's name, and its beginning, which stays the same when files change."""
-    place = hashlib.sha256(
-        os.fsencode(f"{source.root} {preprocessing} {CACHE_FORMAT}")
-    ).hexdigest()[:10]
-    key, skip = hashlib.sha256(), len(str(source.root)) + 1
-    for path in map(str, source.splits[split]):
-        try:
-            status = os.stat(path)
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:  # reading the file will say why
-            state = "unreadable"
-        key.update(os.fsencode(f"{path[skip:]}\0{state}\n"))
-    return f"{split}-{place}-{key.hexdigest()[:20]}", f"{split}-{place}-"
-
-
-def open_cache(
-    folder: Path, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(pixels memory map, SLICE_DTYPE records, BAD_DTYPE records); None where there is no cache or it is damaged."""
-    try:
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-        with np.load(folder / "slices.npz") as tables:
-            slices, bad = tables["slices"], tables["bad"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
-        return None
-    types = (pixels.dtype, pixels.shape[1:], slices.dtype, bad.dtype)
-    whole = types == (np.int16, size, SLICE_DTYPE, BAD_DTYPE) and slices["row"].max() < len(pixels)
-    return (pixels, slices, bad) if whole else None
-
-
-def cached(
+def load_cached_split(
     source: Source,
     split: str,
     preprocessing: Preprocessing,
     root: Path,
-    workers: int | None,
-    progress: bool,
-):
-    """`open_cache` of a split, built first where it is missing, out of date or damaged."""
+    workers: int | None = None,
+    progress: bool = True,
+) -> CachedSplit:
+    """Return the decoded slices of a split; decode them first if there is no valid cache.
+
+    Args:
+        source: the files of each split.
+        split: "train", "validate" or "test".
+        preprocessing: how files become slices.
+        root: folder of all caches, see `cache_root`.
+        workers: decoding processes (default: one per core; none below POOL_FROM slices).
+        progress: show a progress bar.
+
+    Raises:
+        DataError: if no file of the split can be used, or the cache cannot be written.
+    """
     files = source.splits[split]
-    name, place = cache_name(source, split, preprocessing)
-    if cache := current_cache(root / name, files, preprocessing):
-        return cache
-    temporary = root / f"{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    prefix = _data_set_prefix(source, split, preprocessing)
+    folder = root / f"{prefix}{_files_key(source, split)}"
+    cached = _open_valid_cache(folder, files, preprocessing)
+    if cached is not None:
+        return cached
+    temporary = root / f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with building(root / f"{place}lock", split):
-            if cache := current_cache(
-                root / name, files, preprocessing
-            ):  # another run has just built it
-                return cache
+        wait_message = f"waiting for another run, which is preparing the {split} slices"
+        with lock(root / f"{prefix}lock", wait_message):
+            cached = _open_valid_cache(folder, files, preprocessing)
+            if cached is not None:  # another run built it while this one waited
+                return cached
             temporary.mkdir()
-            build(temporary, source, split, preprocessing, workers, progress)
-            publish(temporary, root / name, preprocessing.size)
+            _build(temporary, source, split, preprocessing, workers, progress)
+            _publish(temporary, folder, preprocessing.size)
     except OSError as error:
         raise DataError(
-            f"can't write the cache of decoded slices in {root}: {error.strerror or error}.\n"
+            f"cannot write the cache of decoded slices in {root}: {error.strerror or error}.\n"
             "Expected a folder that can be written and has room: name one with --cache-dir or "
             "$HIPMRI_CACHE."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    tidy(root, place, name)
-    return open_cache(root / name, preprocessing.size)
+    _delete_stale(root, prefix, folder)
+    return _open_cache(folder, preprocessing.size)
 
 
-def current_cache(folder: Path, files: list[Path], preprocessing: Preprocessing):
-    """`open_cache`, or None also where a file that was bad can be read by now; it is then deleted."""
-    cache = open_cache(folder, preprocessing.size)
-    # Bad files are looked at again each time: permissions and networks recover without changing the key.
-    if cache and not all(decode_file(files[i], preprocessing)[1] for i in cache[2]["file"]):
-        del cache
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    return cache
+def _data_set_prefix(source: Source, split: str, preprocessing: Preprocessing) -> str:
+    """Return the part of a cache's name that stays the same when files change."""
+    key = os.fsencode(f"{source.root} {preprocessing} {CACHE_FORMAT}")
+    return f"{split}-{hashlib.sha256(key).hexdigest()[:10]}-"
 
 
-@contextlib.contextmanager
-def building(path: Path, split: str) -> Iterator[None]:
-    """Alone among the processes that would build this cache, as far as the file system knows locks."""
-    lock = FileLock(path)  # let go when the process ends, however it does
-    try:
+def _files_key(source: Source, split: str) -> str:
+    """Return a hash of the names, sizes and modification times of a split's files."""
+    key = hashlib.sha256()
+    root_length = len(str(source.root)) + 1
+    for path in map(str, source.splits[split]):  # strings: a split may have 10,000 files
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another run, which is preparing the {split} slices", flush=True)
-            lock.acquire()
-    except (OSError, NotImplementedError):
-        pass  # no locks here: the work may be done twice, and the first result stands
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:  # reading the file will report it
+            state = "unreadable"
+        key.update(os.fsencode(f"{path[root_length:]}\0{state}\n"))
+    return key.hexdigest()[:20]
+
+
+def _open_cache(folder: Path, size: tuple[int, int]) -> CachedSplit | None:
+    """Open a cache; return None if there is none, or if it is damaged."""
     try:
-        yield
-    finally:
-        lock.release()
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        with np.load(folder / "slices.npz") as tables:
+            records = tables["slices"]
+            bad = tables["bad"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+    if pixels.dtype != np.int16 or pixels.shape[1:] != size:
+        return None
+    if records.dtype != SLICE_DTYPE or bad.dtype != BAD_DTYPE:
+        return None
+    if len(records) == 0 or records["row"].max() >= len(pixels):
+        return None
+    return CachedSplit(pixels, records, bad)
 
 
-def build(
+def _open_valid_cache(
+    folder: Path, files: list[Path], preprocessing: Preprocessing
+) -> CachedSplit | None:
+    """Open a cache, or delete it and return None if one of its bad files can be read again."""
+    cached = _open_cache(folder, preprocessing.size)
+    if cached is None:
+        return None
+    for index in cached.bad["file"]:
+        _, reason = decode_file(files[index], preprocessing)
+        if not reason:
+            del cached  # Windows cannot delete a mapped file
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+    return cached
+
+
+# ---------------------------------------------------------------- building a cache
+
+
+class _Job(NamedTuple):
+    """A file to decode into its rows of pixels.npy; empty slices leave some of them unused."""
+
+    file: int  # index among the split's files
+    path: Path
+    rows: range
+
+
+def _build(
     folder: Path,
     source: Source,
     split: str,
     preprocessing: Preprocessing,
     workers: int | None,
     progress: bool,
-):
-    """Decode a split into pixels.npy and slices.npz. Raises DataError where not one file is good."""
-    jobs, total, pixels = [], 0, folder / "pixels.npy"
-    for file, path in enumerate(source.splits[split]):
+) -> None:
+    """Decode a split into pixels.npy and slices.npz; arguments as in `load_cached_split`."""
+    jobs = _plan_jobs(source.splits[split], preprocessing)
+    num_rows = jobs[-1].rows.stop
+    pixels_path = folder / "pixels.npy"
+    _reserve(pixels_path, (num_rows, *preprocessing.size))
+    if not workers:
+        workers = 1 if num_rows < POOL_FROM else cores()
+    records = []
+    bad = []
+    with tqdm(
+        total=num_rows, desc=f"reading {split}", unit=" slices", disable=not progress, leave=False
+    ) as bar:
+        for chunk, chunk_records, chunk_bad in _decode(jobs, pixels_path, preprocessing, workers):
+            records += chunk_records
+            bad += chunk_bad
+            bar.update(sum(len(job.rows) for job in chunk))
+    records.sort()
+    bad_table = np.array(sorted(bad), BAD_DTYPE)
+    if not records:
+        raise bad_files_error(source, split, bad_table)
+    np.savez(folder / "slices.npz", slices=np.array(records, SLICE_DTYPE), bad=bad_table)
+
+
+def _plan_jobs(files: list[Path], preprocessing: Preprocessing) -> list[_Job]:
+    """Give every file as many rows as it can have slices."""
+    jobs = []
+    start = 0
+    for index, path in enumerate(files):
         count = 1
         if preprocessing.form != "2D":
-            with contextlib.suppress(ValueError):  # decoding it will say why
-                count = min(
-                    preprocessing.planes,
-                    nifti.planes_shape(nifti.read_header(path), preprocessing.axis)[0],
-                )
-        jobs.append(Job(file, path, range(total, total + count)))
-        total += count
-    reserve(pixels, total, preprocessing.size)
-    chunk = 64 if preprocessing.form == "2D" else 1
-    tasks = [(pixels, jobs[i : i + chunk], preprocessing) for i in range(0, len(jobs), chunk)]
-    slices, bad = [], []
-    with tqdm(
-        total=total, desc=f"reading {split}", unit=" slices", disable=not progress, leave=False
-    ) as bar:
-        for done, (some_slices, some_bad) in run_jobs(
-            tasks, workers or (1 if total < POOL_FROM else cores())
-        ):
-            slices += some_slices
-            bad += some_bad
-            bar.update(sum(len(job.rows) for job in done))
-    if not slices:
-        raise unusable_files(source, split, np.array(sorted(bad), BAD_DTYPE))
-    np.savez(
-        folder / "slices.npz",
-        slices=np.array(sorted(slices), SLICE_DTYPE),
-        bad=np.array(sorted(bad), BAD_DTYPE),
-    )
+            with contextlib.suppress(ValueError):  # decoding the file will report it
+                header = nifti.read_header(path)
+                shape = nifti.planes_shape(header, preprocessing.axis, preprocessing.dimensions)
+                count = min(preprocessing.planes, shape[0])
+        jobs.append(_Job(index, path, range(start, start + count)))
+        start += count
+    return jobs
 
 
-def cores() -> int:
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(cores, 61)  # Windows waits for no more processes
+def _reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Create an int16 memory map with its disk space.
 
+    Otherwise, a full disk or quota would kill a process that writes to the map.
 
-def run_jobs(tasks: list[tuple], workers: int) -> Iterator[tuple]:
-    """Yield (jobs, result of `decode_jobs`) of each task when done: by a pool of processes or, for 1, here."""
-    if workers == 1:
-        yield from ((task[1], decode_jobs(*task)) for task in tasks)
+    Raises:
+        OSError: if there is not enough space.
+    """
+    needed = math.prod(shape) * 2
+    free = shutil.disk_usage(path.parent).free
+    if free < needed * 1.02:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+    np.lib.format.open_memmap(path, "w+", np.int16, shape).flush()
+    if not hasattr(os, "posix_fallocate"):
         return
-    pool = ProcessPoolExecutor(workers, initializer=start_worker)
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            # Any other error: a file system that cannot reserve space.
+
+
+def _decode(
+    jobs: list[_Job], pixels_path: Path, preprocessing: Preprocessing, workers: int
+) -> Iterator[tuple[list[_Job], list[tuple], list[tuple]]]:
+    """Decode files in chunks; yield each chunk and its records as soon as it is done."""
+    chunk_size = 64 if preprocessing.form == "2D" else 1
+    chunks = [jobs[i : i + chunk_size] for i in range(0, len(jobs), chunk_size)]
+    if workers == 1:
+        for chunk in chunks:
+            yield chunk, *_decode_chunk(chunk, pixels_path, preprocessing)
+        return
+    pool = worker_pool(workers)
     try:
-        futures = {pool.submit(decode_jobs, *task): task[1] for task in tasks}
+        futures = {}
+        for chunk in chunks:
+            futures[pool.submit(_decode_chunk, chunk, pixels_path, preprocessing)] = chunk
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            yield futures[future], *future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that decoded slices was killed, most likely for want of memory: free "
-            "some, and run the command again."
+            "a process that decoded slices was killed, most likely for lack of memory: free some, "
+            "and run the command again."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker() -> None:
-    """One thread: OpenMP's don't survive a fork, and every core has its process. It ends when its parent was killed."""
-    torch.set_num_threads(1)
+def _decode_chunk(
+    chunk: list[_Job], pixels_path: Path, preprocessing: Preprocessing
+) -> tuple[list[tuple], list[tuple]]:
+    """Decode files straight into the memory map; a worker process runs this.
 
-    def watch():
+    Returns:
+        Rows of the tables of slices and of bad files, see SLICE_DTYPE and BAD_DTYPE.
+    """
+    pixels = np.load(pixels_path, mmap_mode="r+")
+    records = []
+    bad = []
+    for job in chunk:
+        slices, reason = decode_file(job.path, preprocessing)
+        if len(slices) > len(job.rows):
+            slices = []
+            reason = "was changed while it was read; run the command again"
+        if reason:
+            bad.append((job.file, reason))
+        for row, encoded in zip(job.rows, slices, strict=False):
+            pixels[row] = encoded.pixels
+            records.append((row, job.file, *encoded.record))
+    return records, bad
+
+
+def worker_pool(workers: int, context=None) -> ProcessPoolExecutor:
+    """Return a pool of processes that decode files.
+
+    Args:
+        workers: number of processes.
+        context: of multiprocessing (default: the system's start method).
+    """
+    return ProcessPoolExecutor(workers, context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Prepare a worker process: one thread, and an end when its parent is killed."""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and every core has a process
+
+    def exit_with_parent() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)  # waiting for work would go on forever
+        os._exit(1)  # otherwise it would wait for work forever
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def reserve(path: Path, rows: int, size: tuple[int, int]) -> None:
-    """Create the memory map with its disk space: a full disk or quota is an error now, not a crash later."""
-    needed, free = rows * math.prod(size) * 2, shutil.disk_usage(path.parent).free
-    if free < needed * 1.02:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
-    np.lib.format.open_memmap(path, "w+", np.int16, (rows, *size)).flush()
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise  # any other: a file system that can't reserve
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def publish(temporary: Path, final: Path, size: tuple[int, int]) -> None:
-    """Name a finished cache. If another run was first, its result stands; a damaged one is replaced."""
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return min(count, 61)  # Windows cannot wait for more processes
+
+
+def _publish(temporary: Path, folder: Path, size: tuple[int, int]) -> None:
+    """Rename a finished cache, unless another run was first; a damaged cache is replaced."""
     try:
-        temporary.rename(final)
+        temporary.rename(folder)
     except OSError:
-        if open_cache(final, size) is None:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+        if _open_cache(folder, size) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
 
 
-def tidy(root: Path, place: str, keep: str) -> None:
-    """Delete caches of the same files before they changed, and what runs killed over a day ago left."""
-    for old in root.glob(f"{place}*"):
+def _delete_stale(root: Path, prefix: str, current: Path) -> None:
+    """Delete caches of earlier states of the files, and remains of runs killed over a day ago."""
+    for path in root.glob(f"{prefix}*"):
         try:
-            used = ".tmp-" in old.name and time.time() - old.stat().st_mtime < 86400
-            if old.is_dir() and old.name != keep and not used:
-                shutil.rmtree(old)
+            is_building = ".tmp-" in path.name and time.time() - path.stat().st_mtime < 86400
+            if path.is_dir() and path != current and not is_building:
+                shutil.rmtree(path)
         except OSError:
-            pass  # another run was first, or is using it (Windows)
-
-
-def with_reasons(source: Source, split: str, bad: np.ndarray) -> str:
-    files = source.splits[split]
-    return format_listing(
-        [f"{files[i].relative_to(source.root)} {reason}" for i, reason in bad.tolist()], most=1000
-    )
-
-
-def unusable_files(source: Source, split: str, bad: np.ndarray) -> DataError:
-    """The error that names every bad file of a split, with its reason."""
-    total = len(source.splits[split])
-    advice = (
-        "Repair them, or go on without them: --skip-bad-files."
-        if len(bad) < total
-        else "No file of this split is left: point --data at other data."
-    )
-    return DataError(
-        f"{len(bad):,} of the {total:,} files of the {split} split can't be used:\n"
-        f"{with_reasons(source, split, bad)}\n"
-        f"expected whole NIfTI files of finite numbers. {advice}"
-    )
+            pass  # another run deleted it, or uses it (Windows)

@@ -1,10 +1,20 @@
-"""NIfTI files: read with care, as slices of any direction, and written as they were, without anybody's fields.
+"""Read NIfTI files safely as planes, and write planes back as NIfTI files.
 
-    scan = read_scan("scan.nii.gz", axis="coronal")     # planes (N, rows, columns), whatever way the file is stored
-    content = scan.to_bytes(reconstructed_planes)        # the bytes of a .nii.gz: same shape, affine and kind of number
+    scan = read_scan("scan.nii.gz", axis="coronal")   # scan.planes: (N, rows, columns)
+    content = scan.to_bytes(reconstructed_planes)     # a .nii.gz with the same shape and affine
 
-Whatever a header or a stream claims is checked before it is believed; why a file can't be used is a `ValueError` whose
-text goes after the file's name.
+Safety. A header may claim any size, a gzip stream may unpack to terabytes, and reading a pipe may
+never end. Headers are therefore checked before any data is read or unpacked.
+
+Orientation. A volume is cut into "sagittal", "coronal" or "axial" planes, which its affine
+determines: rows and columns then run to the right, anterior or superior. Or it is cut along axis 0,
+1 or 2 as stored, and the affine is ignored. In either case, `_plane_orientation` returns the
+mapping from stored axes to (row, column, plane) axes in nibabel's notation; everything else that
+concerns planes applies this mapping or its inverse.
+
+Errors. A file that cannot be used raises ValueError. The message is a predicate without a subject,
+such as "is empty (zero bytes)", so that the caller can put the file's name in front and list the
+reasons of many files in one error.
 """
 
 from __future__ import annotations
@@ -22,274 +32,368 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-MAX_VOXELS = 1 << 27  # of a file: 512 x 512 x 512; a header may claim any number
-MAX_PIXELS = 1 << 24  # of a slice: 4,096 x 4,096
-AXES = {
-    "sagittal": 0,
-    "coronal": 1,
-    "axial": 2,
-}  # of right, anterior, superior, which one runs through the slices
+MAX_VOXELS = 1 << 27  # per file: 512 x 512 x 512
+MAX_PIXELS = 1 << 24  # per slice: 4,096 x 4,096
+MIN_SIDE = 8  # pixels per side of a slice
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # across the planes: right, anterior, superior
+# Directions of the rows, columns and planes for each value of AXES, in nibabel's letters.
+_PLANE_CODES = ("ASR", "RSA", "RAS")
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+_MAX_GZIP_RATIO = 1032  # deflate cannot compress better
+_HEADER_BYTES = 1024  # more than a NIfTI-1 header (348) and a NIfTI-2 header (540)
 
 # nibabel logs every odd but harmless header field: thousands of lines for one data set.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
-def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
-    """A NIfTI file's header and bytes, compressed or not whatever its name says. ValueError: why it can't be.
+# ---------------------------------------------------------------- files and headers
 
-    Never more bytes than the header says that there are, and those within MAX_VOXELS.
+
+def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
+    """Read the header and the uncompressed bytes of a NIfTI file.
+
+    The content, not the name, decides whether the file is unpacked. No more is unpacked than the
+    header asks for, and that is at most MAX_VOXELS.
+
+    Raises:
+        ValueError: if the file is not a whole NIfTI file, see the module's docstring.
     """
+    data = _read_bytes(path)
+    is_gzip = data[:2] == _GZIP_MAGIC
     try:
-        if (length := _size(path)) > MAX_VOXELS * 16:
-            raise ValueError(f"has {length:,} bytes, expected at most {MAX_VOXELS * 16:,}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"can't be read ({error.strerror})") from error
-    if not data:
-        raise ValueError("is empty (zero bytes)")
-    stream = gzip.GzipFile(fileobj=BytesIO(data)) if data[:2] == b"\x1f\x8b" else None
-    try:
-        start = stream.read(1024) if stream else data[:1024]
-        header = _header(start)
-        offset, size = (
-            header.get_data_offset(),
-            math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize,
-        )
-        if (
-            stream
-        ):  # a small file may hold terabytes; 64 kB more than it should have, to reach the checksum
-            data = start + stream.read(offset + size - len(start) + 65536)
-    except (EOFError, OSError, zlib.error) as error:
+        stream = gzip.GzipFile(fileobj=BytesIO(data)) if is_gzip else BytesIO(data)
+        start = stream.read(_HEADER_BYTES)
+        header = _parse_header(start)
+        size = header.get_data_offset() + _voxel_bytes(header)
+        if is_gzip:
+            # 64 kB more than needed, to reach and verify the checksum at the end of the stream.
+            data = start + stream.read(size - len(start) + 65536)
+    except _GZIP_ERRORS as error:
         raise ValueError(f"is truncated or damaged gzip ({error})") from error
-    if len(data) < offset + size:
+    if len(data) < size:
         raise ValueError(
-            f"is truncated or damaged: its header tells of {offset + size:,} bytes, it has {len(data):,}"
+            f"is truncated or damaged: its header specifies {size:,} bytes, it has {len(data):,}"
         )
     return header, data
 
 
-def _size(path: Path) -> int:
-    """Of a regular file. ValueError where it is none: reading it may never end."""
+def read_header(path: Path) -> nib.Nifti1Header:
+    """Read the header of a NIfTI file without its data: thousands of files per second.
+
+    Raises:
+        ValueError: if the file is not a NIfTI file, or is smaller than its header says, even if its
+            data were compressed as well as gzip can.
+    """
+    try:
+        size = _file_size(path)
+        with open(path, "rb") as file:
+            start = file.read(_HEADER_BYTES)
+            if start[:2] == _GZIP_MAGIC:
+                file.seek(0)
+                start = gzip.GzipFile(fileobj=file).read(_HEADER_BYTES)
+                size *= _MAX_GZIP_RATIO
+    except _GZIP_ERRORS as error:
+        raise ValueError(f"is truncated or damaged gzip ({error})") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+    header = _parse_header(start)
+    needed = _voxel_bytes(header)
+    if size < header.get_data_offset() + needed:
+        raise ValueError(
+            f"is truncated or damaged: its header specifies {needed:,} bytes of voxels"
+        )
+    return header
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file that is not empty and not larger than any that is accepted."""
+    try:
+        size = _file_size(path)
+        if size > MAX_VOXELS * 16:
+            raise ValueError(f"has {size:,} bytes, expected at most {MAX_VOXELS * 16:,}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if not data:
+        raise ValueError("is empty (zero bytes)")
+    return data
+
+
+def _file_size(path: Path) -> int:
+    """Return the size of a regular file; reading anything else might never end."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder, expected exactly one .nii or .nii.gz in it")
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("is no regular file, but a pipe, a socket or a device")
+        raise ValueError("is not a regular file but a pipe, a socket or a device")
     return status.st_size
 
 
-def _header(start: bytes) -> nib.Nifti1Header:
-    """From a file's first bytes. ValueError where it isn't one, or not one of real numbers within MAX_VOXELS."""
-    is_2 = 540 in (
-        int.from_bytes(start[:4], "little"),
-        int.from_bytes(start[:4], "big"),
-    )  # the header's size
-    kind = nib.Nifti2Header if is_2 else nib.Nifti1Header
+def _parse_header(start: bytes) -> nib.Nifti1Header:
+    """Parse a header from the first bytes of a file, and check everything that is used of it.
+
+    Raises:
+        ValueError: if it is not a NIfTI header, or not one of real numbers within MAX_VOXELS.
+    """
+    header_sizes = [int.from_bytes(start[:4], byteorder) for byteorder in ("little", "big")]
+    header_class = nib.Nifti2Header if 540 in header_sizes else nib.Nifti1Header
     try:
-        header = kind(start[: kind.template_dtype.itemsize])  # extensions are never read
-        shape, dtype, offset = (
-            header.get_data_shape(),
-            header.get_data_dtype(),
-            header.get_data_offset(),
-        )
+        header = header_class(start[: header_class.template_dtype.itemsize])  # no extensions
+        shape = header.get_data_shape()
+        dtype = header.get_data_dtype()
+        offset = header.get_data_offset()
         header.get_slope_inter()
-    except Exception as error:  # nibabel raises many kinds
+    except Exception as error:  # nibabel raises many types
         raise ValueError(f"is not a NIfTI file ({error})") from error
     if not header["magic"].item().startswith(b"n+"):
         raise ValueError(
             "is the header of a pair of files (.hdr, .img), expected a single .nii or .nii.gz file"
         )
     if dtype.kind not in "iuf":
-        raise ValueError(f"holds {dtype} values, expected one real number a pixel")
+        raise ValueError(f"holds {dtype} values, expected one real number per voxel")
     if not shape or min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
-        raise ValueError(
-            f"has shape {' x '.join(map(str, shape))}, expected at most {MAX_VOXELS:,} voxels, and some"
-        )
+        raise ValueError(f"has shape {_format_shape(shape)}, expected 1 to {MAX_VOXELS:,} voxels")
     if not 0 <= offset <= 1 << 24:
-        raise ValueError(f"has its pixels at byte {offset:,}, expected them soon after the header")
+        raise ValueError(f"has its voxels at byte {offset:,}, expected them soon after the header")
     return header
 
 
+def _voxel_bytes(header: nib.Nifti1Header) -> int:
+    return math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+
+
+def _format_shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+# ---------------------------------------------------------------- orientation
+
+
 def affine_of(header: nib.Nifti1Header) -> np.ndarray:
-    """(4, 4). ValueError where it holds no numbers to go by."""
+    """Return the affine (4, 4), from voxel indices to mm; raises ValueError if it is unusable."""
     with np.errstate(all="ignore"):
-        affine = header.get_best_affine()  # ValueError of a quaternion that is none
+        affine = header.get_best_affine()  # ValueError for an impossible quaternion
     if not np.abs(affine).max() < 1e9:
         raise ValueError("has an affine without finite numbers")
     return affine
 
 
 def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
-    """(3, 2): which way the axes run, as nibabel has it. ValueError where the affine doesn't tell."""
+    """Return the orientation of the stored axes, in nibabel's notation.
+
+    Returns:
+        (3, 2): for each stored axis, which of (right, anterior, superior) it is closest to, and 1
+        or, if it runs the other way, -1.
+
+    Raises:
+        ValueError: if the affine does not determine it.
+    """
     try:
         with np.errstate(all="ignore"):
-            if not np.isnan(turn := nib.orientations.io_orientation(affine_of(header))).any():
-                return turn
+            orientation = nib.orientations.io_orientation(affine_of(header))
+        if not np.isnan(orientation).any():
+            return orientation
     except (ValueError, np.linalg.LinAlgError):
         pass
-    raise ValueError("has an affine that does not say which way its axes run")
+    raise ValueError("has an affine that does not determine the directions of its axes")
 
 
-def dimensions_of(shape: tuple[int, ...]) -> int:
-    """2 for a slice, also one whose further dimensions are 1; else 3, of which `planes` will tell if it isn't."""
+def _plane_orientation(plane_axis: int, orientation: np.ndarray | None) -> np.ndarray:
+    """Return the orientation from stored axes to (row, column, plane) axes, (3, 2).
+
+    Args:
+        plane_axis: the axis across the planes, see `Scan.axis`.
+        orientation: the stored axes', see `Scan.orientation`.
+    """
+    if orientation is None:
+        orientation = axcodes2ornt("RAS")  # stored axes keep their order and direction
+    return ornt_transform(orientation, axcodes2ornt(_PLANE_CODES[plane_axis]))
+
+
+def _find_cut(
+    header: nib.Nifti1Header, axis: str | int, dimensions: int | None
+) -> tuple[int, np.ndarray | None]:
+    """Return the plane axis and the orientation of a file, see `Scan.axis`, `Scan.orientation`."""
+    if (dimensions or _dimensions_of(header.get_data_shape())) == 2:
+        return 2, None
+    if isinstance(axis, str):
+        return AXES[axis], axis_orientation(header)
+    return axis, None
+
+
+def _dimensions_of(shape: tuple[int, ...]) -> int:
+    """Return 2 for a slice, which may have further dimensions of size 1, and 3 for others."""
     return 2 if all(size == 1 for size in shape[2:]) else 3
 
 
-def read_header(path: Path) -> nib.Nifti1Header:
-    """A file's header by its first bytes: thousands a second, whatever the files hold. ValueError: why it can't be.
-
-    Also where the file is too small for what its header tells of, even if gzip did its best.
-    """
-    try:
-        size = _size(path)
-        with open(path, "rb") as file:
-            start = file.read(1024)
-            if start[:2] == b"\x1f\x8b":
-                file.seek(0)
-                start, size = gzip.GzipFile(fileobj=file).read(1024), size * 1032  # deflate's best
-    except OSError as error:
-        raise ValueError(f"can't be read ({error.strerror or error})") from error
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"is truncated or damaged gzip ({error})") from error
-    header = _header(start)
-    needed = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-    if size < header.get_data_offset() + needed:
-        raise ValueError(f"is truncated or damaged: its header tells of {needed:,} bytes of pixels")
-    return header
+def _volume_shape(shape: tuple[int, ...], dimensions: int | None) -> tuple[int, ...]:
+    """Return the shape as a volume's: a slice is a volume with one plane."""
+    dimensions = dimensions or _dimensions_of(shape)
+    if len(shape) < dimensions:
+        raise ValueError(f"has shape {_format_shape(shape)}, expected {dimensions} dimensions")
+    return (*shape[:2], 1) if dimensions == 2 else shape[:3]
 
 
-def planes_shape(header: nib.Nifti1Header, axis: str | int) -> tuple[int, int, int]:
-    """SliceDataset, rows and columns that `planes` gives of a file. ValueError where its affine doesn't tell."""
-    shape = header.get_data_shape()
-    if len(shape) < 2:
-        raise ValueError(f"has shape {shape[0]}, expected a slice or a volume")
-    if dimensions_of(shape) == 2:
-        return 1, *shape[:2]
-    order, through = [0, 1, 2], axis
-    if isinstance(axis, str):
-        order, through = np.argsort(axis_orientation(header)[:, 0]).tolist(), AXES[axis]
-    rows, columns = (shape[order[i]] for i in range(3) if i != through)
-    return shape[order[through]], rows, columns
+def _cut(voxels: np.ndarray, plane_orientation: np.ndarray) -> np.ndarray:
+    """Cut a volume into planes (N, rows, columns), as a view."""
+    return np.moveaxis(apply_orientation(voxels, plane_orientation), -1, 0)
+
+
+def planes_shape(
+    header: nib.Nifti1Header, axis: str | int, dimensions: int | None = None
+) -> tuple[int, int, int]:
+    """Return the (N, rows, columns) of the planes of a file; arguments as in `stored_planes`."""
+    shape = _volume_shape(header.get_data_shape(), dimensions)
+    plane_orientation = _plane_orientation(*_find_cut(header, axis, dimensions))
+    return _cut(np.broadcast_to(0, shape), plane_orientation).shape
+
+
+def planes_affine(
+    header: nib.Nifti1Header, axis: str | int, dimensions: int | None = None
+) -> np.ndarray:
+    """Return the affine (4, 4) from (row, column, plane) to mm; arguments as in `stored_planes`."""
+    shape = _volume_shape(header.get_data_shape(), dimensions)
+    plane_orientation = _plane_orientation(*_find_cut(header, axis, dimensions))
+    return affine_of(header) @ inv_ornt_aff(plane_orientation, shape)
 
 
 def stored_planes(
     header: nib.Nifti1Header, data: bytes, dimensions: int | None, axis: str | int
-) -> tuple[np.ndarray, Callable]:
-    """The stored numbers of a slice or volume as (N, rows, columns), and a function that scales some of them.
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Return the planes of a file as they are stored, and a function that scales some of them.
 
-    axis: of AXES, by the affine: the planes' rows and columns then run to right, anterior or superior, in that order;
-    or 0, 1, 2, as the file is stored. dimensions: 2, 3, or None for either; ValueError where it has others. No number
-    is copied before it is scaled.
+    Args:
+        header: the file's header.
+        data: its uncompressed bytes.
+        dimensions: 2 for a slice, 3 for a volume, None for either.
+        axis: where volumes are cut: a name of AXES, or 0, 1, 2 for an axis as it is stored.
+
+    Returns:
+        (N, rows, columns), a view of `data`, and the function that applies the header's scale
+        factor and intercept to such an array.
+
+    Raises:
+        ValueError: if the file has another number of dimensions, is too small or too large, or its
+            affine does not determine the directions of its axes.
     """
-    found = shape = header.get_data_shape()
-    dimensions = dimensions or dimensions_of(shape)
+    shape = stored_shape = header.get_data_shape()
+    dimensions = dimensions or _dimensions_of(shape)
     while len(shape) > dimensions and shape[-1] == 1:
         shape = shape[:-1]
-    what, most = ("2D slice", MAX_PIXELS) if dimensions == 2 else ("3D volume", MAX_VOXELS)
-    wanted = f"has shape {' x '.join(map(str, found))}, expected a {what} of at least 8 pixels a side, at most {most:,}"
-    if len(shape) != dimensions or math.prod(shape) > most:
-        raise ValueError(wanted)
-    dtype, count = header.get_data_dtype(), math.prod(shape)
-    voxels = np.frombuffer(data, dtype, count, header.get_data_offset()).reshape(shape, order="F")
-    if dimensions == 2:
-        voxels = voxels[..., None].transpose(2, 0, 1)
-    elif isinstance(axis, int):
-        voxels = np.moveaxis(voxels, axis, 0)
-    else:
-        voxels = np.moveaxis(
-            nib.orientations.apply_orientation(voxels, axis_orientation(header)), AXES[axis], 0
-        )
-    if min(voxels.shape[1:]) < 8:
-        raise ValueError(wanted)
-    slope, inter = header.get_slope_inter()
+    form, max_voxels = ("2D slice", MAX_PIXELS) if dimensions == 2 else ("3D volume", MAX_VOXELS)
+    mismatch = (
+        f"has shape {_format_shape(stored_shape)}, expected a {form} of at least {MIN_SIDE} pixels "
+        f"per side and at most {max_voxels:,} in all"
+    )
+    if len(shape) != dimensions or math.prod(shape) > max_voxels:
+        raise ValueError(mismatch)
+    voxels = np.frombuffer(
+        data, header.get_data_dtype(), math.prod(shape), header.get_data_offset()
+    )
+    voxels = voxels.reshape(_volume_shape(shape, dimensions), order="F")
+    planes = _cut(voxels, _plane_orientation(*_find_cut(header, axis, dimensions)))
+    if min(planes.shape[1:]) < MIN_SIDE:
+        raise ValueError(mismatch)
+    slope, intercept = header.get_slope_inter()
 
-    def scaled(some: np.ndarray) -> np.ndarray:
-        with np.errstate(all="ignore"):  # what a scale factor makes infinite is told later
-            return nib.volumeutils.apply_read_scaling(some, slope, inter)
+    def scale(stored: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):  # infinite results are reported by the callers
+            return nib.volumeutils.apply_read_scaling(stored, slope, intercept)
 
-    return voxels, scaled
+    return planes, scale
+
+
+# ---------------------------------------------------------------- whole scans
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A file as slices, and what it takes to write an array like them as the file was."""
+    """A file as planes, and what is needed to write other planes as a file like it."""
 
-    planes: np.ndarray  # (N, rows, columns); of a 2D file one
+    planes: np.ndarray  # (N, rows, columns), in the scanner's intensities; N is 1 for a 2D file
     affine: np.ndarray  # (4, 4), the file's
     shape: tuple[int, ...]  # the file's
-    dtype: np.dtype  # of number that a file of it has: the stored one, or float32 where a scale factor was applied
-    axis: int  # of the turned volume, which one runs through the slices; of a 2D file 2
-    orientation: (
-        np.ndarray | None
-    )  # (3, 2), from the stored axes to right, anterior, superior; None: not turned
+    dtype: np.dtype  # written by `to_bytes`: the file's if it holds unscaled integers, or float32
+    axis: int  # across the planes, after reorientation; 2 for a 2D file
+    orientation: np.ndarray | None  # see `axis_orientation`; None: axes are used as stored
 
     @property
     def cut_axis(self) -> str | int:
-        """The `axis` that `read_scan` was asked for."""
+        """The `axis` that was passed to `read_scan`."""
         return self.axis if self.orientation is None else list(AXES)[self.axis]
 
     @property
     def spacing(self) -> tuple[float, float]:
-        """mm between rows and between columns."""
-        sizes = nib.affines.voxel_sizes(self.affine)
-        if self.orientation is not None:
-            sizes = sizes[np.argsort(self.orientation[:, 0])]
-        rows, columns = (float(size) for i, size in enumerate(sizes[:3]) if i != self.axis)
+        """Spacing of the rows and of the columns in mm."""
+        shape = _volume_shape(self.shape, None)
+        affine = self.affine @ inv_ornt_aff(_plane_orientation(self.axis, self.orientation), shape)
+        rows, columns, _ = nib.affines.voxel_sizes(affine).tolist()
         return rows, columns
 
-    def to_bytes(self, planes: np.ndarray, kind: np.dtype | None = None) -> bytes:
-        """Bytes of a `.nii.gz` of an array like `planes`; integers are rounded, and kept to what their kind holds."""
-        voxels, kind = np.moveaxis(planes, 0, self.axis), kind or self.dtype
-        if self.orientation is not None:
-            straight = np.stack([np.arange(3), np.ones(3)], 1)
-            voxels = nib.orientations.apply_orientation(
-                voxels, nib.orientations.ornt_transform(straight, self.orientation)
-            )
-        if kind.kind in "iu":
-            limits = np.iinfo(kind)
-            high = (
-                np.nextafter(float(limits.max), 0) if kind.itemsize == 8 else limits.max
-            )  # 2^63 - 1 is no float
+    def to_bytes(self, planes: np.ndarray, dtype: np.dtype | None = None) -> bytes:
+        """Return a `.nii.gz` of other planes, with the shape and affine of this file.
+
+        Args:
+            planes: (N, rows, columns), as many as this scan has.
+            dtype: data type of the file (default: this scan's). For integers, values are rounded
+                and clipped to the type's range.
+        """
+        dtype = dtype or self.dtype
+        plane_orientation = _plane_orientation(self.axis, self.orientation)
+        to_stored = ornt_transform(axcodes2ornt("RAS"), plane_orientation)
+        voxels = apply_orientation(np.moveaxis(planes, 0, -1), to_stored)
+        if dtype.kind in "iu":
+            limits = np.iinfo(dtype)
+            high = limits.max
+            if dtype.itemsize == 8:
+                high = np.nextafter(float(high), 0)  # as a float, 2^63 - 1 would become 2^63
             voxels = np.clip(np.rint(voxels.astype(np.float64)), limits.min, high)
-        return nifti_bytes(
-            np.ascontiguousarray(voxels.reshape(self.shape)).astype(kind), self.affine
-        )
+        voxels = np.ascontiguousarray(voxels.reshape(self.shape)).astype(dtype)
+        return nifti_bytes(voxels, self.affine)
 
 
 def read_scan(path: str | Path, axis: str | int | None = None) -> Scan:
-    """A 2D or 3D file as slices, cut along `axis` as `planes` does; None: coronal. Raises ValueError."""
-    header, data = read_nifti(Path(path))
-    found = header.get_data_shape()
-    dimensions = dimensions_of(found)
+    """Read a 2D or 3D file as planes.
+
+    Args:
+        path: a .nii or .nii.gz file.
+        axis: where volumes are cut, see `stored_planes` (default: "coronal").
+
+    Raises:
+        ValueError: if the file cannot be used, see the module's docstring.
+    """
     axis = "coronal" if axis is None else axis
-    stored, scaled = stored_planes(header, data, dimensions, axis)
-    voxels, kind = scaled(stored), header.get_data_dtype().newbyteorder("=")
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise ValueError(f"has {np.count_nonzero(~np.isfinite(voxels)):,} NaN or infinite voxels")
-    turned = dimensions == 3 and isinstance(axis, str)
-    through = 2 if dimensions == 2 else AXES[axis] if turned else axis
-    kind = (
-        np.dtype(np.float32) if voxels.dtype.newbyteorder("=") != kind or kind.kind == "f" else kind
-    )
-    return Scan(
-        voxels,
-        affine_of(header),
-        found,
-        kind,
-        through,
-        axis_orientation(header) if turned else None,
-    )
+    header, data = read_nifti(Path(path))
+    stored, scale = stored_planes(header, data, None, axis)
+    planes = scale(stored)
+    if planes.dtype.kind == "f" and not np.isfinite(planes).all():
+        raise ValueError(f"has {np.count_nonzero(~np.isfinite(planes)):,} NaN or infinite voxels")
+    dtype = header.get_data_dtype().newbyteorder("=")
+    is_scaled = planes.dtype.newbyteorder("=") != dtype
+    if is_scaled or dtype.kind == "f":
+        dtype = np.dtype(np.float32)
+    plane_axis, orientation = _find_cut(header, axis, None)
+    shape = header.get_data_shape()
+    return Scan(planes, affine_of(header), shape, dtype, plane_axis, orientation)
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
-    """A `.nii.gz` file's content, lengths in mm. The header is new: no field of any file that was read is in it."""
+    """Return the content of a `.nii.gz` file, in mm, with a new header: it copies no patient data.
+
+    Args:
+        voxels: array of any shape and real data type.
+        affine: (4, 4), from voxel indices to mm.
+    """
     try:
         with np.errstate(all="ignore"):
-            nifti = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
+            image = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
     except (nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
-        # No rotation and sizes: kept as it is, in the other of the two forms.
-        nifti = nib.Nifti1Image(voxels, None, dtype=voxels.dtype)
-        nifti.set_sform(affine, code=2)
-    nifti.header.set_xyzt_units("mm")
-    return gzip.compress(nifti.to_bytes(), 6, mtime=0)
+        # It is not a rotation with voxel sizes, so the qform cannot hold it; the sform can.
+        image = nib.Nifti1Image(voxels, None, dtype=voxels.dtype)
+        image.set_sform(affine, code=2)
+    image.header.set_xyzt_units("mm")
+    return gzip.compress(image.to_bytes(), 6, mtime=0)

@@ -1,8 +1,16 @@
-"""How the stored pixels of a file become slices of the size that the model takes."""
+"""Preprocessing: from the planes of a file to slices of one size, and to z-scores.
+
+    preprocessing = Preprocessing.resolve(source, size=None, axis="axial")   # once per run
+    for plane, image in read_planes(path, preprocessing):                    # (rows, columns) each
+        image = fit_slice(image, preprocessing.fit, preprocessing.size)      # (*size) float64
+
+The z-score of a slice is (image - image.mean()) / std, with `std` from `floor_std`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,25 +19,21 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from mri import nifti
 from mri.files import Source
 from utils import DataError
 
-SIZE = (256, 128)  # rows (left-right), columns (inferior-superior)
-# Smallest standard deviation used for z-scoring, as a fraction of the split's median: without it,
-# the noise of a nearly empty slice would be scaled up to fill the range.
-STD_FLOOR = 0.05
-
-
-DIMENSIONS = {"2D": 2, "3D": 3, "scans": None}  # of a file, by Source.form; None: 2 or 3
-CENTRAL_PLANES = 60  # of a HipMRI volume: as many as its 2D form has
+SIZE = (256, 128)  # rows (left-right), columns (inferior-superior) of HipMRI's 2D form
+CENTRAL_PLANES = 60  # per HipMRI volume: as many as its 2D form contains
+STD_FLOOR = 0.05  # see `floor_std`
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How the pixels of a file become slices. Resolved once per run and stored in its config.json.
+    """Settings that turn files into slices; resolved once per run and stored in its config.json.
 
     It is part of the cache's key: any change makes a new cache.
     """
@@ -37,8 +41,13 @@ class Preprocessing:
     form: str  # of the source: "2D", "3D" or "scans", see `mri.files.Source`
     size: tuple[int, int] = SIZE  # (rows, columns) of every slice
     fit: str = "resize"  # for slices of another size: "resize", "crop" or "trim", see `crop_box`
-    axis: str | int = "coronal"  # the axis that volumes are cut along, see `nifti.stored_planes`
+    axis: str | int = "coronal"  # where volumes are cut, see `nifti.stored_planes`
     planes: int = 1  # largest number of slices taken from a volume, its central ones
+
+    @property
+    def dimensions(self) -> int | None:
+        """Number of dimensions that files must have; None allows slices and volumes."""
+        return {"2D": 2, "3D": 3, "scans": None}[self.form]
 
     @classmethod
     def resolve(
@@ -65,7 +74,7 @@ class Preprocessing:
             raise DataError(f"fit is {fit!r}; expected resize, crop or trim")
         if planes is not None and not 1 <= planes <= 256:
             raise DataError(f"planes is {planes}; expected 1 to 256")
-        axis = int(axis) if axis in ("0", "1", "2") else axis or "coronal"
+        axis = "coronal" if axis is None else parse_axis(axis)
         if source.form == "2D":
             planes = 1
         elif source.form == "3D":
@@ -78,110 +87,249 @@ class Preprocessing:
         return cls(source.form, tuple(size or SIZE), fit or "resize", axis, planes)
 
 
+def parse_axis(axis: str | int) -> str | int:
+    """Return an axis as `nifti.stored_planes` takes it: a name, or 0, 1, 2 for "0", "1", "2"."""
+    return int(axis) if axis in ("0", "1", "2") else axis
+
+
+# ---------------------------------------------------------------- from a file to its slices
+
+
 def read_planes(path: Path, preprocessing: Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
-    """The slices of a file as (plane, (rows, columns) array), of scans without empty ones. ValueError: why it can't."""
-    stored, scaled = nifti.stored_planes(
-        *nifti.read_nifti(path), DIMENSIONS[preprocessing.form], preprocessing.axis
-    )
-    first, level = max(0, (len(stored) - preprocessing.planes) // 2), -np.inf
+    """Yield `(plane, image)` for the central slices of a file, without the empty slices of scans.
+
+    Yields:
+        The index of the slice in its volume, and its intensities, (rows, columns) as stored.
+
+    Raises:
+        ValueError: if the file cannot be used, see `mri.nifti`.
+    """
+    stored, scale = _stored_planes(path, preprocessing)
+    threshold = -np.inf
     if preprocessing.form == "scans":
-        level = background_threshold(scaled(stored[:: max(1, len(stored) // 32)]))
-    shown = 0
-    for plane in range(first, min(first + preprocessing.planes, len(stored))):
-        image = scaled(stored[plane])
-        if not is_empty(image, level):
-            shown += 1
+        threshold = background_threshold(scale(stored[:: max(1, len(stored) // 32)]))
+    count = min(preprocessing.planes, len(stored))
+    first = (len(stored) - count) // 2
+    is_blank = True
+    for plane in range(first, first + count):
+        image = scale(stored[plane])
+        if not is_empty(image, threshold):
+            is_blank = False
             yield plane, image
-    if not shown:
-        raise ValueError("has no slice that shows anything")
+    if is_blank:
+        raise ValueError("has only empty slices")
 
 
-def background_threshold(some: np.ndarray) -> float:
-    """Of (N, rows, columns) of a scan: a tenth of the way from its 1st percentile to its 99th; of one slice -inf."""
-    low, high = np.percentile(some, (1, 99))
-    return (
-        low + 0.1 * (high - low) if len(some) > 1 and np.isfinite(low + high) else -np.inf
-    )  # what isn't is told later
+def _stored_planes(path: Path, preprocessing: Preprocessing):
+    """Return all planes of a file and the function that scales them, as `nifti.stored_planes`."""
+    header, data = nifti.read_nifti(path)
+    return nifti.stored_planes(header, data, preprocessing.dimensions, preprocessing.axis)
 
 
-def is_empty(image: np.ndarray, level: float) -> bool:
-    """Whether a scan's slice shows next to nothing: under 5 % of its pixels are above `background_threshold`."""
-    return bool((image > level).mean() < 0.05)
+def background_threshold(planes: np.ndarray) -> float:
+    """Return the threshold below which a scan's pixels count as background.
+
+    Args:
+        planes: (N, rows, columns), the scan or a sample of its planes.
+
+    Returns:
+        p1 + 0.1 (p99 - p1), where p1 and p99 are percentiles of all pixels; for a single plane, or
+        for pixels that are not finite (which `encode_slice` of mri/cache.py reports), -inf.
+    """
+    low, high = np.percentile(planes, (1, 99))
+    if len(planes) == 1 or not np.isfinite(low + high):
+        return -np.inf
+    return low + 0.1 * (high - low)
+
+
+def is_empty(image: np.ndarray, threshold: float) -> bool:
+    """Return whether fewer than 5 % of a slice's pixels are above its `background_threshold`."""
+    return bool((image > threshold).mean() < 0.05)
+
+
+# ---------------------------------------------------------------- from any size to one size
 
 
 def crop_box(shape: Sequence[int], fit: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of what is taken of (rows, columns) before it is resized to `size`.
+    """Return the part of a slice that is used; what is used is then resized to `size`.
 
-    "crop": the largest centre of size's proportions; "trim": the centre of that size, where at most a tenth of either
-    side is cut off; else, and for "resize", all.
+    Args:
+        shape: (rows, columns) of the slice.
+        fit: "resize" uses the whole slice; "crop" its largest central part with the proportions of
+            `size`; "trim" its central part of exactly `size` if that cuts off at most a tenth of
+            each side, otherwise the whole slice.
+        size: (rows, columns) of the result.
+
+    Returns:
+        (top, left, height, width) in pixels.
     """
-    (rows, columns), ratio = shape, size[0] / size[1]
+    rows, columns = shape
     height, width = rows, columns
     if fit == "crop":
-        height, width = min(rows, round(columns * ratio)), min(columns, round(rows / ratio))
-    elif (
-        fit == "trim"
-        and 0 <= rows - size[0] <= rows // 10
-        and 0 <= columns - size[1] <= columns // 10
-    ):
-        height, width = size
+        ratio = size[0] / size[1]
+        height = min(rows, round(columns * ratio))
+        width = min(columns, round(rows / ratio))
+    elif fit == "trim":
+        excess_rows, excess_columns = rows - size[0], columns - size[1]
+        if 0 <= excess_rows <= rows // 10 and 0 <= excess_columns <= columns // 10:
+            height, width = size
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
 def fit_slice(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
-    """Bring a slice to `size`, float64: what `crop_box` takes of it, resized where that has another size."""
-    top, left, height, width = crop_box(image.shape, fit, size)
-    image = image[top : top + height, left : left + width].astype(np.float64)
+    """Crop a slice by `crop_box` and, if its size still differs, resize it.
+
+    Args:
+        image: (rows, columns) of any real data type.
+        fit: see `crop_box`.
+        size: (rows, columns) of the result.
+
+    Returns:
+        (*size) float64.
+    """
+    image = _crop(image, fit, size).astype(np.float64)
     if image.shape == size:
         return image
     return resize(torch.from_numpy(image)[None], list(size), antialias=True)[0].numpy()
 
 
-def slice_affine(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-    """The affine, (4, 4), of a slice of this file, cut and brought to `size` as `load_split` does, its centre at 0 mm.
+def _crop(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
+    top, left, height, width = crop_box(image.shape, fit, size)
+    return image[top : top + height, left : left + width]
 
-    Raises DataError where the file can't be read.
+
+def usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
+    """Return the most common slice size in a sample of the files, in multiples of 16.
+
+    A side is rounded down if `crop_box` with "trim" then cuts off at most a tenth of it, otherwise
+    to the nearest multiple.
+
+    Args:
+        files: slices or volumes.
+        axis: where volumes are cut, see `nifti.stored_planes`.
+
+    Returns:
+        (rows, columns); SIZE if no file can be read.
+    """
+    counts = Counter()
+    for file in _sample(files):
+        with contextlib.suppress(ValueError):  # decoding the file will report it
+            count, rows, columns = nifti.planes_shape(nifti.read_header(file), axis)
+            counts[rows, columns] += count
+    if not counts:
+        return SIZE
+    (rows, columns), _ = counts.most_common(1)[0]
+    return _round_side(rows), _round_side(columns)
+
+
+def _round_side(side: int) -> int:
+    below = side // 16 * 16
+    if side - below <= side // 10:
+        return below
+    return max(16, round(side / 16) * 16)
+
+
+def _sample(files: list[Path]) -> list[Path]:
+    """Return about 50 of the files, evenly spaced."""
+    return files[:: math.ceil(len(files) / 50)]
+
+
+# ---------------------------------------------------------------- intensities
+
+
+def is_constant(low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    """Return whether slices have a single value, up to the rounding noise that resizing adds.
+
+    Args:
+        low, high: smallest and largest value of each slice, in float64.
+    """
+    largest = np.maximum(np.abs(low), np.abs(high))
+    return high - low <= 1e-30 + 1e-9 * largest
+
+
+def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:
+    """Return the standard deviations to divide by: at least 5 % of the median of varied slices.
+
+    Without this floor, the noise of a nearly empty slice would be scaled up to fill the range.
+
+    Args:
+        std: (N,) float64, one per slice.
+        constant: (N,) bool, slices that are left out of the median, see `is_constant`.
+
+    Returns:
+        (N,) float64; if all slices are constant, the floor is 1.
+    """
+    floor = 1.0 if constant.all() else STD_FLOOR * np.median(std[~constant])
+    return np.maximum(std, floor)
+
+
+# ---------------------------------------------------------------- segmentations and geometry
+
+
+def read_segmentation(
+    path: Path, planes: Sequence[int], preprocessing: Preprocessing
+) -> torch.Tensor:
+    """Read slices of a segmentation, cut and fitted as those of its image, with nearest neighbours.
+
+    Args:
+        path: the segmentation.
+        planes: indices of N of its slices.
+        preprocessing: the image's.
+
+    Returns:
+        (N, *size) uint8.
+
+    Raises:
+        DataError: if the file cannot be used or has fewer planes.
+    """
+    labels = []
+    try:
+        stored, scale = _stored_planes(path, preprocessing)
+        for plane in planes:
+            image = scale(stored[plane]).astype(np.uint8)
+            labels.append(_crop(image, preprocessing.fit, preprocessing.size))
+    except (ValueError, IndexError) as error:
+        raise DataError(
+            f"{path} {error}; expected a segmentation with the shape of its image, or none."
+        ) from error
+    batch = torch.from_numpy(np.stack(labels))
+    return resize(batch, list(preprocessing.size), InterpolationMode.NEAREST_EXACT)
+
+
+def slice_affine(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Return the affine of the slices of a file after cutting and fitting.
+
+    Returns:
+        (4, 4), from (row, column, 0) to mm. Its origin is such that the slice's centre is at 0 mm.
+
+    Raises:
+        DataError: if the file's header cannot be used.
     """
     try:
         header = nifti.read_header(Path(path))
-        shape, turn = header.get_data_shape(), None
-        dimensions = DIMENSIONS[preprocessing.form] or nifti.dimensions_of(shape)
-        if dimensions == 3 and isinstance(preprocessing.axis, str):
-            turn = nifti.axis_orientation(header)
-        affine, order = nifti.affine_of(header), [0, 1, 2]
-        if len(shape) < dimensions:
-            raise ValueError(
-                f"has shape {' x '.join(map(str, shape))}, expected {dimensions} dimensions"
-            )
+        affine = nifti.planes_affine(header, preprocessing.axis, preprocessing.dimensions)
+        shape = nifti.planes_shape(header, preprocessing.axis, preprocessing.dimensions)
     except ValueError as error:
         raise DataError(f"{path} {error}; expected a NIfTI file.") from error
-    if dimensions == 3:
-        if turn is not None:  # axes become right, anterior, superior
-            affine = affine @ nib.orientations.inv_ornt_aff(turn, shape[:3])
-            shape = [shape[int(np.flatnonzero(turn[:, 0] == i)[0])] for i in range(3)]
-        through = (
-            nifti.AXES[preprocessing.axis]
-            if isinstance(preprocessing.axis, str)
-            else preprocessing.axis
-        )
-        order = [*(i for i in range(3) if i != through), through]
-        affine, shape = affine[:, [*order, 3]], [shape[i] for i in order]
     size = preprocessing.size
-    rows, columns = crop_box(shape[:2], preprocessing.fit, size)[2:]
-    affine = affine @ np.diag([rows / size[0], columns / size[1], 1, 1])
+    *_, height, width = crop_box(shape[1:], preprocessing.fit, size)
+    affine = affine @ np.diag([height / size[0], width / size[1], 1, 1])
     affine[:3, 3] = -affine[:3, :2] @ (np.array(size) - 1) / 2
     return affine
 
 
-def usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
-    """Most slices' size, of some 50 files, in multiples of 16: below, where `crop_box` trims that little, or nearest."""
-    found = Counter()
-    for file in files[:: -(-len(files) // 50)]:
-        with contextlib.suppress(ValueError):  # reading it will say why
-            count, *shape = nifti.planes_shape(nifti.read_header(file), axis)
-            found[tuple(shape)] += count
-    (rows, columns), _ = found.most_common(1)[0] if found else (SIZE, 1)
-    below = [(side // 16 * 16, max(16, round(side / 16) * 16)) for side in (rows, columns)]
-    rows, columns = (low if side - low <= side // 10 else nearest
-                     for side, (low, nearest) in zip((rows, columns), below, strict=True))  # fmt: skip
-    return rows, columns
+def median_spacing(files: list[Path], preprocessing: Preprocessing) -> list[float] | None:
+    """Return the median spacing of rows and of columns over a sample of the files.
+
+    Files with an unusable affine are skipped: their pixels may still be used.
+
+    Returns:
+        [mm between rows, mm between columns] of fitted slices; None if no file has a spacing.
+    """
+    spacings = []
+    for file in _sample(files):
+        with contextlib.suppress(DataError):
+            spacing = nib.affines.voxel_sizes(slice_affine(file, preprocessing))[:2]
+            if spacing.min() > 0:
+                spacings.append(spacing)
+    return np.median(spacings, 0).tolist() if spacings else None

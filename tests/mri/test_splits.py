@@ -355,7 +355,7 @@ def test_results_say_which_files_were_trained_on(
     assert set(in_training.values()) == {"yes", "no"}
     trained = {path for path, answer in in_training.items() if answer == "yes"}
     assert trained == {f"study/{file}" for file in files_of["train"]}
-    assert "note: 6 of 10 files are" in capsys.readouterr().out
+    assert "the model was trained on 6 of 10 files" in capsys.readouterr().out
 
     assert predict.main(["--run", "runs/a", "--html", "--device", "cpu"]) == 0
     with open("runs/a/test/slices.csv") as file:

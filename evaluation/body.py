@@ -1,0 +1,91 @@
+"""Find the body in a slice, for the score `ssim_body`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def body_mask(images: Tensor) -> Tensor:
+    """Find the body in each slice: the largest bright component, with its holes filled.
+
+    Bright means above Otsu's threshold of log(1 + 50 x), which separates the body from air. On
+    plain intensities it would separate fat from muscle, and the largest component would be a strip
+    of fat.
+
+    Args:
+        images: (B, 1, H, W) in [0, 1].
+
+    Returns:
+        (B, 1, H, W) bool.
+    """
+    images = torch.log1p(50 * images) / math.log(51)
+    bright = images > _otsu_threshold(images).view(-1, 1, 1, 1)
+    return _fill_holes(_largest_component(bright))
+
+
+def _otsu_threshold(images: Tensor) -> Tensor:
+    """Return Otsu's threshold of each slice in [0, 1], with 256 bins: (B, 1, H, W) -> (B,)."""
+    bins = (images.flatten(1) * 255).round().long()
+    ones = torch.ones_like(bins).float()
+    histogram = torch.zeros(len(bins), 256, device=bins.device).scatter_add_(1, bins, ones)
+    histogram /= bins.shape[1]
+    levels = torch.arange(256, device=bins.device) / 255
+    weight = histogram.cumsum(1)  # fraction of pixels up to each level
+    moment = (histogram * levels).cumsum(1)
+    mean = moment[:, -1:]
+    variance = (mean * weight - moment).square() / (weight * (1 - weight)).clamp_min(1e-9)
+    return levels[variance[:, :-1].argmax(1)]  # largest variance between the two classes
+
+
+def _largest_component(mask: Tensor) -> Tensor:
+    """Keep the largest 4-connected component of each mask: (B, 1, H, W) bool in and out."""
+    components = _connected_components(mask)
+    sizes = torch.zeros(len(mask), mask[0].numel() + 1, device=mask.device)
+    sizes.scatter_add_(1, components.flatten(1), mask.flatten(1).float())
+    return (components == sizes.argmax(1).view(-1, 1, 1, 1)) & mask
+
+
+def _connected_components(mask: Tensor) -> Tensor:
+    """Label the 4-connected components of each mask: (B, 1, H, W) int64, 0 outside the mask."""
+    labels = torch.arange(1, mask[0].numel() + 1, device=mask.device).view_as(mask[:1])
+    return _flood(labels * mask, mask)
+
+
+def _fill_holes(mask: Tensor) -> Tensor:
+    """Add to each mask all pixels that are not connected to the slice's border outside of it."""
+    border = torch.ones_like(mask)
+    border[..., 1:-1, 1:-1] = False
+    outside = _flood((border & ~mask).long(), ~mask)
+    return outside == 0
+
+
+def _flood(labels: Tensor, mask: Tensor) -> Tensor:
+    """Give each 4-connected region of the mask the largest label in it.
+
+    Sweeps along rows and columns, in both directions, carry labels through runs of the mask until
+    nothing changes. A sweep is a cumulative maximum. Adding 2^20 for each pixel outside the mask
+    stops labels there: after a gap, every pixel exceeds all labels before it.
+
+    Args:
+        labels: (B, 1, H, W) int64, below 2^20, 0 outside the mask.
+        mask: (B, 1, H, W) bool.
+    """
+    gaps = {}
+    for axis in (-1, -2):
+        forward = (~mask).cumsum(axis) << 20
+        backward = (~mask).flip(axis).cumsum(axis) << 20
+        gaps[axis] = (forward, backward)
+    while True:
+        previous = labels
+        for axis, (forward, backward) in gaps.items():
+            labels = _sweep(labels, forward, axis) * mask
+            labels = _sweep(labels.flip(axis), backward, axis).flip(axis) * mask
+        if torch.equal(labels, previous):
+            return labels
+
+
+def _sweep(labels: Tensor, gaps: Tensor, axis: int) -> Tensor:
+    return (labels + gaps).cummax(axis).values - gaps

@@ -1,0 +1,224 @@
+"""Slices as codes, and back: in memory, and as .npz files.
+
+    scan = nifti.read_scan("scan.nii.gz")       # scan.planes: (N, rows, columns)
+    coded = encode_planes(model, scan.planes)   # codes, and the mean and std of each slice
+    planes = decode_planes(model, coded)        # (N, rows, columns)
+    content = scan.to_bytes(planes)             # bytes of a .nii.gz like the original
+
+Slices keep their own size: they are padded to a multiple of the stride, not resampled.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision.transforms.v2.functional import resize
+
+from modules import VQVAE
+from mri import nifti
+from mri.preprocessing import floor_std, is_constant
+from utils import DataError, first_line, write_bytes
+
+BATCH_SIZE = 16  # slices of up to 512 x 512
+CODES_FORMAT = 1  # of the .npz files
+
+
+class Coded(NamedTuple):
+    """N slices as codes: all that `decode_planes` needs besides the model."""
+
+    codes: np.ndarray  # (N, h, w) or (N, h, w, num_codebooks), uint16, or uint32 if K > 65,536
+    mean: np.ndarray  # (N,) float32, in the file's intensities
+    std: np.ndarray  # (N,) float32; 0 for a constant slice, which has meaningless codes
+    size: tuple[int, int]  # rows and columns of the slices
+    resized: bool = False  # before encoding; decoding then resizes back to `size`
+
+
+@torch.no_grad()
+def encode_planes(
+    model: VQVAE, planes: np.ndarray, resize_to: tuple[int, int] | None = None
+) -> Coded:
+    """Encode slices of any size, each z-scored by its own mean and std, as in training.
+
+    Args:
+        model: in eval mode.
+        planes: (N, rows, columns); their edges are repeated up to a multiple of the stride.
+        resize_to: rows and columns to resize the slices to first.
+    """
+    device = next(model.parameters()).device
+    mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
+    std = np.array([plane.std(dtype=np.float64) for plane in planes])
+    low = planes.min(axis=(1, 2)).astype(np.float64)
+    high = planes.max(axis=(1, 2)).astype(np.float64)
+    constant = is_constant(low, high)
+    mean = mean.astype(np.float32)
+    std = np.where(constant, 0, floor_std(std, constant)).astype(np.float32)
+    scale = np.where(std > 0, std, 1)
+    large = model.vector_quantization.num_embeddings > 1 << 16
+    codes = []
+    for indices in split_batches(len(planes), planes.shape[1:]):
+        images = torch.from_numpy(planes[indices].astype(np.float64))[:, None]
+        images = images - torch.from_numpy(mean[indices]).view(-1, 1, 1, 1)
+        images = (images / torch.from_numpy(scale[indices]).view(-1, 1, 1, 1)).float()
+        if resize_to:
+            images = resize(images, list(resize_to), antialias=True)
+        bottom, right = (-side % model.stride for side in images.shape[-2:])
+        images = torch.nn.functional.pad(images, (0, right, 0, bottom), mode="replicate")
+        batch_codes = model.encode(images.to(device)).cpu().numpy()
+        codes.append(batch_codes.astype(np.uint32 if large else np.uint16))
+    return Coded(np.concatenate(codes), mean, std, planes.shape[1:], resize_to is not None)
+
+
+@torch.no_grad()
+def decode_planes(model: VQVAE, coded: Coded) -> np.ndarray:
+    """Decode slices: (N, rows, columns) float32, in the file's intensities."""
+    device = next(model.parameters()).device
+    rows, columns = coded.size
+    planes = []
+    for indices in split_batches(len(coded.codes), coded.size):
+        codes = torch.from_numpy(coded.codes[indices].astype(np.int64))
+        images = model.decode_codes(codes.to(device)).float().cpu()
+        if coded.resized:
+            images = resize(images, [rows, columns], antialias=True)
+        images = images[:, 0, :rows, :columns].numpy()
+        planes.append(images * coded.std[indices, None, None] + coded.mean[indices, None, None])
+    return np.concatenate(planes)
+
+
+def split_batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """Split the indices of `count` slices into batches of at most 16, fewer above 512 x 512."""
+    batch_size = max(1, BATCH_SIZE * 512**2 // max(512**2, size[0] * size[1]))
+    return np.array_split(np.arange(count), -(-count // batch_size))
+
+
+# ---------------------------------------------------------------- codes as files
+
+
+def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int:
+    """Write codes as .npz and return the number of bytes.
+
+    Besides codes, means and stds, the file holds the geometry and the model's fingerprint, and
+    nothing else of the original's header.
+    """
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        format=CODES_FORMAT,
+        model=model.fingerprint,
+        codes=coded.codes,
+        mean=coded.mean,
+        std=coded.std,
+        size=coded.size,
+        resized=coded.resized,
+        affine=scan.affine,
+        shape=scan.shape,
+        kind=scan.dtype.str,
+        axis=scan.axis,
+        turn=np.zeros((0, 2)) if scan.orientation is None else scan.orientation,
+    )
+    write_bytes(path, content.getbuffer())
+    return content.tell()
+
+
+def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
+    """Read a file of `write_codes`.
+
+    Returns:
+        The codes, and a scan with the original's geometry but without planes.
+
+    Raises:
+        DataError: if the file is damaged, or of another format or model.
+    """
+    not_codes = f"{path} is not an .npz file of --export-codes"
+    content = _load_arrays(path, not_codes)
+    if content.get("format") is None:
+        raise DataError(not_codes)
+    number = content["format"].tolist()
+    if number != CODES_FORMAT:
+        raise DataError(f"{path} has format {number}; expected {CODES_FORMAT}")
+    try:
+        if str(content["model"]) != model.fingerprint:
+            raise DataError(
+                f"{path} is of the model {content['model']}, and this model is "
+                f"{model.fingerprint}; name the run that made it with --run"
+            )
+        rows, columns = map(int, content["size"])
+        coded = Coded(
+            codes=content["codes"],
+            mean=content["mean"],
+            std=content["std"],
+            size=(rows, columns),
+            resized=bool(content["resized"]),
+        )
+        scan = nifti.Scan(
+            planes=np.zeros((0, rows, columns)),
+            affine=content["affine"],
+            shape=tuple(map(int, content["shape"])),
+            dtype=np.dtype(str(content["kind"])),
+            axis=int(content["axis"]),
+            orientation=content["turn"] if len(content["turn"]) else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{not_codes} ({error})") from error
+    if not (_has_valid_codes(coded, model) and _has_valid_geometry(scan, coded)):
+        raise DataError(f"{path} is damaged: its parts do not fit together; export it again")
+    return coded, scan
+
+
+def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file.
+
+    Raises:
+        DataError: with the message if it cannot be read, or if it is too large to be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+        if size <= nifti.MAX_VOXELS:
+            with np.load(path, allow_pickle=False) as file:
+                return {name: np.asarray(file[name]) for name in file.files}
+    except Exception as error:  # zipfile and numpy raise many types for damaged files
+        raise DataError(f"{message} ({first_line(error)})") from error
+    raise DataError(f"{path} unpacks to {size:,} bytes, more than any file of --export-codes")
+
+
+def _has_valid_codes(coded: Coded, model: VQVAE) -> bool:
+    """Return whether the arrays fit each other and the model."""
+    codes = coded.codes
+    quantizer = model.vector_quantization
+    if codes.dtype not in (np.uint16, np.uint32) or codes.ndim < 3 or codes.size == 0:
+        return False
+    codebooks = (quantizer.num_codebooks,) if quantizer.num_codebooks > 1 else ()
+    if codes.shape[3:] != codebooks:
+        return False
+    for statistic in (coded.mean, coded.std):
+        if statistic.shape != (len(codes),) or statistic.dtype.kind != "f":
+            return False
+    grid = tuple(math.ceil(side / model.stride) for side in coded.size)
+    if codes.shape[1:3] != grid and not coded.resized:
+        return False
+    return bool(codes.max() < quantizer.num_embeddings)
+
+
+def _has_valid_geometry(scan: nifti.Scan, coded: Coded) -> bool:
+    """Return whether `scan.to_bytes` can write the decoded slices."""
+    num_pixels = len(coded.codes) * math.prod(coded.size)
+    if num_pixels != math.prod(scan.shape) or not 0 < num_pixels <= nifti.MAX_VOXELS:
+        return False
+    if min(scan.shape) < 1:
+        return False
+    if scan.dtype.kind not in "iuf" or scan.axis not in (0, 1, 2):
+        return False
+    if scan.affine.shape != (4, 4) or scan.affine.dtype.kind != "f":
+        return False
+    if scan.orientation is None:
+        return True
+    if scan.orientation.shape != (3, 2) or scan.orientation.dtype.kind != "f":
+        return False
+    axes, directions = scan.orientation.T
+    return sorted(axes) == [0, 1, 2] and bool((np.abs(directions) == 1).all())

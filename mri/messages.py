@@ -1,0 +1,134 @@
+"""Messages about a split: errors for files that are missing or unusable, and notes on its slices.
+
+The tables `records` and `bad` are those of mri/cache.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+
+from mri.files import Source, format_listing
+from mri.hipmri import EXPECTED, HIPMRI_CASES, describe_folder
+from mri.preprocessing import Preprocessing, crop_box
+from utils import DataError
+
+
+def missing_split_error(source: Source, split: str) -> DataError:
+    """Return the error for a split without files."""
+    if source.form == "scans":
+        counts = ", ".join(f"{name} {len(files):,}" for name, files in source.splits.items())
+        return DataError(
+            f"no scan of {source.root} is in the {split} split ({counts}): its share was 0, or no "
+            "row of the table, folder or earlier run put one there. Give --split other shares or a "
+            "table, or name a folder after the split."
+        )
+    advice = f"Name or fill the folder of {split} so"
+    if source.form == "3D":
+        cases = HIPMRI_CASES[split]
+        advice = f"Add volumes of the cases {cases[0]:03d} to {cases[-1]:03d}, which are {split}"
+    folders = "\n".join(describe_folder(source.root))
+    return DataError(
+        f"the {split} split of {source.root} is missing or empty. Found:\n{folders}\n{EXPECTED}\n"
+        f"{advice}, or point --data elsewhere."
+    )
+
+
+def bad_files_error(source: Source, split: str, bad: np.ndarray) -> DataError:
+    """Return the error that lists every bad file of a split."""
+    total = len(source.splits[split])
+    advice = "Repair them, or leave them out with --skip-bad-files."
+    if len(bad) == total:
+        advice = "No file of this split is left: point --data at other data."
+    return DataError(
+        f"{len(bad):,} of the {total:,} files of the {split} split cannot be used:\n"
+        f"{_list_bad_files(source, split, bad)}\n"
+        f"Expected whole NIfTI files of finite numbers. {advice}"
+    )
+
+
+def _list_bad_files(source: Source, split: str, bad: np.ndarray) -> str:
+    """Return one indented line for each bad file, with its reason."""
+    files = source.splits[split]
+    lines = [f"{files[index].relative_to(source.root)} {reason}" for index, reason in bad.tolist()]
+    return format_listing(lines, most=1000)
+
+
+def describe_split(
+    source: Source,
+    split: str,
+    preprocessing: Preprocessing,
+    stems: list[str],
+    records: np.ndarray,
+    bad: np.ndarray,
+) -> list[str]:
+    """Describe what the user should know about a split.
+
+    Args:
+        source: the files of each split.
+        split: "train", "validate" or "test".
+        preprocessing: how the files became slices.
+        stems: N names, one per slice.
+        records: (N,) table of the slices.
+        bad: table of the files that cannot be used.
+
+    Returns:
+        Lines on bad files, planes of volumes, slices that fitting changes, and constant slices.
+    """
+    notes = []
+    if len(bad):
+        lines = _list_bad_files(source, split, bad)
+        notes.append(f"warning: {split}: {len(bad):,} bad file(s) skipped:\n{lines}")
+    if source.form != "2D":
+        notes.append(f"{split}: {_describe_planes(records, preprocessing)}")
+    shapes = Counter(zip(records["height"].tolist(), records["width"].tolist(), strict=True))
+    for shape, count in sorted(shapes.items()):
+        change = _describe_fit(shape, preprocessing)
+        if change:
+            notes.append(f"{split}: {count:,} slice(s) of {shape[0]} x {shape[1]} {change}")
+    constant = [stems[index] for index in np.flatnonzero(records["constant"])]
+    if constant:
+        lines = format_listing(constant, most=5)
+        notes.append(f"warning: {split}: {len(constant):,} slice(s) with a single value:\n{lines}")
+    return notes
+
+
+def _describe_planes(records: np.ndarray, preprocessing: Preprocessing) -> str:
+    """Describe which planes of volumes became slices."""
+    cut = "the central coronal planes"
+    if preprocessing.form == "scans":
+        cut = f"cut along {preprocessing.axis}, empty ones left out"
+    planes = f"{records['plane'].min()}-{records['plane'].max()}"
+    volumes = len(np.unique(records["file"]))
+    return f"{len(records):,} slices, {cut} (of {planes}) of {volumes:,} volume(s)"
+
+
+def _describe_fit(shape: tuple[int, int], preprocessing: Preprocessing) -> str:
+    """Describe what fitting does to slices of this shape.
+
+    Returns:
+        A predicate that follows "12 slice(s) of 300 x 200"; "" if the slices change little.
+    """
+    rows, columns = preprocessing.size
+    if preprocessing.fit == "trim":
+        *_, height, width = crop_box(shape, preprocessing.fit, preprocessing.size)
+        if (height, width) != shape:
+            return f"are cut to {height} x {width}"
+    row_scale = shape[0] / rows
+    column_scale = shape[1] / columns
+    distortion = max(row_scale / column_scale, column_scale / row_scale) - 1
+    scale = math.sqrt(row_scale * column_scale)
+    advice = "--size H W brings slices to another size"
+    if distortion > 0.05 and preprocessing.fit == "crop":
+        return "lose their edges to --fit crop"
+    if distortion > 0.05:
+        text = (
+            f"are resized to {rows} x {columns}, which changes their proportions by "
+            f"{distortion:.1%}; --fit crop cuts their edges off instead"
+        )
+        return f"{text}, {advice}" if preprocessing.form == "scans" else text
+    if preprocessing.form == "scans" and max(scale, 1 / scale) > 1.5:
+        return f"are resized to {rows} x {columns}; {advice}"
+    return ""
