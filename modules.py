@@ -1,13 +1,12 @@
 """The VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937) for slices with one channel.
 
     model = VQVAE()                             # 256 x 128 pixels -> 64 x 32 codes of 9 bits
-    reconstruction, quantized = model(images)   # (B, 1, 256, 128), Quantized
-    losses = model.loss(images, reconstruction, quantized)
+    reconstruction, quantized = model(images)   # (B, 1, 256, 128) and a Quantized
     indices = model.encode(images)              # (B, 64, 32)
     images = model.decode_codes(indices)        # (B, 1, 256, 128)
 
-Shapes in this file: B slices of H x W pixels; h x w code positions, h = H / stride; codebooks of
-K embeddings (`num_embeddings`) of D numbers (`embedding_dim`); N = B h w vectors.
+Shapes: B slices of H x W pixels; h x w code positions, h = H / stride; N = B h w vectors of D
+numbers (`embedding_dim`); codebooks of K embeddings (`num_embeddings`).
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ class ResidualLayer(nn.Module):
         self.conv2 = nn.Conv2d(residual_channels, channels, kernel_size=3, padding=1)
         self.relu = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, channels, H, W)
-        h = self.conv1(self.relu(x))  # (B, residual_channels, H, W)
-        return x + self.conv2(self.relu(h))  # (B, channels, H, W)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return x + self.conv2(self.relu(self.conv1(self.relu(x))))  # (B, C, H, W)
 
 
 class ResidualStack(nn.Module):
@@ -46,31 +44,18 @@ class ResidualStack(nn.Module):
         layers = [ResidualLayer(channels, residual_channels) for _ in range(num_layers)]
         self.stack = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, channels, H, W)
-        return self.stack(x)  # (B, channels, H, W)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return self.stack(x)  # (B, C, H, W)
 
 
 class Encoder(nn.Module):
-    """Map slices to one vector per code position.
+    """Map slices to one vector per code position; C = `channels`."""
 
-    C is `channels`, the width of the residual stack; `residual_channels` is the width inside its
-    layers. With strides above 4, more convolutions with stride 2 follow the stack.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        residual_channels: int,
-        num_layers: int,
-        embedding_dim: int,
-        stride: int = 4,
-    ):
+    def __init__(self, channels, residual_channels, num_layers, embedding_dim, stride=4):
         super().__init__()
         self.conv1 = nn.Conv2d(1, channels, kernel_size=4, stride=2, padding=1)
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
-        halvings = range(_halvings_beyond_4(stride))
-        convs = [nn.Conv2d(channels, channels, 4, stride=2, padding=1) for _ in halvings]
-        self.down = nn.ModuleList(convs) if convs else ()
+        self.down = _convs_beyond_stride_4(nn.Conv2d, channels, stride)
         self.conv2 = nn.Conv2d(channels, embedding_dim, kernel_size=4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 1, H, W)
@@ -84,28 +69,26 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Map quantised vectors to slices; the output is unbounded, as z-scores are.
 
-    `num_code_layers` residual layers act on the code grid, before the first convolution. If
-    `refine_channels` is not 0, a last convolution at full resolution reads so many channels.
+    `num_code_layers` residual layers precede the first convolution, and with `refine_channels`
+    another convolution follows the last, at full resolution.
     """
 
     def __init__(
         self,
-        channels: int,
-        residual_channels: int,
-        num_layers: int,
-        embedding_dim: int,
-        stride: int = 4,
-        num_code_layers: int = 0,
-        refine_channels: int = 0,
+        channels,
+        residual_channels,
+        num_layers,
+        embedding_dim,
+        stride=4,
+        num_code_layers=0,
+        refine_channels=0,
     ):
         super().__init__()
         self.code_stack = self.conv3 = None
         if num_code_layers:
             self.code_stack = ResidualStack(embedding_dim, residual_channels, num_code_layers)
         self.conv1 = nn.ConvTranspose2d(embedding_dim, channels, kernel_size=4, stride=2, padding=1)
-        doublings = range(_halvings_beyond_4(stride))
-        convs = [nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) for _ in doublings]
-        self.up = nn.ModuleList(convs) if convs else ()
+        self.up = _convs_beyond_stride_4(nn.ConvTranspose2d, channels, stride)
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
         outputs = refine_channels or 1
         self.conv2 = nn.ConvTranspose2d(channels, outputs, kernel_size=4, stride=2, padding=1)
@@ -123,14 +106,16 @@ class Decoder(nn.Module):
         return x if self.conv3 is None else self.conv3(F.relu(x))  # (B, 1, H, W)
 
 
-def _halvings_beyond_4(stride: int) -> int:
-    """Return how many convolutions with stride 2 are needed beyond the two of stride 4."""
+def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
+    """Return the convolutions with stride 2 that are needed in addition to the two of stride 4."""
     if stride < 4 or stride & (stride - 1):
         raise ValueError(f"stride is {stride}; expected 4, 8, 16 or another power of two")
-    return stride.bit_length() - 3
+    count = stride.bit_length() - 3
+    convs = [layer(channels, channels, kernel_size=4, stride=2, padding=1) for _ in range(count)]
+    return nn.ModuleList(convs) if convs else ()  # an empty ModuleList would be printed
 
 
-# ---------------------------------------------------------------- codes and k-means
+# ---------------------------------------------------------------- quantisers
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -142,50 +127,38 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(indices)
 
 
-def count_codes(indices: Tensor, num_codes: int) -> Tensor:
-    """Return how often each code occurs: (N,) -> (K,) float32, exact up to 2^24."""
-    return sum_by_code(torch.ones_like(indices, dtype=torch.float32), indices, num_codes)
-
-
 def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """Return the sum of the values of each code: (N, ...), (N,) -> (K, ...)."""
+    """Return the sum of the values of each code: (N, ...), (N,) -> (K, ...).
+
+    Sums of ones are counts, exact up to 2^24 in float32.
+    """
     return values.new_zeros(num_codes, *values.shape[1:]).index_add_(0, indices, values)
 
 
 @torch.no_grad()
-def kmeans(
-    vectors: Tensor, num_clusters: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cluster (N, D) vectors, N >= K, by k-means++ and ten of Lloyd's iterations.
+def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, Tensor]:
+    """Cluster at most 32 K of the vectors, (N, D), by k-means++ and ten of Lloyd's iterations.
 
-    At most 32 K vectors are used, drawn by the generator, which must be on the CPU.
-
-    Returns:
-        The centres, (K, D), and the residuals of the M vectors used, (M, D).
+    Returns the centres, (K, D), and the residuals of the vectors used, (M, D).
     """
     if len(vectors) < num_clusters:
-        raise ValueError(
-            f"{len(vectors)} vectors can't start {num_clusters} codes; expected as many or more"
-        )
+        raise ValueError(f"{len(vectors)} vectors can't start {num_clusters} codes")
     order = torch.randperm(len(vectors), generator=generator)[: 32 * num_clusters]
     vectors = vectors[order.to(vectors.device)].float()  # (M, D)
-    centres = vectors[:num_clusters].clone()  # the first is kept, the others are drawn again
-    distance = (vectors - centres[0]).square().sum(1)  # (M,), squared, to the nearest centre
-    for k in range(1, num_clusters):  # draw with probabilities proportional to the distance
-        draw = torch.rand((), generator=generator, dtype=torch.float64).float()
+    centres = vectors[:num_clusters].clone()  # the first stays
+    distance = (vectors - centres[0]).square().sum(1)  # (M,), to the nearest centre
+    for k in range(1, num_clusters):  # draw in proportion to the squared distance
+        draw = torch.rand((), generator=generator, dtype=torch.float64).float().to(vectors.device)
         cumulative = distance.cumsum(0)  # (M,)
-        index = torch.searchsorted(cumulative, draw.to(vectors.device) * cumulative[-1])
-        centres[k] = vectors[index.clamp_max(len(vectors) - 1)]
+        index = torch.searchsorted(cumulative, draw * cumulative[-1]).clamp_max(len(vectors) - 1)
+        centres[k] = vectors[index]
         distance = torch.minimum(distance, (vectors - centres[k]).square().sum(1))
     for _ in range(10):
         indices = nearest_codes(vectors, centres)  # (M,)
-        counts = count_codes(indices, num_clusters)[:, None]  # (K, 1)
+        counts = sum_by_code(torch.ones_like(vectors[:, :1]), indices, num_clusters)  # (K, 1)
         means = sum_by_code(vectors, indices, num_clusters) / counts.clamp_min(1)
         centres = torch.where(counts > 0, means, centres)
     return centres, vectors - centres[nearest_codes(vectors, centres)]
-
-
-# ---------------------------------------------------------------- quantisers
 
 
 class Quantized(NamedTuple):
@@ -201,14 +174,12 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Replace each vector by its nearest embedding (arXiv 1711.00937, equations 1 and 2).
 
-    All arithmetic is in float32, also under autocast: half precision overflows in the distances.
-    The embeddings start at uniform(-1/K, 1/K), the usual default, from which few codes are ever
-    used; `init_codebook` starts them from data.
+    Computes in float32, also under autocast: half precision overflows in the distances. From the
+    usual start at uniform(-1/K, 1/K), few codes are ever used; `init_codebook` starts from data.
 
     Args:
-        codebook: "gradient": the codebook loss trains the embeddings (equation 3, second term).
-            "ema": each embedding follows the moving average of its vectors, over all processes
-            (appendix A.1, equations 6 to 8).
+        codebook: "gradient": the codebook loss trains the embeddings (equation 3, second term);
+            "ema": they are moving averages of their vectors, over all processes (appendix A.1).
         decay: of the moving averages.
         restart_below: with "ema", a code used less than this fraction of the mean use restarts at
             a vector of the batch; 0: never.
@@ -217,23 +188,15 @@ class VectorQuantizer(nn.Module):
     num_codebooks = 1
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        codebook: str = "gradient",
-        decay: float = 0.99,
-        restart_below: float = 0.0,
+        self, num_embeddings, embedding_dim, codebook="gradient", decay=0.99, restart_below=0.0
     ):
         super().__init__()
         if codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook is {codebook!r}; expected 'gradient' or 'ema'")
         if restart_below and codebook != "ema":
             raise ValueError("restart_below needs codebook 'ema', as only it counts uses")
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.codebook = codebook
-        self.decay = decay
-        self.restart_below = restart_below
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.codebook, self.decay, self.restart_below = codebook, decay, restart_below
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
         nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
         if codebook == "ema":
@@ -244,35 +207,36 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:  # (B, D, h, w) of any float dtype
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float().movedim(1, -1)  # (B, h, w, D); with D before h, w rows would mix positions
+            z = z.float().movedim(1, -1)  # (B, h, w, D): D last, or rows would mix positions
             vectors = z.reshape(-1, self.embedding_dim)  # (N, D)
             result = self.quantize(vectors)
-            quantized = straight_through(vectors, result.quantized).view_as(z).movedim(-1, 1)
+            quantized = vectors + (result.quantized - vectors).detach()  # (N, D)
+        quantized = quantized.view_as(z).movedim(-1, 1)  # (B, D, h, w)
         return result._replace(quantized=quantized, indices=result.indices.view(z.shape[:-1]))
 
     def quantize(self, vectors: Tensor) -> Quantized:  # (N, D) float32
         """Return embeddings (N, D) and indices (N,); in training, update an "ema" codebook."""
         indices = nearest_codes(vectors.detach(), self.embedding.weight.detach())  # (N,)
         quantized = F.embedding(indices, self.embedding.weight)  # (N, D)
-        counts = count_codes(indices, self.num_embeddings)  # (K,)
+        counts = sum_by_code(torch.ones_like(vectors[:, 0]), indices, self.num_embeddings)  # (K,)
         commitment_loss = F.mse_loss(vectors, quantized.detach())
         if self.codebook == "gradient":
             codebook_loss = F.mse_loss(quantized, vectors.detach())
         else:
             codebook_loss = torch.zeros_like(commitment_loss)
             if self.training:
-                self.update_codebook(vectors.detach(), indices, counts, quantized.detach())
+                self.update_codebook(vectors.detach(), indices, counts)
         return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
 
     def embed(self, indices: Tensor) -> Tensor:
         """Return the embeddings of codes: (B, h, w) -> (B, D, h, w)."""
         return self.embedding(indices).movedim(-1, 1)
 
+    @torch.no_grad()
     def init_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Start the codebook from (N, D) encoder outputs; return `kmeans`'s residuals, (M, D)."""
         centres, residuals = kmeans(vectors, self.num_embeddings, generator)
-        with torch.no_grad():
-            self.embedding.weight.copy_(centres)
+        self.embedding.weight.copy_(centres)
         if self.codebook == "ema":
             self.ema_count.fill_(1)
             self.ema_sum.copy_(centres)
@@ -282,17 +246,15 @@ class VectorQuantizer(nn.Module):
     # this method has changed them.
     @torch.compiler.disable
     @torch.no_grad()
-    def update_codebook(
-        self, vectors: Tensor, indices: Tensor, counts: Tensor, quantized: Tensor
-    ) -> None:
-        """Move the codebook towards the vectors (N, D) of its codes (equations 6 to 8).
+    def update_codebook(self, vectors: Tensor, indices: Tensor, counts: Tensor) -> None:
+        """Update the moving averages from (N, D), (N,) and (K,), and restart dead codes.
 
-        If a vector of any process is not finite, nothing changes; the step's gradients are skipped
-        as well. indices: (N,); counts: (K,); quantized: (N, D), the embeddings of the indices.
+        If a vector of any process is not finite, nothing changes; training skips the step's
+        gradients as well.
         """
         sums = sum_by_code(vectors, indices, self.num_embeddings)
         statistics = torch.cat([counts[:, None], sums], 1)  # (K, 1 + D)
-        if _is_distributed():
+        if _rank() is not None:
             dist.all_reduce(statistics)
         finite = statistics.isfinite().all()  # (); a Python `if` would wait for the GPU
         statistics = statistics.nan_to_num(0, 0, 0)
@@ -300,39 +262,36 @@ class VectorQuantizer(nn.Module):
         self.ema_count.lerp_(statistics[:, 0], weight)
         self.ema_sum.lerp_(statistics[:, 1:], weight)
         if self.restart_below:
-            mean_count = self.ema_count.mean()
-            dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
-            candidates = self._draw_candidates(vectors, quantized)  # (K, D)
-            # Reset the averages too, or the next update would undo the restart. The count is low,
-            # so that the code follows its vectors quickly.
-            count = 2 * self.restart_below * mean_count
-            self.ema_count.copy_(torch.where(dead, count, self.ema_count))
-            self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
+            self._restart_dead_codes(vectors, indices, finite)
         # The count of a code that is never used decays to 0; its embedding stays where it is.
         alive = self.ema_count > 1e-10
         means = self.ema_sum / self.ema_count.clamp_min(1e-10)[:, None]
         self.embedding.weight.copy_(torch.where(alive[:, None], means, self.embedding.weight))
 
-    def _draw_candidates(self, vectors: Tensor, quantized: Tensor) -> Tensor:
-        """Draw K of rank 0's vectors, favouring large errors as k-means++ does, for all processes."""
-        candidates = vectors.new_zeros(self.num_embeddings, self.embedding_dim)
-        if not _is_distributed() or dist.get_rank() == 0:  # others may have no slice of the batch
-            error = (vectors - quantized).square().sum(1)  # (N,)
-            error = error.nan_to_num(0, 0, 0).clamp_min(1e-12)
-            candidates = vectors[torch.multinomial(error, self.num_embeddings, replacement=True)]
-        if _is_distributed():
+    def _restart_dead_codes(self, vectors: Tensor, indices: Tensor, finite: Tensor) -> None:
+        """Restart dead codes at vectors of rank 0, drawn in proportion to their squared errors."""
+        candidates = torch.zeros_like(self.ema_sum)  # (K, D)
+        if not _rank():  # the other processes may have no slice of a small batch
+            errors = (vectors - self.embedding(indices)).square().sum(1)  # (N,)
+            errors = errors.nan_to_num(0, 0, 0).clamp_min(1e-12)
+            candidates = vectors[torch.multinomial(errors, self.num_embeddings, replacement=True)]
+        if _rank() is not None:
             dist.all_reduce(candidates)  # the others add zeros
-        return candidates
+        mean_count = self.ema_count.mean()
+        dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
+        # The averages restart too, or the next update would undo the restart; with a low count,
+        # so that the code follows its vectors quickly.
+        count = 2 * self.restart_below * mean_count
+        self.ema_count.copy_(torch.where(dead, count, self.ema_count))
+        self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
 
 
 class ResidualVectorQuantizer(nn.Module):
     """Quantise with R codebooks, each on the residual of those before (arXiv 2107.03312)."""
 
-    def __init__(self, num_codebooks: int, num_embeddings: int, embedding_dim: int, *options):
+    def __init__(self, num_codebooks, num_embeddings, embedding_dim, *options):
         super().__init__()
-        self.num_codebooks = num_codebooks
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+        self.num_codebooks, self.num_embeddings = num_codebooks, num_embeddings
         self.quantizers = nn.ModuleList(
             VectorQuantizer(num_embeddings, embedding_dim, *options) for _ in range(num_codebooks)
         )
@@ -340,23 +299,23 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:  # (B, D, h, w) of any float dtype
         with torch.autocast(z.device.type, enabled=False):
             z = z.float().movedim(1, -1)  # (B, h, w, D)
-            residual = z.reshape(-1, self.embedding_dim)  # (N, D)
+            residual = z.reshape(-1, z.shape[-1])  # (N, D)
             residuals, results = [], []
             for quantizer in self.quantizers:
-                results.append(quantizer.quantize(residual))
                 residuals.append(residual)
+                results.append(quantizer.quantize(residual))
                 residual = residual - results[-1].quantized.detach()
             # Sums run from the last codebook to the first; another order would round differently.
-            results.reverse()
             quantized = torch.zeros_like(residual)
-            for vectors, result in zip(reversed(residuals), results, strict=True):
-                quantized = straight_through(vectors, result.quantized + quantized)  # (N, D)
-            codebook_loss = sum(result.codebook_loss for result in results)
-            commitment_loss = sum(result.commitment_loss for result in results)
-        indices = torch.stack([result.indices for result in reversed(results)], -1)  # (N, R)
-        counts = torch.cat([result.counts for result in reversed(results)])  # (R K,)
-        indices = indices.view(*z.shape[:-1], self.num_codebooks)  # (B, h, w, R)
+            for vectors, result in zip(reversed(residuals), reversed(results), strict=True):
+                total = result.quantized + quantized  # (N, D)
+                quantized = vectors + (total - vectors).detach()  # straight through
+            codebook_loss = sum(result.codebook_loss for result in reversed(results))
+            commitment_loss = sum(result.commitment_loss for result in reversed(results))
         quantized = quantized.view_as(z).movedim(-1, 1)  # (B, D, h, w)
+        indices = torch.stack([result.indices for result in results], -1)  # (N, R)
+        indices = indices.view(*z.shape[:-1], self.num_codebooks)  # (B, h, w, R)
+        counts = torch.cat([result.counts for result in results])  # (R K,)
         return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
 
     def embed(self, indices: Tensor) -> Tensor:
@@ -370,13 +329,9 @@ class ResidualVectorQuantizer(nn.Module):
             vectors = quantizer.init_codebook(vectors, generator)
 
 
-def straight_through(vectors: Tensor, quantized: Tensor) -> Tensor:
-    """Return `quantized` with the gradient of `vectors`."""
-    return vectors + (quantized - vectors).detach()
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _rank() -> int | None:
+    """Return the rank of this process, or None if there are no others."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
 
 
 # ---------------------------------------------------------------- loss and model
@@ -388,19 +343,21 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     The mean is over the windows inside the slices: Gaussian, 11 x 11, sigma 1.5. Both slices are
     scaled by the original's minimum and maximum; a random crop counts as a slice.
     """
-    taps = torch.exp(-((torch.arange(11, device=images.device) - 5.0) ** 2) / (2 * 1.5**2))
-    taps = taps / taps.sum()
-    # On a CPU, products with banded matrices are several times faster than convolutions.
-    filter_rows = _filter_matrix(taps, images.shape[-2])  # (H - 10, H)
-    filter_columns = _filter_matrix(taps, images.shape[-1])  # (W - 10, W)
+    if min(images.shape[-2:]) < 11:
+        raise ValueError(f"slices of {tuple(images.shape[-2:])} are smaller than SSIM's window, 11")
     low = images.amin((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     span = (images.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-3)
     x = (reconstructions.float() - low) / span
     y = (images.float() - low) / span
-    # In float32, as variances are differences of nearly equal numbers.
+    taps = torch.exp(-((torch.arange(11, device=images.device) - 5.0) ** 2) / (2 * 1.5**2))
+    taps = taps / taps.sum()
+    # In float32, as variances are differences of nearly equal numbers. On a CPU, products with
+    # banded matrices, (H - 10, H) and (W - 10, W), are faster than convolutions.
     with torch.autocast(images.device.type, enabled=False):
+        identities = [torch.eye(side, device=images.device) for side in images.shape[-2:]]
+        rows, columns = [identity.unfold(0, 11, 1) @ taps for identity in identities]
         products = torch.stack([x, y, x * x, y * y, x * y])  # (5, B, 1, H, W)
-        means = filter_rows @ products @ filter_columns.T  # (5, B, 1, H - 10, W - 10)
+        means = rows @ products @ columns.T  # (5, B, 1, H - 10, W - 10)
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = means.unbind()
     c1, c2 = 0.01**2, 0.03**2  # for a data range of 1
     # Rounding can make the variance of a nearly constant window negative.
@@ -411,25 +368,11 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     return 1 - (luminance * (2 * covariance + c2) / (variance_x + variance_y + c2)).mean()
 
 
-def _filter_matrix(taps: Tensor, size: int) -> Tensor:
-    """Return the matrix that filters an axis without padding: (T,) -> (size - T + 1, size)."""
-    if size < len(taps):
-        raise ValueError(f"a side of {size} is too short for SSIM's window of {len(taps)}")
-    columns = torch.arange(size, device=taps.device)
-    offset = columns - columns[: size - len(taps) + 1, None]  # of the column from the row
-    inside = (offset >= 0) & (offset < len(taps))
-    return torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0.0)
-
-
 class VQVAE(nn.Module):
     """Encoder, vector quantiser and decoder; `VQVAE()` is the source document's model.
 
-    Args:
-        hidden_channels: twice the width of the residual stacks.
-        commitment_cost: beta in equation 3.
-        ssim_weight: weight of `ssim_loss` in the reconstruction loss.
-        num_codebooks: with several, a `ResidualVectorQuantizer` is used.
-        others: see `Encoder`, `Decoder` and `VectorQuantizer`.
+    `hidden_channels` is twice the width of the residual stacks, `commitment_cost` is beta, and
+    `ssim_weight` multiplies `ssim_loss`. The other arguments are those of the parts.
     """
 
     def __init__(
@@ -453,11 +396,7 @@ class VQVAE(nn.Module):
         super().__init__()
         del arguments["self"], arguments["__class__"]
         self.arguments = arguments  # saved in checkpoints
-        if num_codebooks < 1:
-            raise ValueError(f"num_codebooks is {num_codebooks}; expected at least 1")
-        self.stride = stride
-        self.commitment_cost = commitment_cost
-        self.ssim_weight = ssim_weight
+        self.stride, self.commitment_cost, self.ssim_weight = stride, commitment_cost, ssim_weight
         widths = (hidden_channels // 2, residual_channels, num_residual_layers, embedding_dim)
         self.encoder = Encoder(*widths, stride)
         options = (num_embeddings, embedding_dim, codebook, ema_decay, restart_below)
@@ -472,11 +411,12 @@ class VQVAE(nn.Module):
         quantized = self.vector_quantization(z)
         return self.decoder(quantized.quantized), quantized  # (B, 1, H, W)
 
-    def loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> tuple:
-        """Return the reconstruction loss and the quantisation loss, both ().
+    def loss(
+        self, images: Tensor, reconstruction: Tensor, quantized: Quantized
+    ) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction and quantisation losses, (); their sum is minimised.
 
-        Their sum is minimised (arXiv 1711.00937, equation 3). Beta, the commitment cost, multiplies
-        the term whose gradient reaches the encoder.
+        This is equation 3 of arXiv 1711.00937. Beta is on the term that trains the encoder.
         """
         beta = self.commitment_cost
         quantization_loss = quantized.codebook_loss + beta * quantized.commitment_loss
@@ -493,13 +433,9 @@ class VQVAE(nn.Module):
         """Return codes in 0..K-1: (B, 1, H, W) -> (B, h, w) int64; of R codebooks (B, h, w, R)."""
         return self.vector_quantization(self.encoder(images)).indices
 
-    def decode(self, quantized: Tensor) -> Tensor:
-        """Return the slices of embeddings: (B, D, h, w) -> (B, 1, H, W)."""
-        return self.decoder(quantized)
-
     def decode_codes(self, indices: Tensor) -> Tensor:
         """Return the slices of codes in the shape of `encode`: (B, h, w) -> (B, 1, H, W)."""
-        return self.decode(self.vector_quantization.embed(indices))
+        return self.decoder(self.vector_quantization.embed(indices))
 
     @property
     def bits_per_pixel(self) -> float:
@@ -509,7 +445,7 @@ class VQVAE(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all weights; code files name it, as codes only mean something to one model."""
+        """A hash of all weights, which tells code files of different models apart."""
         content = hashlib.sha256()
         for tensor in self.state_dict().values():
             content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
