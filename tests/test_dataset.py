@@ -261,7 +261,11 @@ def test_batches_of_pixels_on_the_device_are_the_same(nine_slices, monkeypatch):
     assert "more than 20% of the free memory of cpu" in line
     check_batches(nine_slices, CPU, expected)
     assert "in the memory of cpu" in nine_slices.cache_on_device(CPU, max_fraction=0.25)
-    monkeypatch.delattr(dataset.SliceDataset, "batch")  # nothing is read from disk any more
+
+    def fail(*_):
+        raise AssertionError("was read from disk, not from the device")
+
+    monkeypatch.setattr(dataset.SliceDataset, "batch", fail)
     check_batches(nine_slices, CPU, expected)
     assert list(nine_slices.batches([], CPU)) == []
 
