@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,17 @@ from tqdm import tqdm
 from training.config import RunConfig
 from training.distributed import get_world_size
 from utils import first_line
+
+
+class Step(NamedTuple):
+    """One training step."""
+
+    number: int  # within the run, from 0
+    progress: float  # fraction of the run's steps before this one
+    batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
+    size: int  # examples in `batch`; 0 if a small batch leaves this process without any
+    weight: float  # of this process's mean loss, so that the mean over processes is over examples
+    is_full: bool  # whether the whole batch has `batch_size` examples, as all but the last have
 
 
 def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
