@@ -85,7 +85,7 @@ class Run:
         A dry run does neither.
 
         Raises:
-            UserError: if another process is training this run, or has trained it meanwhile.
+            UserError: if another process is training this run, or has trained it since it was read.
         """
         self._stack = contextlib.ExitStack()
         try:
