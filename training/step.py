@@ -65,11 +65,11 @@ def compile_if_enabled(
 def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:
     """Return a compiled `function` that continues uncompiled if it cannot be compiled.
 
-    Compilation happens in the first call. If it fails there, a warning is printed, the model's
-    state and the random generator are put back, and the call is repeated uncompiled.
+    The first call compiles, by a trial of the forward and backward pass. After it, the model's
+    state and the random generator are put back. If the trial fails, a warning is printed.
 
     Args:
-        function: called with tensors of the same shapes each time.
+        function: returns losses; it is called with tensors of the same shapes each time.
         model: the module that the function may update in its forward pass.
         device: on a GPU, the compiled function is recorded as CUDA graphs.
     """
@@ -78,24 +78,22 @@ def compile_with_fallback(function: Callable, model: nn.Module, device: torch.de
 
     def call(*arguments):
         nonlocal active
-        if active is not None:
-            return active(*arguments)
-        state = copy.deepcopy(model.state_dict())
-        generators = _random_states(device)
-        try:
-            compiled = torch.compile(function, mode=mode, dynamic=False)
-            result = compiled(*arguments)
-        except Exception as error:  # compilers fail in many ways
-            tqdm.write(
-                "warning: the training step cannot be compiled here and runs uncompiled: "
-                f"{first_line(error)}"
-            )
-            active = function
+        if active is None:
+            state = copy.deepcopy(model.state_dict())
+            generators = _random_states(device)
+            try:
+                active = torch.compile(function, mode=mode, dynamic=False)
+                active(*arguments).sum().backward()  # the backward pass is compiled when it runs
+            except Exception as error:  # compilers fail in many ways
+                tqdm.write(
+                    "warning: the training step cannot be compiled here and runs uncompiled: "
+                    f"{first_line(error)}"
+                )
+                active = function
+            model.zero_grad(set_to_none=True)
             model.load_state_dict(state)
             _set_random_states(device, generators)
-            return function(*arguments)
-        active = compiled
-        return result
+        return active(*arguments)
 
     return call
 
