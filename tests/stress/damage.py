@@ -66,8 +66,8 @@ def damage_header(rng: random.Random, file: bytes) -> bytes:
     content = bytearray(file)
     for _ in range(rng.randint(1, 4)):
         if rng.random() < 0.3:
-            offset = rng.randrange(header_class.template_dtype.itemsize)
-            content[offset] = rng.randrange(256)
+            value = rng.randrange(256)
+            content[rng.randrange(header_class.template_dtype.itemsize)] = value
             continue
         field = rng.choice(HEADER_FIELDS)
         dtype, offset = header_class.template_dtype.fields[field][:2]
