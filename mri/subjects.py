@@ -140,7 +140,7 @@ def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) 
     parent = Path(os.path.commonpath([file.parent for file in unnamed])).relative_to(root)
     prefix = "".join(f"{re.escape(part)}/" for part in parent.parts)
     raise DataError(
-        f"cannot tell which subject each scan in {root} belongs to: {len(unnamed)} files in "
+        f"cannot determine the subject of each scan in {root}: {len(unnamed)} files in "
         f"{len(counts)} folders, such as {example}, and no sub-<name> in their paths. To keep each "
         "subject in one split, extract it from the path by a regular expression:\n"
         f"  --subjects '^{prefix}([^/]+)/'   if each of these folders is a subject\n"
