@@ -11,16 +11,21 @@ import bisect
 import functools
 import itertools
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils import UserError, first_line
+
 try:
     import imagecodecs
-except ImportError:  # rate_distortion.py says how to install it
+except ImportError:  # versions() says how to install it
     imagecodecs = None
 
 ACCOUNTINGS = ("file", "payload")  # attributes of `Encoded`
@@ -217,6 +222,29 @@ CODECS = {
         rgb=True,  # imagecodecs would code a single channel losslessly
     ),
 }
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Return the versions of imagecodecs and of the codecs with these names.
+
+    Raises:
+        UserError: if imagecodecs is not installed, or its build lacks one of the codecs.
+    """
+    if imagecodecs is None:
+        raise UserError(
+            "imagecodecs, which contains the codecs, is not installed; run pip install -r "
+            "benchmarks/requirements.txt"
+        )
+    result = {"imagecodecs": imagecodecs.__version__}
+    for name in names:
+        try:
+            result[name] = CODECS[name].call("version")
+        except ImportError as error:
+            raise UserError(
+                f"imagecodecs has no {name} here ({first_line(error)}); leave it out of --codecs, "
+                "or install another build"
+            ) from None
+    return result
 
 
 def search(

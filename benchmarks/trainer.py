@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dataset
 import train
 import utils
 from dataset import SliceDataset
@@ -70,7 +71,8 @@ class Trainer:
         """
         is_full = len(images) == self.config.batch_size
         compute = self._losses_of_full_batch if is_full else self._eager_losses
-        losses = compute(train.augment(images, self.config))
+        images = dataset.augment(images, self.config.crop, self.config.augment)
+        losses = compute(images)
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         finite = clip_gradients([self.model], self.config.clip_grad_norm)
