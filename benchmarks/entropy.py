@@ -38,7 +38,7 @@ def encode(prior: CodePrior, codes: Tensor) -> list[np.ndarray]:
     family = constriction.stream.model.Categorical(perfect=False)
     streams = []
     for some in codes.split(BATCH):
-        pyramid = prior.pyramid(some)
+        pyramid = prior.to_grids(some)
         encoders = [constriction.stream.queue.RangeEncoder() for _ in some]
 
         def choose(
@@ -90,6 +90,6 @@ def _walk(prior: CodePrior, count: int, choose, what: str) -> Tensor:
         torch.full((count,), torch.nan, device=device),
         torch.zeros(count, dtype=torch.long, device=device),
     )
-    return prior.walk(
+    return prior.decode(
         position, view, choose, lambda steps: tqdm(steps, f"{what} {count} slices", unit=" patches")
     )

@@ -21,9 +21,9 @@ def missing_split_error(source: Source, split: str) -> DataError:
     if source.form == "scans":
         counts = ", ".join(f"{name} {len(files):,}" for name, files in source.splits.items())
         return DataError(
-            f"no scan of {source.root} is in the {split} split ({counts}): its share was 0, or no "
-            "row of the table, folder or earlier run put one there. Give --split other shares or a "
-            "table, or name a folder after the split."
+            f"no scan of {source.root} is in the {split} split ({counts}): its fraction was 0, or "
+            "no row of the table, folder or earlier run put one there. Give --split other "
+            "fractions or a table, or name a folder after the split."
         )
     advice = f"Name or fill the folder of {split} so"
     if source.form == "3D":

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import dataset
+from mri.hipmri import find_hipmri
+from mri.preprocessing import Preprocessing
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +177,21 @@ def study(tmp_path, write_nifti) -> Path:
 def load(tmp_path):
     """load(source, split, preprocessing): `load_split` with its cache in the test's folder."""
     return partial(dataset.load_split, cache_dir=tmp_path / "cache", progress=False)
+
+
+@pytest.fixture
+def load_images(tmp_path, write_nifti, load):
+    """load_images(*images, **options): a training split of these images as 2D files, in order.
+
+    The options are those of `Preprocessing.resolve`.
+    """
+
+    def load_images(*images: np.ndarray, **options) -> dataset.SliceDataset:
+        folder = tmp_path / "images"
+        shutil.rmtree(folder, ignore_errors=True)
+        for i, image in enumerate(images):
+            write_nifti(folder / "train" / f"case_004_week_0_slice_{i}.nii", image)
+        source = find_hipmri(folder)
+        return load(source, "train", Preprocessing.resolve(source, **options))
+
+    return load_images

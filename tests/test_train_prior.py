@@ -86,7 +86,7 @@ def test_bits_are_of_all_grids_over_the_codes(run, num_grids):
         | {"device": "cpu", "num_grids": num_grids, "channels": 16}
     )
     prior = train_prior.Run(run / "prior", args, "", vqvae, codes)
-    pyramid = prior.model.eval().pyramid(codes.codes[:, 0].long())
+    pyramid = prior.model.eval().to_grids(codes.codes[:, 0].long())
     logits = prior.model(pyramid, codes.positions, torch.zeros(3, dtype=torch.long))
     nats = [float(cross_entropy(found.flatten(0, 2), true.flatten(), reduction="sum"))
             for found, true in zip(logits, pyramid, strict=True)]  # fmt: skip
