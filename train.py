@@ -44,7 +44,7 @@ from utils import DataError, UserError
 SAMPLE_FOLDER = Path("sample_data")
 SAMPLE_EPOCHS = 10
 
-# What `compute_losses` returns; each is a column of metrics.csv.
+# The results of `compute_losses`; each is a column of metrics.csv.
 LOSSES = ("train_recon", "train_vq")
 GAN_LOSSES = (*LOSSES, "train_adversarial", "train_discriminator", "adaptive_weight")
 
