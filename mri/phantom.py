@@ -640,29 +640,6 @@ def make_volume(
     return np.rint(image * scan.scale).astype(np.int16), labels
 
 
-# --- the ceiling that noise sets ----------------------------------------------------------------------------
-
-
-def noise_ceiling(scans, slices: int = 6, seed: int = 0) -> float:
-    """Mean `ssim` of noise-free slices as reconstructions of the noisy ones: a perfect denoiser's score.
-
-    scans: (case, week) pairs; slices: of each.
-    """
-    import torch  # here: the workers that draw volumes need neither
-
-    from evaluation.metrics import slice_scores
-
-    pairs = [
-        [make_volume(case, week, slices, seed=seed, noise=noise)[0] for noise in (True, False)]
-        for case, week in scans
-    ]
-    noisy, clean = (
-        torch.from_numpy(np.concatenate(kind, axis=2)).movedim(2, 0)[:, None].float()
-        for kind in zip(*pairs, strict=True)
-    )
-    return slice_scores(noisy, clean, ("ssim",))["ssim"].mean().item()
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -847,11 +824,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     count = sum(args.volumes)
     print(f"{out}: {count * args.slices} slices of {count} volumes, and as many masks")
-    scans = [(case, week) for split, case, week, _ in plan(args.volumes) if split == "test"][:4]
-    ceiling = noise_ceiling(scans, seed=args.seed)
-    print(
-        f"noise ceiling: ssim {ceiling:.4f} (noisy against noise-free slices; test volumes: {len(scans)})"
-    )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_codes_come_back_from_their_streams_at_about_the_priors_bits(prior):
         for codes in (likely, noise):
             streams = entropy.encode(prior, codes)
             assert torch.equal(entropy.decode(prior, streams), codes)
-            pyramid = prior.pyramid(codes)
+            pyramid = prior.to_grids(codes)
             pairs = zip(prior(pyramid, position, view), pyramid, strict=True)
             nats = sum(
                 cross_entropy(found.flatten(0, 2), true.flatten(), reduction="sum")
