@@ -13,7 +13,7 @@ from training.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
 
 @pytest.fixture(scope="session")
 def smooth_slices() -> np.ndarray:
-    """Return (3, 256, 128) in [0, 1]: smooth shapes with little noise, which all codecs compress."""
+    """Return (3, 256, 128) in [0, 1]: smooth shapes with little noise, which compress well."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.random((3, 1, 12, 6)))
     images = torch.nn.functional.interpolate(coarse, (256, 128), mode="bicubic")[:, 0].numpy()
