@@ -68,7 +68,7 @@ def write_nifti():
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_slices(write_nifti):
     """write(root, train=4, validate=2, test=2): write noise in HipMRI's 2D form; returns root."""
 

@@ -14,6 +14,7 @@ from training_runs import assert_same_tensors, read_rows, read_weights
 import dataset
 import train
 from modules import VQVAE
+from mri import hipmri
 from training.checkpoint import load_model, read_checkpoint
 from training.config import TrainConfig, parse_train_flags, resolve_config
 from training.progress import ProgressBar
@@ -213,18 +214,13 @@ def test_steps_crop_flip_and_clip_as_configured(train_here, monkeypatch, at_step
     assert len(flips) == 3
 
 
-@pytest.mark.parametrize(
-    ("flags", "shape"),
-    [([], (2, 1, 48, 48)), (["--crop", "32"], (2, 1, 32, 32)), (["--crop", "0"], (2, 1, 64, 48))],
-)
-def test_crops_are_square_and_not_larger_than_slices(flags, shape):
-    config = resolve_config(parse_train_flags(flags, None))
-    assert train.augment(torch.randn(2, 1, 64, 48), config).shape == shape
-
-
-def test_the_document_recipe_changes_no_slice():
-    images = torch.randn(2, 1, 64, 48)
-    assert torch.equal(train.augment(images, resolve_config({"recipe": "document"})), images)
+def test_the_document_recipe_changes_no_slice(train_here, at_step, blobs):
+    batches = []
+    at_step({1}, batches.append)
+    train_here("--epochs 1 --name a --recipe document --batch-size 10")
+    slices = dataset.load_split(hipmri.find_hipmri(blobs), "train", progress=False)
+    for image in batches[0]:
+        assert any(torch.equal(image, slices[i]) for i in range(10))
 
 
 def test_convolutions_compute_in_bfloat16_if_configured(tmp_path, train_here, monkeypatch):
@@ -312,13 +308,13 @@ def test_a_run_that_cannot_be_compiled_equals_an_eager_run(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_no_step_waits_for_the_gpu(train_here, monkeypatch):
     """Of the second epoch's 10 steps; the first epoch may wait for what is set up once."""
-    real_augment, real_record = train.augment, Run.record_step
+    real_augment, real_record = dataset.augment, Run.record_step
     steps = 0
 
-    def augment(images, config):
+    def augment(*arguments):
         if steps == 10:
             torch.cuda.set_sync_debug_mode("error")
-        return real_augment(images, config)
+        return real_augment(*arguments)
 
     def record_step(run, losses, finite):
         nonlocal steps
@@ -327,7 +323,7 @@ def test_no_step_waits_for_the_gpu(train_here, monkeypatch):
         if steps == 20:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(train, "augment", augment)
+    monkeypatch.setattr(dataset, "augment", augment)
     monkeypatch.setattr(Run, "record_step", record_step)
     monkeypatch.setattr(ProgressBar, "update", lambda bar, examples: False)  # drawing it waits
     try:
