@@ -7,7 +7,7 @@
     train.cache_on_device(device)                              # optional: into a GPU's memory
     order = torch.randperm(len(train))
     for images in train.batches(order.split(16), device):      # (16, 1, 256, 128) on the device
-        images = random_flip(random_crop(images, 96))          # (16, 1, 96, 96)
+        images = augment(images, crop=96, flip=True)           # (16, 1, 96, 96)
 
 Files are read in mri/nifti.py, cut and resized in mri/preprocessing.py, and stored as int16 in
 mri/cache.py. Data that cannot be used raises `DataError`; `SliceDataset.notes` are for the user.
@@ -348,6 +348,24 @@ def _name_slices(source: Source, files: list[Path], records: np.ndarray) -> list
 
 
 # ---------------------------------------------------------------- augmentation
+
+
+def augment(images: Tensor, crop: int, flip: bool) -> Tensor:
+    """Crop and flip slices at random, each on its own.
+
+    Args:
+        images: (B, 1, H, W).
+        crop: side of the square to cut out, in pixels; 0 for whole slices. Squares that do not fit
+            are as large as H and W allow, in multiples of 16.
+        flip: also apply `random_flip`.
+
+    Returns:
+        (B, 1, side, side), or (B, 1, H, W) for whole slices.
+    """
+    if crop:
+        height, width = images.shape[-2:]
+        images = random_crop(images, min(crop, height - height % 16, width - width % 16))
+    return random_flip(images) if flip else images
 
 
 def random_crop(images: Tensor, side: int) -> Tensor:

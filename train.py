@@ -44,7 +44,7 @@ from utils import DataError, UserError
 SAMPLE_FOLDER = Path("sample_data")
 SAMPLE_EPOCHS = 10
 
-# What `compute_losses` returns; each is a column of metrics.csv.
+# The results of `compute_losses`; each is a column of metrics.csv.
 LOSSES = ("train_recon", "train_vq")
 GAN_LOSSES = (*LOSSES, "train_adversarial", "train_discriminator", "adaptive_weight")
 
@@ -129,7 +129,7 @@ def train(flags: dict) -> int:
             for step in run.steps(train_slices):
                 rate = learning_rate(config, step.number, run.total_steps)
                 set_learning_rate(optimizer, rate)
-                images = augment(step.batch, config)
+                images = dataset.augment(step.batch, config.crop, config.augment)
                 adversary = discriminator if step.progress >= config.gan_start else None
                 compute = losses_of_full_batch if step.is_full else eager_losses
                 losses = compute(images, adversary)  # (number of losses,)
@@ -241,17 +241,6 @@ def load_data(
     config = dataclasses.replace(config, data=str(path))
     scans = {"scans": manifest or splits.to_manifest(source)} if is_scans else {}
     return slices["train"], slices["validate"], config, scans
-
-
-def augment(images: Tensor, config: TrainConfig) -> Tensor:
-    """Crop and flip slices at random: (B, 1, H, W) -> (B, 1, side, side), or (B, 1, H, W)."""
-    if config.crop:
-        height, width = images.shape[-2:]
-        side = min(config.crop, height - height % 16, width - width % 16)
-        images = dataset.random_crop(images, side)
-    if config.augment:
-        images = dataset.random_flip(images)
-    return images
 
 
 # ---------------------------------------------------------------- model, losses, optimizer

@@ -13,7 +13,6 @@ metrics.json (bits per code, compared with log2 K, entropy and gzip), bits_plot.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import time
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 import utils
 from evaluation import plots
 from modules import VQVAE
-from prior.codes import MIRRORS, CodeDataset, compressed_bits, encode_split
+from prior.codes import MIRRORS, CodeDataset, compressed_bits, encode_split, hash_codebook
 from prior.model import CodePrior
 from training import distributed
 from training.checkpoint import load_model
@@ -277,12 +276,6 @@ def make_prior(vqvae: VQVAE, train_codes: CodeDataset, config: PriorConfig) -> C
     return model
 
 
-def hash_codebook(vqvae: VQVAE) -> str:
-    """Return 16 hexadecimal digits that change with the codebook."""
-    embedding = vqvae.vector_quantization.embedding.weight.detach().cpu()
-    return hashlib.sha256(embedding.numpy().tobytes()).hexdigest()[:16]
-
-
 def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimizer:
     """Return AdamW. Only matrices decay, not biases, some of which are tables of frequencies."""
     matrices, others = [], []
@@ -324,7 +317,7 @@ def negative_log_likelihood(
     parallel_model: nn.Module, codes: Tensor, position: Tensor, view: Tensor
 ) -> Tensor:
     """Return the mean -ln p of a code given the grids before, for each grid, (num_grids,)."""
-    grids = distributed.unwrap_model(parallel_model).pyramid(codes)
+    grids = distributed.unwrap_model(parallel_model).to_grids(codes)
     logits = parallel_model(grids, position, view)
     losses = []
     for grid_logits, grid in zip(logits, grids, strict=True):

@@ -1,4 +1,4 @@
-"""What every script needs: user errors, device, precision, seeds, and atomic files."""
+"""Basics of every script: user errors, device, precision, seeds, and atomic files."""
 
 from __future__ import annotations
 

@@ -114,6 +114,7 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
     Besides codes, means and stds, the file holds the geometry and the model's fingerprint, and
     nothing else of the original's header.
     """
+    orientation = scan.cut.orientation
     content = io.BytesIO()
     np.savez_compressed(
         content,
@@ -127,8 +128,8 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
         affine=scan.affine,
         shape=scan.shape,
         kind=scan.dtype.str,
-        axis=scan.axis,
-        turn=np.zeros((0, 2)) if scan.orientation is None else scan.orientation,
+        axis=scan.cut.axis,
+        turn=np.zeros((0, 2)) if orientation is None else orientation,
     )
     write_bytes(path, content.getbuffer())
     return content.tell()
@@ -169,8 +170,10 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
             affine=content["affine"],
             shape=tuple(map(int, content["shape"])),
             dtype=np.dtype(str(content["kind"])),
-            axis=int(content["axis"]),
-            orientation=content["turn"] if len(content["turn"]) else None,
+            cut=nifti.Cut(
+                axis=int(content["axis"]),
+                orientation=content["turn"] if len(content["turn"]) else None,
+            ),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{not_codes} ({error})") from error
@@ -221,13 +224,14 @@ def _has_valid_geometry(scan: nifti.Scan, coded: Coded) -> bool:
         return False
     if min(scan.shape) < 1:
         return False
-    if scan.dtype.kind not in "iuf" or scan.axis not in (0, 1, 2):
+    if scan.dtype.kind not in "iuf" or scan.cut.axis not in (0, 1, 2):
         return False
     if scan.affine.shape != (4, 4) or scan.affine.dtype.kind != "f":
         return False
-    if scan.orientation is None:
+    orientation = scan.cut.orientation
+    if orientation is None:
         return True
-    if scan.orientation.shape != (3, 2) or scan.orientation.dtype.kind != "f":
+    if orientation.shape != (3, 2) or orientation.dtype.kind != "f":
         return False
-    axes, directions = scan.orientation.T
+    axes, directions = orientation.T
     return sorted(axes) == [0, 1, 2] and bool((np.abs(directions) == 1).all())

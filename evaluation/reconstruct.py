@@ -289,7 +289,7 @@ def _read_labels(file: Path, scan: nifti.Scan) -> np.ndarray | None:
         return None
     message = f"{file} is reconstructed but not scored, as its segmentation"
     try:
-        labels = nifti.read_scan(mask, scan.cut_axis).planes
+        labels = nifti.read_scan(mask, scan.axis).planes
     except ValueError as error:
         raise DataError(f"{message} {mask} {error}") from error
     if labels.shape != scan.planes.shape:

@@ -1,3 +1,7 @@
-"""Where slices come from: `splits` and `hipmri` decide which file is in which split, `files` and
-`subjects` interpret names, `nifti` reads files, `preprocessing` makes slices of them, and `cache`
-keeps decoded slices on disk. `phantom` simulates the scans of the sample data."""
+"""Find the files of a data set, divide them into splits, and read their slices.
+
+`files` and `subjects` interpret file names. `hipmri` and `splits` decide which file is in which
+split. `nifti` reads files safely, `preprocessing` makes slices of one size from them, `encoding`
+rounds these to int16, and `cache` keeps them on disk. `messages` describes the result to the user.
+`phantom` simulates the scans of the sample data.
+"""

@@ -54,7 +54,6 @@ from utils import DataError, lock
 CACHE_FORMAT = 2  # see "When is a cache stale?"
 POOL_FROM = 500  # slices; decoding fewer takes less time than starting processes
 
-
 # A slice: its row of pixels.npy, its file's index in the split, and the fields of SliceRecord.
 SLICE_DTYPE = np.dtype([
     ("row", "i8"), ("file", "i8"),

@@ -21,9 +21,9 @@ def missing_split_error(source: Source, split: str) -> DataError:
     if source.form == "scans":
         counts = ", ".join(f"{name} {len(files):,}" for name, files in source.splits.items())
         return DataError(
-            f"no scan of {source.root} is in the {split} split ({counts}): its share was 0, or no "
-            "row of the table, folder or earlier run put one there. Give --split other shares or a "
-            "table, or name a folder after the split."
+            f"no scan of {source.root} is in the {split} split ({counts}): its fraction was 0, or "
+            "no row of the table, folder or earlier run put one there. Give --split other "
+            "fractions or a table, or name a folder after the split."
         )
     advice = f"Name or fill the folder of {split} so"
     if source.form == "3D":
@@ -120,7 +120,7 @@ def _describe_fit(shape: tuple[int, int], preprocessing: Preprocessing) -> str:
     column_scale = shape[1] / columns
     distortion = max(row_scale / column_scale, column_scale / row_scale) - 1
     scale = math.sqrt(row_scale * column_scale)
-    advice = "--size H W brings slices to another size"
+    advice = "--size H W sets another size"
     if distortion > 0.05 and preprocessing.fit == "crop":
         return "lose their edges to --fit crop"
     if distortion > 0.05:
@@ -128,7 +128,7 @@ def _describe_fit(shape: tuple[int, int], preprocessing: Preprocessing) -> str:
             f"are resized to {rows} x {columns}, which changes their proportions by "
             f"{distortion:.1%}; --fit crop cuts their edges off instead"
         )
-        return f"{text}, {advice}" if preprocessing.form == "scans" else text
+        return f"{text}; {advice}" if preprocessing.form == "scans" else text
     if preprocessing.form == "scans" and max(scale, 1 / scale) > 1.5:
         return f"are resized to {rows} x {columns}; {advice}"
     return ""

@@ -8,9 +8,8 @@ never end. Headers are therefore checked before any data is read or unpacked.
 
 Orientation. A volume is cut into "sagittal", "coronal" or "axial" planes, which its affine
 determines: rows and columns then run to the right, anterior or superior. Or it is cut along axis 0,
-1 or 2 as stored, and the affine is ignored. In either case, `_plane_orientation` returns the
-mapping from stored axes to (row, column, plane) axes in nibabel's notation; everything else that
-concerns planes applies this mapping or its inverse.
+1 or 2 as stored, and the affine is ignored. Only `Cut` knows about axes and directions: it maps
+stored voxels to planes and planes to stored voxels, with `nibabel.orientations`.
 
 Errors. A file that cannot be used raises ValueError. The message is a predicate without a subject,
 such as "is empty (zero bytes)", so that the caller can put the file's name in front and list the
@@ -183,14 +182,10 @@ def affine_of(header: nib.Nifti1Header) -> np.ndarray:
 
 
 def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
-    """Return the orientation of the stored axes, in nibabel's notation.
+    """Return the orientation of the stored axes, (3, 2), in nibabel's notation.
 
-    Returns:
-        (3, 2): for each stored axis, which of (right, anterior, superior) it is closest to, and 1
-        or, if it runs the other way, -1.
-
-    Raises:
-        ValueError: if the affine does not determine it.
+    A row contains the index of the closest of (right, anterior, superior), and 1, or -1 if the
+    stored axis runs the other way. Raises ValueError if the affine does not determine it.
     """
     try:
         with np.errstate(all="ignore"):
@@ -202,27 +197,45 @@ def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
     raise ValueError("has an affine that does not determine the directions of its axes")
 
 
-def _plane_orientation(plane_axis: int, orientation: np.ndarray | None) -> np.ndarray:
-    """Return the orientation from stored axes to (row, column, plane) axes, (3, 2).
+@dataclass(frozen=True)
+class Cut:
+    """Map the stored axes of a volume to the (row, column, plane) axes of its planes, and back."""
 
-    Args:
-        plane_axis: the axis across the planes, see `Scan.axis`.
-        orientation: the stored axes', see `Scan.orientation`.
-    """
-    if orientation is None:
-        orientation = axcodes2ornt("RAS")  # stored axes keep their order and direction
-    return ornt_transform(orientation, axcodes2ornt(_PLANE_CODES[plane_axis]))
+    axis: int  # across the planes: a value of AXES or, without an orientation, the stored axis
+    orientation: np.ndarray | None  # see `axis_orientation`; None: axes are used as stored
+
+    @property
+    def _to_planes(self) -> np.ndarray:
+        """Orientation from stored axes to (row, column, plane), (3, 2), in nibabel's notation."""
+        stored = axcodes2ornt("RAS") if self.orientation is None else self.orientation
+        return ornt_transform(stored, axcodes2ornt(_PLANE_CODES[self.axis]))
+
+    def planes(self, voxels: np.ndarray) -> np.ndarray:
+        """Cut stored voxels (3 axes) into planes (N, rows, columns), as a view."""
+        return np.moveaxis(apply_orientation(voxels, self._to_planes), -1, 0)
+
+    def voxels(self, planes: np.ndarray) -> np.ndarray:
+        """Join planes (N, rows, columns) to voxels as they are stored: the inverse of `planes`."""
+        to_stored = ornt_transform(axcodes2ornt("RAS"), self._to_planes)
+        return apply_orientation(np.moveaxis(planes, 0, -1), to_stored)
+
+    def affine(self, affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+        """Return the affine (4, 4) from (row, column, plane) to mm.
+
+        Args:
+            affine: (4, 4), from stored voxel indices to mm.
+            shape: of the stored voxels.
+        """
+        return affine @ inv_ornt_aff(self._to_planes, shape)
 
 
-def _find_cut(
-    header: nib.Nifti1Header, axis: str | int, dimensions: int | None
-) -> tuple[int, np.ndarray | None]:
-    """Return the plane axis and the orientation of a file, see `Scan.axis`, `Scan.orientation`."""
+def find_cut(header: nib.Nifti1Header, axis: str | int, dimensions: int | None) -> Cut:
+    """Return how a file is cut; arguments and errors as in `stored_planes`."""
     if (dimensions or _dimensions_of(header.get_data_shape())) == 2:
-        return 2, None
+        return Cut(2, None)
     if isinstance(axis, str):
-        return AXES[axis], axis_orientation(header)
-    return axis, None
+        return Cut(AXES[axis], axis_orientation(header))
+    return Cut(axis, None)
 
 
 def _dimensions_of(shape: tuple[int, ...]) -> int:
@@ -238,18 +251,12 @@ def _volume_shape(shape: tuple[int, ...], dimensions: int | None) -> tuple[int, 
     return (*shape[:2], 1) if dimensions == 2 else shape[:3]
 
 
-def _cut(voxels: np.ndarray, plane_orientation: np.ndarray) -> np.ndarray:
-    """Cut a volume into planes (N, rows, columns), as a view."""
-    return np.moveaxis(apply_orientation(voxels, plane_orientation), -1, 0)
-
-
 def planes_shape(
     header: nib.Nifti1Header, axis: str | int, dimensions: int | None = None
 ) -> tuple[int, int, int]:
     """Return the (N, rows, columns) of the planes of a file; arguments as in `stored_planes`."""
     shape = _volume_shape(header.get_data_shape(), dimensions)
-    plane_orientation = _plane_orientation(*_find_cut(header, axis, dimensions))
-    return _cut(np.broadcast_to(0, shape), plane_orientation).shape
+    return find_cut(header, axis, dimensions).planes(np.broadcast_to(0, shape)).shape
 
 
 def planes_affine(
@@ -257,8 +264,7 @@ def planes_affine(
 ) -> np.ndarray:
     """Return the affine (4, 4) from (row, column, plane) to mm; arguments as in `stored_planes`."""
     shape = _volume_shape(header.get_data_shape(), dimensions)
-    plane_orientation = _plane_orientation(*_find_cut(header, axis, dimensions))
-    return affine_of(header) @ inv_ornt_aff(plane_orientation, shape)
+    return find_cut(header, axis, dimensions).affine(affine_of(header), shape)
 
 
 def stored_planes(
@@ -295,7 +301,7 @@ def stored_planes(
         data, header.get_data_dtype(), math.prod(shape), header.get_data_offset()
     )
     voxels = voxels.reshape(_volume_shape(shape, dimensions), order="F")
-    planes = _cut(voxels, _plane_orientation(*_find_cut(header, axis, dimensions)))
+    planes = find_cut(header, axis, dimensions).planes(voxels)
     if min(planes.shape[1:]) < MIN_SIDE:
         raise ValueError(mismatch)
     slope, intercept = header.get_slope_inter()
@@ -318,19 +324,17 @@ class Scan:
     affine: np.ndarray  # (4, 4), the file's
     shape: tuple[int, ...]  # the file's
     dtype: np.dtype  # written by `to_bytes`: the file's if it holds unscaled integers, or float32
-    axis: int  # across the planes, after reorientation; 2 for a 2D file
-    orientation: np.ndarray | None  # see `axis_orientation`; None: axes are used as stored
+    cut: Cut
 
     @property
-    def cut_axis(self) -> str | int:
-        """The `axis` that was passed to `read_scan`."""
-        return self.axis if self.orientation is None else list(AXES)[self.axis]
+    def axis(self) -> str | int:
+        """The `axis` that was passed to `read_scan`; 2 for a 2D file."""
+        return self.cut.axis if self.cut.orientation is None else list(AXES)[self.cut.axis]
 
     @property
     def spacing(self) -> tuple[float, float]:
         """Spacing of the rows and of the columns in mm."""
-        shape = _volume_shape(self.shape, None)
-        affine = self.affine @ inv_ornt_aff(_plane_orientation(self.axis, self.orientation), shape)
+        affine = self.cut.affine(self.affine, _volume_shape(self.shape, None))
         rows, columns, _ = nib.affines.voxel_sizes(affine).tolist()
         return rows, columns
 
@@ -343,9 +347,7 @@ class Scan:
                 and clipped to the type's range.
         """
         dtype = dtype or self.dtype
-        plane_orientation = _plane_orientation(self.axis, self.orientation)
-        to_stored = ornt_transform(axcodes2ornt("RAS"), plane_orientation)
-        voxels = apply_orientation(np.moveaxis(planes, 0, -1), to_stored)
+        voxels = self.cut.voxels(planes)
         if dtype.kind in "iu":
             limits = np.iinfo(dtype)
             high = limits.max
@@ -376,9 +378,8 @@ def read_scan(path: str | Path, axis: str | int | None = None) -> Scan:
     is_scaled = planes.dtype.newbyteorder("=") != dtype
     if is_scaled or dtype.kind == "f":
         dtype = np.dtype(np.float32)
-    plane_axis, orientation = _find_cut(header, axis, None)
-    shape = header.get_data_shape()
-    return Scan(planes, affine_of(header), shape, dtype, plane_axis, orientation)
+    cut = find_cut(header, axis, None)
+    return Scan(planes, affine_of(header), header.get_data_shape(), dtype, cut)
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:

@@ -134,7 +134,7 @@ def background_threshold(planes: np.ndarray) -> float:
 
     Returns:
         p1 + 0.1 (p99 - p1), where p1 and p99 are percentiles of all pixels; for a single plane, or
-        for pixels that are not finite (which `encode_slice` of mri/cache.py reports), -inf.
+        for pixels that are not finite (which `encode_slice` of mri/encoding.py reports), -inf.
     """
     low, high = np.percentile(planes, (1, 99))
     if len(planes) == 1 or not np.isfinite(low + high):

@@ -1,4 +1,4 @@
-"""Subjects: which patient or volunteer a file belongs to, as far as its path says.
+"""Subjects: determine from its path which patient or volunteer a file belongs to.
 
     subject_of(Path("sub-07/ses-1/T2w.nii.gz"))        # "07"
     subject_of(Path("case_004_week_0_slice_3.nii"))    # "004"
@@ -140,7 +140,7 @@ def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) 
     parent = Path(os.path.commonpath([file.parent for file in unnamed])).relative_to(root)
     prefix = "".join(f"{re.escape(part)}/" for part in parent.parts)
     raise DataError(
-        f"cannot tell which subject each scan in {root} belongs to: {len(unnamed)} files in "
+        f"cannot determine the subject of each scan in {root}: {len(unnamed)} files in "
         f"{len(counts)} folders, such as {example}, and no sub-<name> in their paths. To keep each "
         "subject in one split, extract it from the path by a regular expression:\n"
         f"  --subjects '^{prefix}([^/]+)/'   if each of these folders is a subject\n"

@@ -1,10 +1,12 @@
-"""The codes of a data set, as the prior is trained on them."""
+"""The codes of a data set, on which the prior is trained, and their bits without a prior."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,27 +18,20 @@ import dataset
 from modules import VQVAE
 from mri.files import SliceName
 
-MIRRORS = ((), (-2,), (-1,), (-2, -1))  # CodePrior.VIEWS: axes of (B, 1, H, W) that are flipped
+# The views of a slice: itself, and mirrored left-right, inferior-superior, and both. Each entry
+# lists the axes of (B, 1, H, W) that are flipped.
+MIRRORS = ((), (-2,), (-1,), (-2, -1))
 
 
+@dataclass(frozen=True, eq=False)
 class CodeDataset:
-    """The codes of a split's N slices and of their mirror images, and where each slice lies in its volume.
+    """The codes of a split's slices and of their mirror images. `encode_split` makes it."""
 
-    codes: (N, V, h, w) int32, V of MIRRORS. positions: (N,). brightness: (K,), of the slices where each code stands.
-    names: the N slices'. spacing: of their pixels in mm, None where that is not known.
-    """
-
-    def __init__(
-        self, codes: Tensor, positions: Tensor, brightness: Tensor, names: Sequence[SliceName],
-        spacing: Sequence[float] | None = None,
-    ):  # fmt: skip
-        self.codes, self.positions, self.brightness, self.names = (
-            codes,
-            positions,
-            brightness,
-            names,
-        )
-        self.spacing = spacing
+    codes: Tensor  # (N, V, h, w) int32, V views as in MIRRORS
+    positions: Tensor  # (N,), of the slices in their volumes, 0 to 1; NaN if unknown
+    brightness: Tensor  # (K,), mean brightness of the pixels that each code stands for
+    names: Sequence[SliceName]  # of the N slices
+    spacing: Sequence[float] | None = None  # mm between rows and columns, if known
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -44,6 +39,7 @@ class CodeDataset:
     def batches(
         self, groups: Sequence[Tensor], device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield codes (B, V, h, w) int64 and positions (B,) for each group of indices (B,)."""
         for group in groups:
             yield self.codes[group].to(device).long(), self.positions[group].to(device)
 
@@ -52,37 +48,65 @@ class CodeDataset:
 def encode_split(
     model: VQVAE, slices: dataset.SliceDataset, mirrors: Sequence[tuple]
 ) -> CodeDataset:
-    """All slices of a split, seen through each of the mirrors.
+    """Encode all slices of a split, each in several views.
 
-    Brightness is the mean z-score over the pixels that a code stands for, on a scale that bends like a logarithm: fat
-    and bladder would take up most of a straight one.
+    The brightness of a pixel is asinh(z-score). It grows like a logarithm, because fat and bladder
+    would take up most of a linear scale.
+
+    Args:
+        model: the VQ-VAE, with one codebook.
+        slices: the split.
+        mirrors: the views, such as MIRRORS; the first must be the slice itself.
     """
     device = next(model.parameters()).device
+    num_embeddings = model.vector_quantization.num_embeddings
+    brightness_sums = torch.zeros(num_embeddings, device=device)
+    counts = torch.zeros(num_embeddings, device=device)
+    codes = []
     groups = torch.arange(len(slices)).split(16)
-    codes, sums = [], torch.zeros(2, model.vector_quantization.num_embeddings, device=device)
-    for images in tqdm(
-        slices.batches(groups, device), f"encoding {slices.split}", len(groups), unit=" batches"
-    ):
-        views = torch.stack(
-            [model.encode(images.flip(axes)) for axes in mirrors], 1
-        )  # (B, V, h, w)
-        bright = torch.asinh(F.avg_pool2d(images, model.stride)[:, 0])  # (B, h, w)
-        for total, values in zip(sums, (bright, torch.ones_like(bright)), strict=True):
-            total.index_add_(0, views[:, 0].flatten(), values.flatten())
-        codes.append(views.int().cpu())
-    brightness = (sums[0] / sums[1].clamp_min(1)).cpu()
+    batches = slices.batches(groups, device)
+    for images in tqdm(batches, f"encoding {slices.split}", len(groups), unit=" batches"):
+        views = torch.stack([model.encode(images.flip(axes)) for axes in mirrors], 1)
+        codes.append(views.int().cpu())  # (B, V, h, w)
+        indices = views[:, 0].flatten()
+        brightness = torch.asinh(F.avg_pool2d(images, model.stride)[:, 0]).flatten()
+        brightness_sums.index_add_(0, indices, brightness)
+        counts.index_add_(0, indices, torch.ones_like(brightness))
     return CodeDataset(
-        torch.cat(codes), slices.positions, brightness, slices.names, slices.description["spacing"]
+        codes=torch.cat(codes),
+        positions=slices.positions,
+        brightness=(brightness_sums / counts.clamp_min(1)).cpu(),
+        names=slices.names,
+        spacing=slices.description["spacing"],
     )
 
 
+def hash_codebook(model: VQVAE) -> str:
+    """Return 16 hexadecimal digits that change with the codebook."""
+    embedding = model.vector_quantization.embedding.weight.detach().cpu()
+    return hashlib.sha256(embedding.numpy().tobytes()).hexdigest()[:16]
+
+
 def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[str, float]:
-    """Bits a code of (N, h, w) by what knows no context: fixed length, frequencies in `train`, and gzip of a slice."""
+    """Compute the bits per code of three context-free baselines.
+
+    Args:
+        train: (M, h, w), training codes, for the frequencies.
+        codes: (N, h, w), codes to compress.
+        num_embeddings: K, number of codes.
+
+    Returns:
+        "fixed_length": log2 K; "empirical_entropy": cross entropy under the frequencies in
+        `train`; "gzip": the codes of each slice compressed separately.
+    """
     counts = torch.bincount(train.flatten(), minlength=num_embeddings).double() + 0.1
-    kind = np.uint8 if num_embeddings <= 256 else np.uint16
-    files = [len(gzip.compress(one.numpy().astype(kind).tobytes(), 9)) for one in codes]
+    bits = -(counts / counts.sum()).log2()  # (K,)
+    dtype = np.uint8 if num_embeddings <= 256 else np.uint16
+    num_bytes = 0
+    for slice_codes in codes:
+        num_bytes += len(gzip.compress(slice_codes.numpy().astype(dtype).tobytes(), 9))
     return {
         "fixed_length": math.log2(num_embeddings),
-        "empirical_entropy": float(-(counts / counts.sum()).log2()[codes.flatten()].mean()),
-        "gzip": 8 * sum(files) / codes.numel(),
+        "empirical_entropy": float(bits[codes.flatten()].mean()),
+        "gzip": 8 * num_bytes / codes.numel(),
     }

@@ -1,184 +1,336 @@
-"""How far drawn slices are from real ones: features, kernel and Frechet distance, and the search for copies.
+"""Measure how realistic sampled slices are, and search them for copies of training slices.
 
-    features = Features().fit(training_images)           # fixed random filters, no download
-    kernel_distance(features(drawn), features(real))      # 0 where both are of one distribution
-    nearest_pixels(drawn, training_images)                # how near each is to a training slice, and to which
+    features = Features().fit(training)                         # fixed random filters, no download
+    kernel_distance(features(sampled), features(training))      # mean 0 for equal distributions
+    search_copies(sampled, held_out, training, features, cases)
 
-None of these is FID, and no figure of theirs may be set against a published one. Images are z-scored slices
-(B, 1, H, W).
+Images are z-scored slices (N, 1, H, W). The distances depend on these features: values published
+elsewhere are not comparable.
+
+How a copied sample is recognised: its distance to the nearest training slice is below the 1st
+percentile of the same distance of held-out slices, which are reconstructions of validation and
+test slices. About 1 % of the samples are therefore flagged by chance; a fraction well above 1 %
+suggests that the prior repeats its training slices. There are two searches, both over the four
+views in MIRRORS:
+
+- `nearest_pixels`: over shifts of up to 8 pixels in steps of 2, along both axes;
+- `nearest_features`: over shifts of -8, 0 and 8 pixels only, along both axes.
+
+Neither looks for rotated or scaled copies, larger shifts, or copies of a part of a slice.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHIFT = 8  # pixels up to which a copy may be moved
-FLIPS = ((), (-2,), (-1,), (-2, -1))
+from prior.codes import MIRRORS
 
-
-class Features(nn.Module):
-    """Texture and layout of a slice, by fixed random filters: images (B, 1, H, W) -> (B, F) float32.
-
-    At four scales, each half the one before: 32 zero-mean 5 x 5 filters drawn from seed 0, rectified; 32 filters of
-    3 x 3 over those, rectified; the mean of each in the cells of a 4 x 2 grid, and its logarithm, since texture differs
-    by factors; and the slice itself on an 8 x 4 grid. It is a scattering network (Bruna and Mallat, arXiv 1203.1513)
-    with random filters, as random features are known to tell distributions apart (arXiv 2203.06026) without a network
-    trained on photographs. `fit` scales each feature by its mean and deviation over the training slices.
-    """
-
-    def __init__(self, filters: int = 32, scales: int = 4, grid: tuple[int, int] = (4, 2)):
-        super().__init__()
-        self.scales, self.grid = scales, grid
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer(
-            "first", _zero_mean(torch.randn(filters, 1, 5, 5, generator=generator))
-        )
-        self.register_buffer(
-            "second", _zero_mean(torch.randn(filters, filters, 3, 3, generator=generator))
-        )
-        size = 2 * scales * filters * math.prod(grid) + 32
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("deviation", torch.ones(size))
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat(
-            [(self.raw(some) - self.mean) / self.deviation for some in images.split(16)]
-        )
-
-    def raw(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) -> (B, F), not scaled."""
-        found = []
-        for _ in range(self.scales):
-            once = F.conv2d(images, self.first).abs()
-            twice = F.conv2d(F.avg_pool2d(once, 2), self.second).abs()
-            found += [F.adaptive_avg_pool2d(x, self.grid).flatten(1) for x in (once, twice)]
-            images = F.avg_pool2d(images, 2)
-        texture = (
-            torch.cat(found, 1) + 0.05
-        ).log()  # 0.05 of a slice's deviation: what is fainter is no texture
-        return torch.cat([texture, F.adaptive_avg_pool2d(images, (8, 4)).flatten(1)], 1)
-
-    @torch.no_grad()
-    def fit(self, images: Tensor) -> Features:
-        """Scale by these slices, two or more, from here on."""
-        raw = torch.cat([self.raw(some) for some in images.split(16)])
-        self.mean.copy_(raw.mean(0))
-        self.deviation.copy_(raw.std(0).clamp_min(1e-3))
-        return self
-
-
-def _zero_mean(filters: Tensor) -> Tensor:
-    """Each of the filters (F, ...) with mean 0 and length 1: blind to what is constant."""
-    filters = filters - filters.flatten(1).mean(1).view(-1, 1, 1, 1)
-    return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-
-
-def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """Squared maximum mean discrepancy of (N, F) and (M, F), unbiased: its mean is 0 for equal distributions.
-
-    Gretton et al. 2012, equation 3, with the polynomial kernel (x.y / F + 1)^3 of arXiv 1801.01401. N and M over 1.
-    """
-    x, y = x.double(), y.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(x, x), kernel(y, y))]
-    return float(sum(within) - 2 * kernel(x, y).mean())
-
-
-def main_directions(x: Tensor, most: int = 64) -> Tensor:
-    """The directions in which (N, F) varies most, (F, d): d at most 64, and under a fourth of N."""
-    directions = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False).Vh
-    return directions[: max(1, min(most, len(x) // 4))].T
-
-
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Between normal distributions with the means and covariances of (N, d) and (M, d) (Dowson and Landau 1982).
-
-    Biased upwards for few slices: compare at equal numbers only.
-    """
-    x, y = x.double(), y.double()
-    a, b = torch.cov(x.T).view(x.shape[1], -1), torch.cov(y.T).view(x.shape[1], -1)
-    root = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # trace of (a b)^(1/2)
-    return float((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * root)
-
-
-def inception_distance(x: Tensor, y: Tensor) -> float | None:
-    """Torchmetrics' FID of (N, 1, H, W) twice; None where its package or its weights are not on this machine.
-
-    For comparisons within this project alone: its network was trained on photographs.
-    """
-    weights = (
-        Path(torch.hub.get_dir()) / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    )
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        if not weights.exists():
-            return None
-        fid = FrechetInceptionDistance(normalize=True)
-    except ImportError:  # ModuleNotFoundError: torch-fidelity is not installed
-        return None
-    low, high = torch.quantile(x[:64].flatten(), torch.tensor([0.005, 0.995], device=x.device))
-    for images, real in ((x, True), (y, False)):
-        for some in images.split(16):
-            fid.update(
-                ((some - low) / (high - low)).clamp(0, 1).expand(-1, 3, -1, -1).cpu(), real=real
-            )
-    return float(fid.compute())
+SHIFT = 8  # pixels; the largest shift in the search for copies
 
 
 # ---------------------------------------------------------------- copies
 
 
-def nearest_pixels(images: Tensor, training: Tensor, progress=iter) -> tuple[Tensor, Tensor]:
-    """How near each image is to a training slice, (B,), and to which, (B,): (B, 1, H, W) and (N, 1, H, W).
+def search_copies(
+    sampled: Tensor,
+    held_out: Tensor,
+    training: Tensor,
+    features: Features,
+    cases: Sequence[str],
+    progress: Callable = iter,
+) -> dict[str, dict]:
+    """Flag the sampled slices that may be copies, by pixels and by features; see the module.
 
-    The root mean squared difference, at half resolution, of all but a margin of SHIFT pixels: the smallest over
-    flips, and over shifts of up to SHIFT pixels in steps of 2.
+    Args:
+        sampled, held_out, training: (N, 1, H, W), each with its own N, on the same device.
+        features: fitted to the training slices.
+        cases: case of each training slice.
+        progress: wraps the list of shifts, such as tqdm.
+
+    Returns:
+        {"pixels": {...}, "features": {...}}, each with the threshold, both medians, the fraction of
+        flagged slices, the number of flagged slices by case of the nearest training slice, and for
+        each sampled slice the distance and the index of that training slice.
     """
-    images, training = (F.avg_pool2d(x, 2)[:, 0] for x in (images, training))
-    margin, (height, width) = SHIFT // 2, training.shape[1:]
-    size = (height - 2 * margin, width - 2 * margin)
-    inner = images[:, margin : margin + size[0], margin : margin + size[1]]
-    flipped = torch.cat([inner.flip(axes) for axes in FLIPS]).flatten(1)  # (4 B, P)
-    own = flipped.square().sum(1, keepdim=True)
-    best = torch.full((len(images),), math.inf, device=images.device)
-    which = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    offsets = list(itertools.product(range(2 * margin + 1), repeat=2))
-    for top, left in progress(offsets):
+    by_pixels = (
+        nearest_pixels(held_out, training, progress),
+        nearest_pixels(sampled, training, progress),
+    )
+    by_features = (
+        nearest_features(held_out, training, features),
+        nearest_features(sampled, training, features),
+    )
+    result = {}
+    for name, searches in (("pixels", by_pixels), ("features", by_features)):
+        (held_out_distance, _), (distance, nearest) = searches
+        threshold = held_out_distance.double().quantile(0.01).item()
+        flagged = distance < threshold
+        flagged_cases = Counter(cases[i] for i in nearest[flagged].tolist())
+        result[name] = {
+            "threshold": threshold,
+            "held_out_median": held_out_distance.median().item(),
+            "drawn_median": distance.median().item(),
+            "flagged": flagged.float().mean().item(),
+            "flagged_by_case": dict(sorted(flagged_cases.items())),
+            "distance": distance.tolist(),
+            "nearest": nearest.tolist(),
+        }
+    return result
+
+
+def nearest_pixels(
+    images: Tensor, training: Tensor, progress: Callable = iter
+) -> tuple[Tensor, Tensor]:
+    """Find the nearest training slice by root mean squared difference of pixels.
+
+    The smallest over flips and shifts counts. Images are compared at half resolution, without a
+    margin of SHIFT pixels.
+
+    Args:
+        images: (B, 1, H, W).
+        training: (N, 1, H, W).
+        progress: wraps the list of shifts, such as tqdm.
+
+    Returns:
+        Distance to the nearest training slice, (B,), and its index, (B,).
+    """
+    images = F.avg_pool2d(images, 2)[:, 0]
+    training = F.avg_pool2d(training, 2)[:, 0]
+    margin = SHIFT // 2
+    height = training.shape[1] - 2 * margin
+    width = training.shape[2] - 2 * margin
+    inner = images[:, margin : margin + height, margin : margin + width]
+    flipped = torch.cat([inner.flip(axes) for axes in MIRRORS]).flatten(1)  # (4 B, P)
+    flipped_squares = flipped.square().sum(1, keepdim=True)
+    best = torch.full((len(images),), math.inf, device=images.device)  # squared distances
+    best_index = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    shifts = list(itertools.product(range(2 * margin + 1), repeat=2))
+    for top, left in progress(shifts):
         for start in range(0, len(training), 1024):
-            part = training[
-                start : start + 1024, top : top + size[0], left : left + size[1]
-            ].flatten(1)
-            squares = torch.addmm(own + part.square().sum(1), flipped, part.T, alpha=-2)  # (4 B, n)
-            nearest = squares.view(len(FLIPS), len(images), -1).amin(0).min(1)
+            part = training[start : start + 1024, top : top + height, left : left + width]
+            part = part.flatten(1)  # (n, P)
+            squares = flipped_squares + part.square().sum(1)
+            squares = torch.addmm(squares, flipped, part.T, alpha=-2)  # (4 B, n)
+            nearest = squares.view(len(MIRRORS), len(images), -1).amin(0).min(1)
             better = nearest.values < best
             best = torch.where(better, nearest.values, best)
-            which = torch.where(better, nearest.indices + start, which)
-    return (best.clamp_min(0) / flipped.shape[1]).sqrt(), which
+            best_index = torch.where(better, nearest.indices + start, best_index)
+    return (best.clamp_min(0) / flipped.shape[1]).sqrt(), best_index
 
 
 def nearest_features(images: Tensor, training: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-    """As `nearest_pixels`, in the features (root mean squared difference): over flips, and shifts of SHIFT pixels."""
-    known = features(training)
-    best, which = [], []
-    for some in images.split(64):
-        padded = F.pad(some, (SHIFT,) * 4, mode="replicate")
-        (height, width), steps = some.shape[-2:], (0, SHIFT, 2 * SHIFT)
-        moved = [
-            padded[..., i : i + height, j : j + width] for i, j in itertools.product(steps, steps)
-        ]
-        seen = torch.cat([features(image.flip(axes)) for image in moved for axes in FLIPS])
-        nearest = torch.cdist(seen, known).view(-1, len(some), len(known)).amin(0).min(1)
-        best.append(nearest.values / math.sqrt(known.shape[1]))
-        which.append(nearest.indices)
-    return torch.cat(best), torch.cat(which)
+    """Find the nearest training slice by root mean squared difference of features.
+
+    The smallest over flips, and shifts of -SHIFT, 0 and SHIFT pixels along each axis, counts.
+
+    Args:
+        images: (B, 1, H, W).
+        training: (N, 1, H, W).
+        features: fitted to the training slices.
+
+    Returns:
+        Distance to the nearest training slice, (B,), and its index, (B,).
+    """
+    training_features = features(training)
+    height, width = images.shape[-2:]
+    offsets = (0, SHIFT, 2 * SHIFT)
+    distances, indices = [], []
+    for batch in images.split(64):
+        padded = F.pad(batch, (SHIFT,) * 4, mode="replicate")
+        variants = []
+        for top, left in itertools.product(offsets, offsets):
+            shifted = padded[..., top : top + height, left : left + width]
+            for axes in MIRRORS:
+                variants.append(features(shifted.flip(axes)))
+        pairs = torch.cdist(torch.cat(variants), training_features)  # (36 B, N)
+        nearest = pairs.view(-1, len(batch), len(training)).amin(0).min(1)
+        distances.append(nearest.values / math.sqrt(training_features.shape[1]))
+        indices.append(nearest.indices)
+    return torch.cat(distances), torch.cat(indices)
+
+
+# ---------------------------------------------------------------- features
+
+
+class Features(nn.Module):
+    """Features of texture and layout from fixed random filters: (N, 1, H, W) -> (N, F) float32.
+
+    At four scales, each at half the resolution of the one before, they are computed from
+
+    - the rectified outputs of 32 zero-mean 5 x 5 filters, drawn from seed 0,
+    - the rectified outputs of 32 zero-mean 3 x 3 filters on those.
+
+    A feature is the logarithm of an output's mean in a cell of a 4 x 2 grid, because textures
+    differ by factors. The slice itself is added, on an 8 x 4 grid. This is a scattering network
+    (Bruna and Mallat, arXiv 1203.1513) with random filters. Random features can tell distributions
+    apart (arXiv 2203.06026) and need no network trained on photographs.
+    """
+
+    def __init__(self, filters: int = 32, scales: int = 4, grid: tuple[int, int] = (4, 2)):
+        super().__init__()
+        self.scales = scales
+        self.grid = grid
+        generator = torch.Generator().manual_seed(0)
+        first = torch.randn(filters, 1, 5, 5, generator=generator)
+        second = torch.randn(filters, filters, 3, 3, generator=generator)
+        self.register_buffer("first", _normalise_filters(first))
+        self.register_buffer("second", _normalise_filters(second))
+        num_features = 2 * scales * filters * math.prod(grid) + 32
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> Features:
+        """Standardise each feature by its mean and standard deviation over two or more images."""
+        raw = torch.cat([self.raw(batch) for batch in images.split(16)])
+        self.mean.copy_(raw.mean(0))
+        self.std.copy_(raw.std(0).clamp_min(1e-3))
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        batches = [(self.raw(batch) - self.mean) / self.std for batch in images.split(16)]
+        return torch.cat(batches)
+
+    def raw(self, images: Tensor) -> Tensor:
+        """Compute features without standardising them: (B, 1, H, W) -> (B, F)."""
+        layout = images
+        textures = []
+        for _ in range(self.scales):
+            first = F.conv2d(layout, self.first).abs()
+            second = F.conv2d(F.avg_pool2d(first, 2), self.second).abs()
+            for outputs in (first, second):
+                textures.append(F.adaptive_avg_pool2d(outputs, self.grid).flatten(1))
+            layout = F.avg_pool2d(layout, 2)
+        # Texture fainter than 0.05 standard deviations of a slice is not counted as texture.
+        texture = (torch.cat(textures, 1) + 0.05).log()
+        return torch.cat([texture, F.adaptive_avg_pool2d(layout, (8, 4)).flatten(1)], 1)
+
+
+def _normalise_filters(filters: Tensor) -> Tensor:
+    """Shift and scale each filter of (N, ...) to mean 0, so it ignores constants, and length 1."""
+    filters = filters - filters.flatten(1).mean(1).view(-1, 1, 1, 1)
+    return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+# ---------------------------------------------------------------- distances
+
+
+def distance_table(
+    feature_sets: dict[str, Tensor],
+    training: Tensor,
+    halves: list[tuple[Tensor, Tensor]],
+    size: int,
+) -> list[dict]:
+    """Compute the distances of several sets of slices from the training slices.
+
+    Each distance is between random subsets of equal size, once per pair of halves.
+
+    Args:
+        feature_sets: name -> features, (N, F).
+        training: features of the training slices, (M, F).
+        halves: pairs of index tensors that split the training slices, see `split_cases`.
+        size: number of slices in a subset.
+
+    Returns:
+        One row per set, {"set": name, "kernel": {"mean", "spread"}, "frechet": {...}}; the spread
+        is half the range. The first row compares the halves with each other.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = main_directions(training, min(64, size // 4)).to(training)
+
+    def make_row(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict:
+        kernel, frechet = [], []
+        for x, y in pairs:
+            x = _random_subset(x, size, generator)
+            y = _random_subset(y, size, generator)
+            kernel.append(kernel_distance(x, y))
+            frechet.append(frechet_distance(x @ directions, y @ directions))
+        return {
+            "set": name,
+            "kernel": _mean_and_spread(kernel),
+            "frechet": _mean_and_spread(frechet),
+        }
+
+    pairs = [(training[first], training[second]) for first, second in halves]
+    rows = [make_row("training, two halves", pairs)]
+    for name, features in feature_sets.items():
+        rows.append(make_row(name, [(features, training)] * len(halves)))
+    return rows
+
+
+def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Split slices at random into two halves without a common case.
+
+    A single case is split by slices.
+
+    Args:
+        cases: case of each slice.
+        generator: on the CPU.
+
+    Returns:
+        Indices of the slices in each half.
+    """
+    names = sorted(set(cases))
+    order = torch.randperm(len(names), generator=generator)
+    first_cases = {names[i] for i in order[: len(names) // 2]}
+    in_first = torch.tensor([case in first_cases for case in cases])
+    if len(names) == 1:
+        in_first = torch.randperm(len(cases), generator=generator) < len(cases) // 2
+    return in_first.nonzero().flatten(), (~in_first).nonzero().flatten()
+
+
+def _random_subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return features[torch.randperm(len(features), generator=generator)[:size]]
+
+
+def _mean_and_spread(values: list[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "spread": (max(values) - min(values)) / 2}
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """Compute the squared maximum mean discrepancy between (N, F) and (M, F), N and M above 1.
+
+    It is the unbiased estimate of Gretton et al. 2012, equation 3, with the polynomial kernel
+    (x.y / F + 1)^3 of arXiv 1801.01401: its mean is 0 for equal distributions.
+    """
+    x = x.double()
+    y = y.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_of_pairs(k: Tensor) -> Tensor:  # (n, n), without the diagonal
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+
+    within = mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def main_directions(x: Tensor, most: int = 64) -> Tensor:
+    """Return the first principal directions of (N, F), (F, d): d at most `most` and N / 4."""
+    x = x.double()
+    directions = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
+    return directions[: max(1, min(most, len(x) // 4))].T
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Compute the Frechet distance between normal distributions fitted to (N, d) and (M, d).
+
+    See Dowson and Landau 1982. It is biased upwards for small N, so compare it at equal N only.
+    """
+    x = x.double()
+    y = y.double()
+    a = torch.cov(x.T).view(x.shape[1], -1)
+    b = torch.cov(y.T).view(x.shape[1], -1)
+    root_trace = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # of (a b)^(1/2)
+    mean_term = (x.mean(0) - y.mean(0)).square().sum()
+    return float(mean_term + a.trace() + b.trace() - 2 * root_trace)

@@ -46,7 +46,9 @@ class RunConfig:
     )
     resume: bool = _run(False, "continue an interrupted run, see above", resumable=True)
     dry_run: bool = _run(
-        False, "print data, model, steps and expected time; train nothing", resumable=True
+        False,
+        "print the plan and the expected time, measured on a few steps; write nothing",
+        resumable=True,
     )
     plot_every: int = _run(
         10,
@@ -187,8 +189,8 @@ class TrainConfig(RunConfig):
     )
 
 
-# What the source document's recipe changes. Its one departure from the document is a codebook
-# that starts from data (`codebook_init`).
+# The values in which the source document's recipe differs. It departs from the document in one
+# point: its codebook starts from data (`codebook_init`).
 DOCUMENT = {
     "recipe": "document",
     "learning_rate": 1e-4,

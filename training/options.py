@@ -156,6 +156,16 @@ def _has_type(value: object, hint) -> bool:
     return False
 
 
+def check_range(flag: str, value: float | None, low: float, high: float) -> None:
+    """Check the value of a flag against an inclusive range, unless it is None.
+
+    Raises:
+        UserError: if the value is out of range, or NaN.
+    """
+    if value is not None and not low <= value <= high:
+        raise UserError(f"{flag} is {value}; expected {low} to {high:g}")
+
+
 def check_bounds(config) -> None:
     """Check every field against its range and its choices; raises UserError."""
     for field in dataclasses.fields(config):
@@ -163,8 +173,8 @@ def check_bounds(config) -> None:
         if value is None:
             continue
         low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-        if low is not None and not low <= value <= high:
-            raise UserError(f"{flag_name(field.name)} is {value}; expected {low} to {high:g}")
+        if low is not None:
+            check_range(flag_name(field.name), value, low, high)
         if choices is not None and value not in choices:
             expected = ", ".join(map(str, choices))
             raise UserError(f"{flag_name(field.name)} is {value}; expected one of {expected}")

@@ -33,6 +33,7 @@ class ProgressBar:
         self.steps_per_epoch = -(-num_examples // batch_size)
         self.steps_done = steps_done
         self._timed_steps = 0
+        self._start = self._first_step_end = self._last_step_end = time.perf_counter()
         epochs_done, steps_left_over = divmod(steps_done, self.steps_per_epoch)
         self._bar = tqdm(
             total=epochs * num_examples,
@@ -49,17 +50,19 @@ class ProgressBar:
     def update(self, examples: int) -> bool:
         """Count a step of so many examples; return whether the bar was redrawn."""
         self.steps_done += 1
+        self._last_step_end = time.perf_counter()
         if self._timed_steps == 0:
-            self._first_step_end = time.perf_counter()  # the first step may compile
+            self._first_step_end = self._last_step_end  # the first step may compile
         self._timed_steps += 1
         if self._timed_steps == WARN_AFTER_STEPS and self.device.type == "cpu":
             self._warn_if_slow()
         return bool(self._bar.update(examples))
 
     def seconds_per_step(self) -> float:
-        """Return the mean duration of the steps after the first."""
-        elapsed = time.perf_counter() - self._first_step_end
-        return elapsed / max(1, self._timed_steps - 1)
+        """Return the mean duration of the steps after the first, or that of a single step."""
+        if self._timed_steps < 2:
+            return self._last_step_end - self._start
+        return (self._last_step_end - self._first_step_end) / (self._timed_steps - 1)
 
     def seconds_left(self, seconds_per_validation: float = 0.0) -> float:
         """Return how long the rest of the run will take, at the rate so far."""

@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,22 +37,12 @@ from training.config import RunConfig
 from training.distributed import get_rank, get_world_size
 from training.guards import collect_stop_signals, lock_folder
 from training.progress import ProgressBar
+from training.step import Step
 from training.totals import EpochTotals
 from utils import UserError
 
 SEED_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
 DRY_RUN_STEPS = 4  # the first warms up, the others are timed
-
-
-class Step(NamedTuple):
-    """One training step."""
-
-    number: int  # within the run, from 0
-    progress: float  # fraction of the run's steps before this one
-    batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
-    size: int  # examples in `batch`; 0 if a small batch leaves this process without any
-    weight: float  # of this process's mean loss, so that the mean over processes is over examples
-    is_full: bool  # whether the whole batch has `batch_size` examples, as all but the last have
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,7 +85,7 @@ class Run:
         A dry run does neither.
 
         Raises:
-            UserError: if another process is training this run, or has trained it meanwhile.
+            UserError: if another process is training this run, or has trained it since it was read.
         """
         self._stack = contextlib.ExitStack()
         try:

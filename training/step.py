@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,17 @@ from tqdm import tqdm
 from training.config import RunConfig
 from training.distributed import get_world_size
 from utils import first_line
+
+
+class Step(NamedTuple):
+    """One training step."""
+
+    number: int  # within the run, from 0
+    progress: float  # fraction of the run's steps before this one
+    batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
+    size: int  # examples in `batch`; 0 if a small batch leaves this process without any
+    weight: float  # of this process's mean loss, so that the mean over processes is over examples
+    is_full: bool  # whether the whole batch has `batch_size` examples, as all but the last have
 
 
 def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
@@ -53,11 +65,11 @@ def compile_if_enabled(
 def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:
     """Return a compiled `function` that continues uncompiled if it cannot be compiled.
 
-    Compilation happens in the first call. If it fails there, a warning is printed, the model's
-    state and the random generator are put back, and the call is repeated uncompiled.
+    The first call compiles, by a trial of the forward and backward pass. After it, the model's
+    state and the random generator are put back. If the trial fails, a warning is printed.
 
     Args:
-        function: called with tensors of the same shapes each time.
+        function: returns losses; it is called with tensors of the same shapes each time.
         model: the module that the function may update in its forward pass.
         device: on a GPU, the compiled function is recorded as CUDA graphs.
     """
@@ -66,24 +78,22 @@ def compile_with_fallback(function: Callable, model: nn.Module, device: torch.de
 
     def call(*arguments):
         nonlocal active
-        if active is not None:
-            return active(*arguments)
-        state = copy.deepcopy(model.state_dict())
-        generators = _random_states(device)
-        try:
-            compiled = torch.compile(function, mode=mode, dynamic=False)
-            result = compiled(*arguments)
-        except Exception as error:  # compilers fail in many ways
-            tqdm.write(
-                "warning: the training step cannot be compiled here and runs uncompiled: "
-                f"{first_line(error)}"
-            )
-            active = function
+        if active is None:
+            state = copy.deepcopy(model.state_dict())
+            generators = _random_states(device)
+            try:
+                active = torch.compile(function, mode=mode, dynamic=False)
+                active(*arguments).sum().backward()  # the backward pass is compiled when it runs
+            except Exception as error:  # compilers fail in many ways
+                tqdm.write(
+                    "warning: the training step cannot be compiled here and runs uncompiled: "
+                    f"{first_line(error)}"
+                )
+                active = function
+            model.zero_grad(set_to_none=True)
             model.load_state_dict(state)
             _set_random_states(device, generators)
-            return function(*arguments)
-        active = compiled
-        return result
+        return active(*arguments)
 
     return call
 

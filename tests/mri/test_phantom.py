@@ -1,7 +1,4 @@
-"""The sample data: layout, determinism, anatomy, contrast, and the noise ceiling.
-
-pytest tests/test_phantom.py
-"""
+"""Test the sample data: determinism, layout, anatomy, contrast, and the errors of its command."""
 
 import subprocess
 import sys
@@ -13,7 +10,9 @@ import pytest
 
 from mri import phantom
 
-VOLUMES, SLICES = (2, 1, 1), 3
+ROOT = Path(__file__).parents[2]
+VOLUMES = (2, 1, 1)
+SLICES = 3
 
 
 @pytest.fixture(scope="module")
@@ -23,33 +22,35 @@ def sample(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scan():
-    """Noisy image, noise-free image and labels of one scan, 12 slices of it."""
+def scan() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the noisy image, the noise-free image and the labels of 12 slices of one scan."""
     noisy, labels = phantom.make_volume(5, 0, 12)
-    return noisy, phantom.make_volume(5, 0, 12, noise=False)[0], labels
+    clean, _ = phantom.make_volume(5, 0, 12, noise=False)
+    return noisy, clean, labels
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    """Return relative path -> bytes of all files in a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def unit(image: np.ndarray) -> np.ndarray:
+def scale_to_unit(image: np.ndarray) -> np.ndarray:
+    """Scale an image to [0, 1]."""
     return (image - image.min()) / np.ptp(image).astype(float)
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, phantom.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run_command(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mri.phantom", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-# --- determinism --------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- determinism
 
 
-def test_the_number_of_workers_changes_no_byte(sample, tmp_path):
-    again = phantom.write_phantom(tmp_path / "two", VOLUMES, SLICES, workers=2, progress=False)
-    assert contents(again) == contents(sample)
+def test_the_number_of_workers_does_not_change_the_files(sample, tmp_path):
+    other = phantom.write_phantom(tmp_path / "two", VOLUMES, SLICES, workers=2, progress=False)
+    assert contents(other) == contents(sample)
 
 
 def test_a_volume_does_not_depend_on_the_other_volumes(sample):
@@ -59,66 +60,71 @@ def test_a_volume_does_not_depend_on_the_other_volumes(sample):
         assert np.array_equal(np.asarray(stored.dataobj), image[..., i])
 
 
-def test_a_slice_does_not_depend_on_how_many_are_taken():
+def test_a_slice_does_not_depend_on_the_number_of_slices():
     assert phantom.plane_numbers(60).tolist() == list(range(60))
-    shared = np.isin(phantom.plane_numbers(20), phantom.plane_numbers(4))
-    assert shared.sum() == 4
-    few, many = phantom.make_volume(4, 0, 4)[0], phantom.make_volume(4, 0, 20)[0]
-    assert np.array_equal(few, many[..., shared])
+    common = np.isin(phantom.plane_numbers(20), phantom.plane_numbers(4))
+    assert common.sum() == 4
+    few, _ = phantom.make_volume(4, 0, 4)
+    many, _ = phantom.make_volume(4, 0, 20)
+    assert np.array_equal(few, many[..., common])
 
 
-@pytest.mark.parametrize("other", [{"case": 5}, {"week": 1}, {"seed": 1}])
-def test_cases_weeks_and_seeds_differ(other):
-    base = {"case": 4, "week": 0, "seed": 0, "slices": 1, "noise": False}
-    a, b = (phantom.make_volume(**kwargs) for kwargs in (base, base | other))
-    assert (a[1] != b[1]).mean() > 0.01  # other shapes, not only another grain
-    assert np.corrcoef(a[0].ravel(), b[0].ravel())[0, 1] < 0.99
+@pytest.mark.parametrize("change", [{"case": 5}, {"week": 1}, {"seed": 1}])
+def test_cases_weeks_and_seeds_differ(change):
+    arguments = {"case": 4, "week": 0, "seed": 0, "slices": 1, "noise": False}
+    image, labels = phantom.make_volume(**arguments)
+    other_image, other_labels = phantom.make_volume(**arguments | change)
+    assert (labels != other_labels).mean() > 0.01  # the shapes differ, not only the texture
+    assert np.corrcoef(image.ravel(), other_image.ravel())[0, 1] < 0.99
 
 
-def test_a_patient_stays_the_same_from_week_to_week():
-    first, second = (phantom.Scan(0, 4, week, 1, 128) for week in (0, 1))
-    other = phantom.Scan(0, 5, 0, 1, 128)
-    assert (first.size, first.fat, first.prostate) == (second.size, second.fat, second.prostate)
+def test_the_anatomy_of_a_patient_is_the_same_every_week():
+    first = phantom.PhantomScan(0, 4, 0, 1, 128)
+    second = phantom.PhantomScan(0, 4, 1, 1, 128)
+    other_patient = phantom.PhantomScan(0, 5, 0, 1, 128)
+    for name in ("size", "fat", "prostate"):
+        assert getattr(first, name) == getattr(second, name)
     assert first.bladder != second.bladder
-    assert first.fat != other.fat
+    assert first.fat != other_patient.fat
 
 
-def test_every_use_of_random_numbers_has_its_own():
-    # SeedSequence pads with zeros: [seed, case] and [seed, case, 0] would be one stream
-    scans = [phantom.Scan(0, 4, week, 1, 128) for week in (0, 1)]
-    draws = [scan.random(stream).random() for scan in scans for stream in phantom.STREAMS]
-    draws += [scan.random("noise", plane).random() for scan in scans for plane in (0, 1)]
+def test_each_purpose_has_its_own_random_numbers():
+    # SeedSequence pads with zeros, so [seed, case] and [seed, case, 0] would be the same stream.
+    draws = []
+    for week in (0, 1):
+        scan = phantom.PhantomScan(0, 4, week, 1, 128)
+        draws += [scan.random(stream).random() for stream in phantom.STREAMS]
+        draws += [scan.random("noise", plane).random() for plane in (0, 1)]
     assert len(set(draws)) == len(draws) - len(phantom.PATIENT_STREAMS)
 
 
-# --- layout -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- layout
 
 
-def test_layout_and_names(sample):
-    cases = {
+def test_folders_and_names_are_those_of_hipmri(sample):
+    volumes = {
         "train": ["004_week_0", "005_week_0"],
         "validate": ["036_week_0"],
         "test": ["040_week_0"],
     }
-    expected = {
-        f"keras_slices_{kind}{split}/{prefix}_{volume}_slice_{i}.nii.gz"
-        for split, volumes in cases.items()
-        for kind, prefix in (("", "case"), ("seg_", "seg"))
-        for volume in volumes
-        for i in range(SLICES)
-    }
+    expected = set()
+    for split, names in volumes.items():
+        for name in names:
+            for i in range(SLICES):
+                expected.add(f"keras_slices_{split}/case_{name}_slice_{i}.nii.gz")
+                expected.add(f"keras_slices_seg_{split}/seg_{name}_slice_{i}.nii.gz")
     assert set(contents(sample)) == expected
-    assert [p.name for p in sample.parent.iterdir()] == ["set"]  # nothing temporary stays
+    assert [path.name for path in sample.parent.iterdir()] == ["set"]  # no temporary folder is left
 
 
-def test_files(sample):
-    wide = set()
+def test_data_types_shapes_and_affines_of_files(sample):
+    wide_volumes = set()
     for path in sample.glob("keras_slices_[tv]*/*.nii.gz"):
-        mask = nib.load(
-            str(path).replace("keras_slices_", "keras_slices_seg_").replace("case_", "seg_")
-        )
+        mask_folder = path.parent.name.replace("keras_slices_", "keras_slices_seg_")
+        mask = nib.load(sample / mask_folder / path.name.replace("case_", "seg_"))
         image = nib.load(path)
-        assert image.get_data_dtype() == np.int16 and mask.get_data_dtype() == np.uint8
+        assert image.get_data_dtype() == np.int16
+        assert mask.get_data_dtype() == np.uint8
         assert image.shape == mask.shape
         assert set(np.unique(np.asarray(mask.dataobj))) <= set(range(6))
         for nifti in (image, mask):
@@ -127,19 +133,19 @@ def test_files(sample):
             assert nib.aff2axcodes(nifti.affine) == ("R", "S", "A")
         assert image.shape in {(256, 128), (256, 144)}
         if image.shape == (256, 144):
-            wide.add(path.name[:15])
-    assert wide == {"case_005_week_0"}  # one training volume
+            wide_volumes.add(path.name.split("_slice")[0])
+    assert wide_volumes == {"case_005_week_0"}  # one training volume
 
 
-def test_slices_lie_one_behind_the_other(sample):
+def test_affines_place_slices_from_back_to_front(sample):
     paths = [sample / f"keras_slices_test/case_040_week_0_slice_{i}.nii.gz" for i in range(SLICES)]
     depths = [nib.load(path).affine[1, 3] for path in paths]
     assert np.diff(depths) == pytest.approx(20 * 1.68)  # 3 of 60 planes, to anterior
 
 
-def test_wide_slices_show_more_and_are_not_squeezed():
-    # The same scan, 8 columns more at either end: the anatomy of the middle stays where it is.
-    narrow, wide = (phantom.make_volume(5, 0, 2, columns, noise=False)[1] for columns in (128, 144))
+def test_wide_slices_show_more_at_the_same_scale():
+    _, narrow = phantom.make_volume(5, 0, 2, 128, noise=False)
+    _, wide = phantom.make_volume(5, 0, 2, 144, noise=False)
     assert np.array_equal(wide[:, 8:-8], narrow)
 
 
@@ -147,43 +153,45 @@ def test_wide_slices_show_more_and_are_not_squeezed():
     "volumes, patients",
     [((191, 11, 9), (32, 4, 3)), ((12, 2, 2), (8, 2, 2)), ((1, 1, 1), (1, 1, 1))],
 )
-def test_splits_share_no_patient(volumes, patients):
-    jobs = phantom.plan(volumes)
-    cases = {split: {job[1] for job in jobs if job[0] == split} for split in phantom.CASES}
+def test_no_patient_is_in_two_splits(volumes, patients):
+    plans = phantom.plan(volumes)
+    cases = {split: {p.case for p in plans if p.split == split} for split in phantom.CASES}
     assert tuple(len(c) for c in cases.values()) == patients
     assert sum(patients) == len(set.union(*cases.values()))
-    assert len({job[1:3] for job in jobs}) == len(jobs) == sum(volumes)
-    assert [job[3] for job in jobs].count(144) == (volumes[0] > 1)
+    assert len(plans) == sum(volumes)
+    assert len({(p.case, p.week) for p in plans}) == len(plans)
+    assert [p.columns for p in plans].count(144) == (volumes[0] > 1)
 
 
-# --- anatomy and contrast -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- anatomy and contrast
 
 
-def test_all_organs_are_there_and_of_sensible_size(scan):
+def test_all_organs_have_a_plausible_volume(scan):
     labels = scan[2]
-    millilitres = np.bincount(labels.ravel(), minlength=6) * (
-        1.68 * 1.56 * 8.4 / 1000
-    )  # of 5 planes each
-    bounds = {"BONE": (400, 2500), "BLADDER": (30, 350), "RECTUM": (20, 250), "PROSTATE": (15, 100)}
-    for label, (low, high) in bounds.items():
-        assert low < millilitres[getattr(phantom, label)] < high, label
+    voxel = 1.68 * 1.56 * (5 * 1.68) / 1000  # ml; each of the 12 slices stands for 5 planes
+    millilitres = np.bincount(labels.ravel(), minlength=6) * voxel
+    assert 400 < millilitres[phantom.BONE] < 2500
+    assert 30 < millilitres[phantom.BLADDER] < 350
+    assert 20 < millilitres[phantom.RECTUM] < 250
+    assert 15 < millilitres[phantom.PROSTATE] < 100
 
 
-def test_organs_lie_where_they_should(scan):
+def test_organs_are_in_the_right_place(scan):
     labels = scan[2]
-    row, column, plane = (
-        {k: np.nonzero(labels == k)[axis].mean() for k in range(2, 6)} for axis in range(3)
-    )
-    assert (
-        column[phantom.BLADDER] > column[phantom.PROSTATE] + 15
-    )  # the prostate is below the bladder,
-    assert plane[phantom.RECTUM] < plane[phantom.PROSTATE] - 1.5  # the rectum behind it,
+    rows, columns, planes = {}, {}, {}
     for organ in (phantom.BLADDER, phantom.PROSTATE, phantom.RECTUM):
-        assert abs(row[organ] - 127.5) < 14  # and all of them near the midline
-    assert (labels[:20] == phantom.BACKGROUND).mean() > 0.3 and (labels[20:230] > 0).mean() > 0.85
+        voxels = np.nonzero(labels == organ)
+        rows[organ], columns[organ], planes[organ] = (axis.mean() for axis in voxels)
+        assert abs(rows[organ] - 127.5) < 14  # near the midline
+    # The prostate is below the bladder and in front of the rectum.
+    assert columns[phantom.BLADDER] > columns[phantom.PROSTATE] + 15
+    assert planes[phantom.RECTUM] < planes[phantom.PROSTATE] - 1.5
+    # The body is in rows 20 to 230.
+    assert (labels[:20] == phantom.BACKGROUND).mean() > 0.3
+    assert (labels[20:230] > 0).mean() > 0.85
 
 
-def test_contrast(scan):
+def test_tissues_have_t2_contrast(scan):
     image, _, labels = scan
     mean = [image[labels == k].mean() for k in range(6)]
     assert mean[phantom.BACKGROUND] < 0.1 * mean[phantom.BODY]
@@ -193,55 +201,52 @@ def test_contrast(scan):
 
 def test_intensities_are_skewed_as_in_hipmri():
     # HipMRI's slices, scaled to [0, 1]: median 0.14, mean 0.18, 99th percentile 0.86.
-    images = [phantom.make_volume(case, 0, 3)[0] for case in (4, 8, 36, 40)]
-    slices = [unit(image[..., i]) for image in images for i in range(3)]
+    slices = []
+    for case in (4, 8, 36, 40):
+        image, _ = phantom.make_volume(case, 0, 3)
+        slices += [scale_to_unit(image[..., i]) for i in range(3)]
     assert 0.10 < np.mean([np.median(s) for s in slices]) < 0.19
     assert 0.14 < np.mean([s.mean() for s in slices]) < 0.24
     assert 0.78 < np.mean([np.percentile(s, 99) for s in slices]) < 0.94
 
 
-def test_fine_texture_inside_the_body(scan):
-    # Without it, SSIM would only tell how well edges are kept. It is what a 3 x 3 mean removes.
+def test_tissues_have_fine_texture(scan):
+    # Without texture, SSIM would only measure how well edges are reconstructed.
     _, clean, labels = scan
-    image = unit(clean[..., 6])
-    smooth = sum(np.roll(image, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
-    flat = labels[..., 6]
-    around = [np.roll(flat, (i, j), (0, 1)) for i in (-2, 0, 2) for j in (-2, 0, 2)]
-    inside = np.all([neighbour == flat for neighbour in around], axis=0)
-    for tissue in (phantom.BODY, phantom.BONE, phantom.PROSTATE):
-        where = inside & (flat == tissue)
-        assert where.sum() > 100
-        assert (image - smooth)[where].std() > 0.008
-    assert image[inside & (flat == phantom.BACKGROUND)].max() < 0.01  # there is none in the air
+    image = scale_to_unit(clean[..., 6])
+    shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    smooth = sum(np.roll(image, shift, (0, 1)) for shift in shifts) / 9
+    texture = image - smooth  # what a 3 x 3 mean removes
+    tissue = labels[..., 6]
+    inside = np.ones(tissue.shape, dtype=bool)  # at least two voxels from other tissues
+    for i, j in shifts:
+        inside &= np.roll(tissue, (2 * i, 2 * j), (0, 1)) == tissue
+    for label in (phantom.BODY, phantom.BONE, phantom.PROSTATE):
+        mask = inside & (tissue == label)
+        assert mask.sum() > 100
+        assert texture[mask].std() > 0.008
+    assert image[inside & (tissue == phantom.BACKGROUND)].max() < 0.01  # air has none
 
 
-def test_noise_is_all_that_noise_adds(scan):
+def test_noise_has_the_standard_deviation_of_the_scan(scan):
     noisy, clean, labels = scan
-    parameters = phantom.Scan(0, 5, 0, 1, 128)
-    bright = labels == phantom.BLADDER
-    difference = (noisy.astype(float) - clean)[bright]
+    parameters = phantom.PhantomScan(0, 5, 0, 1, 128)
+    difference = (noisy.astype(float) - clean)[labels == phantom.BLADDER]
     assert difference.std() == pytest.approx(parameters.sigma * parameters.scale, rel=0.15)
     assert abs(difference.mean()) < 0.2 * difference.std()
 
 
-# --- the noise ceiling --------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- errors
 
 
-def test_noise_ceiling():
-    assert 0.85 < phantom.noise_ceiling([(40, 0), (41, 0)], slices=2) < 0.995
-
-
-# --- errors of the person's making --------------------------------------------------------------------------
-
-
-def test_it_does_not_overwrite(sample):
+def test_an_existing_data_set_is_not_overwritten(sample):
     before = contents(sample)
     with pytest.raises(FileExistsError, match="not an empty folder"):
         phantom.write_phantom(sample, VOLUMES, SLICES, progress=False)
     assert contents(sample) == before
 
 
-def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_run_leaves_no_files(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
@@ -254,29 +259,31 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--volumes", 0, 1, 1], "volumes"),
-        (["--slices", -3], "slices"),
-        (["--slices", 61], "60"),
-        (["--seed", -1], "seed"),
+        (["--volumes", 0, 1, 1], "volumes are 0 1 1"),
+        (["--slices", -3], "slices are -3"),
+        (["--slices", 61], "expected 1 to 60"),
+        (["--seed", -1], "seed is -1"),
         (["--slices", "many"], "invalid int value"),
         (["--out", __file__], "exists"),
     ],
 )
-def test_bad_arguments_end_in_one_line(tmp_path, arguments, message, capsys):
+def test_wrong_arguments_give_one_line_and_exit_code_2(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         phantom.main(["--out", str(tmp_path / "set"), *map(str, arguments)])
     printed = capsys.readouterr()
     assert stop.value.code == 2
-    assert printed.err.count("\n") == 1 and message in printed.err and not printed.out
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert not printed.out
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line(tmp_path):
-    done = run("--out", tmp_path / "set", "--volumes", 1, 1, 1, "--slices", 1)
-    assert done.returncode == 0, done.stderr
-    assert "noise ceiling: ssim 0.9" in done.stdout
+def test_the_command_writes_a_data_set_and_never_overwrites_it(tmp_path):
+    process = run_command("--out", tmp_path / "set", "--volumes", 1, 1, 1, "--slices", 1)
+    assert process.returncode == 0, process.stderr
+    assert "3 slices of 3 volumes" in process.stdout
     assert len(contents(tmp_path / "set")) == 6
-    again = run("--out", tmp_path / "set")
-    assert (
-        again.returncode == 2 and "Traceback" not in again.stderr and again.stderr.count("\n") == 1
-    )
+    process = run_command("--out", tmp_path / "set")
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+    assert process.stderr.count("\n") == 1

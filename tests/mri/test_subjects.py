@@ -82,7 +82,7 @@ def test_subjects_of_a_layout(tmp_path, layout):
     paths, expected, pattern = LAYOUTS[layout]
     data = make_files(tmp_path / "data", *paths)
     if pattern:
-        with pytest.raises(DataError, match="cannot tell which subject each scan") as error:
+        with pytest.raises(DataError, match="cannot determine the subject of each scan") as error:
             splits.find_source(data, "axial")
         if pattern.startswith(("^", "(")):  # one of the patterns that the error proposes
             assert f"--subjects '{pattern}'" in str(error.value)

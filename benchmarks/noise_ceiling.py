@@ -1,0 +1,76 @@
+"""Measure the score of a perfect denoiser on the sample data.
+
+    python benchmarks/noise_ceiling.py
+
+The noise of the phantom cannot be predicted, so even a reconstruction without any error but the
+missing noise stays below an SSIM of 1. A model that scores more than this ceiling copies noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import utils
+from evaluation import metrics
+from mri import phantom
+from utils import UserError
+
+
+def noise_ceiling(
+    scans: list[tuple[int, int]], slices_per_scan: int = 6, seed: int = 0
+) -> np.ndarray:
+    """Score the noise-free slices of phantom scans as reconstructions of the noisy ones.
+
+    Args:
+        scans: (case, week) of each scan.
+        slices_per_scan: 1 to 60, spread over the scan.
+        seed: of the phantom.
+
+    Returns:
+        (N,) `ssim` of each slice.
+    """
+    noisy, clean = [], []
+    for case, week in scans:
+        for volumes, noise in ((noisy, True), (clean, False)):
+            image, _ = phantom.make_volume(case, week, slices_per_scan, seed=seed, noise=noise)
+            volumes.append(torch.from_numpy(image).float().movedim(2, 0)[:, None])  # (n, 1, H, W)
+    scores = metrics.slice_scores(torch.cat(noisy), torch.cat(clean), ("ssim",))
+    return scores["ssim"].numpy()
+
+
+def scans_of_test_split(volumes: int) -> list[tuple[int, int]]:
+    """Return (case, week) of each test volume of a phantom with so many of them."""
+    plans = phantom.plan((1, 1, volumes))
+    return [(volume.case, volume.week) for volume in plans if volume.split == "test"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--volumes", type=int, default=2, help="test volumes of the phantom (default: 2)")
+    flag("--slices", type=int, default=6, help="slices per volume, 1 to 60 (default: 6)")
+    flag("--seed", type=int, default=0, help="seed of the phantom (default: 0)")
+    args = parser.parse_args(argv)
+    if args.volumes < 1 or not 1 <= args.slices <= 60 or args.seed < 0:
+        raise UserError(
+            f"--volumes is {args.volumes}, --slices {args.slices}, --seed {args.seed}; expected at "
+            "least 1, 1 to 60, and at least 0"
+        )
+    scores = noise_ceiling(scans_of_test_split(args.volumes), args.slices, args.seed)
+    print(
+        f"noise ceiling: ssim {scores.mean():.4f} (noise-free slices as reconstructions of "
+        f"{len(scores)} noisy slices of {args.volumes} test volumes)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,303 @@
+"""One grid of codes of the prior: causal convolutions, and logits from embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CausalConv2d(nn.Conv2d):
+    """A convolution that sees only neighbours that come earlier in reading order (PixelCNN).
+
+    See arXiv 1601.06759, section 3.4.
+
+    Args:
+        channels: input channels.
+        out_channels: output channels.
+        kernel_size: odd number.
+        itself: whether a position sees its own input too (mask B), or not (mask A).
+    """
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int, itself: bool):
+        super().__init__(channels, out_channels, kernel_size, padding=kernel_size // 2)
+        mask = torch.zeros(kernel_size**2)
+        mask[: kernel_size**2 // 2 + itself] = 1
+        self.register_buffer("mask", mask.view(kernel_size, kernel_size), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, channels, h, w) -> (B, out_channels, h, w)
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
+
+    def at(self, padded: Tensor, row: int, column: int) -> Tensor:
+        """Compute the output at one position.
+
+        Args:
+            padded: (B, channels, h + k // 2, w + 2 (k // 2)), with zeros above, left and right.
+            row, column: position in the grid without padding.
+
+        Returns:
+            (B, out_channels).
+        """
+        width = self.kernel_size[0]
+        height = width // 2 + 1  # the rows below the centre are masked
+        window = padded[:, :, row : row + height, column : column + width]
+        weight = (self.weight * self.mask)[:, :, :height]
+        return F.linear(window.flatten(1), weight.flatten(1), self.bias)
+
+
+class CodeGrid(nn.Module):
+    """One grid of codes of `CodePrior`: computes the transformer's input, and logits of its output.
+
+    Causal convolutions compute local features of each code from the codes just before it. The
+    transformer has one position per segment, SEGMENT consecutive codes of a row: it reads the local
+    features of a segment's first code, and its output is context for all codes of the segment.
+    Inputs and outputs use the codebook's embeddings, so similar codes start with similar logits.
+
+    Attributes that hold parameters or buffers have the names that they have in checkpoints.
+
+    Args:
+        num_embeddings: K, number of codes.
+        embedding_dim: D, length of their embeddings.
+        height, width: number of rows and columns; the width is divisible by SEGMENT.
+        coarse_shape: (K, D) of the next coarser grid, of which each code stands for 2 x 2 codes of
+            this one; None if there is none.
+        bias_per_place: whether the output biases depend on row, column and part of the volume;
+            otherwise, on the coarser grid's code.
+        channels: C, width of the transformer.
+        dropout: fraction of dropped activations.
+        num_layers: number of 3 x 3 convolutions.
+    """
+
+    SEGMENT = 4
+    PARTS = 5  # of a volume, each with its own biases
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        height: int,
+        width: int,
+        coarse_shape: tuple[int, int] | None,
+        bias_per_place: bool,
+        channels: int,
+        dropout: float,
+        num_layers: int = 3,
+    ):
+        super().__init__()
+        self.height = height
+        self.width = width
+        self.channels = channels
+        self.bias_per_place = bias_per_place
+        self.num_positions = height * width // self.SEGMENT  # T
+        self.register_buffer("embedding", torch.zeros(num_embeddings, embedding_dim))
+        self.register_buffer("brightness", torch.zeros(num_embeddings))  # mean, per code
+
+        # Input: local features
+        self.first = CausalConv2d(embedding_dim, channels, 7, itself=False)
+        self.near = nn.ModuleList(
+            CausalConv2d(channels, channels, 3, itself=True) for _ in range(num_layers)
+        )
+        self.mix = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(num_layers))
+        if coarse_shape:
+            self.context = nn.Sequential(
+                nn.Conv2d(coarse_shape[1], channels, 3, padding=1),
+                nn.GELU(),
+                nn.ConvTranspose2d(channels, channels, kernel_size=4, stride=2, padding=1),
+            )
+        self.rows = nn.Parameter(torch.randn(height, 1, channels) * 0.02)
+        self.columns = nn.Parameter(torch.randn(width // self.SEGMENT, channels) * 0.02)
+
+        # Output: logits
+        self.spread = nn.Linear(channels, self.SEGMENT * channels)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(channels),
+            nn.Linear(channels, 2 * channels),
+            nn.GELU(),
+            nn.Linear(2 * channels, channels),
+            nn.Dropout(dropout),
+        )
+        self.last = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, embedding_dim))
+        if bias_per_place:
+            table = (self.PARTS + 1, height * width)  # the last row is for unknown positions
+        else:
+            table = (coarse_shape[0] if coarse_shape else 1, 4)  # 4 codes per coarse code
+        self.bias = nn.Parameter(torch.zeros(*table, num_embeddings))
+
+    # ------------------------------------------------ initialisation
+
+    @torch.no_grad()
+    def set_codebook(self, embedding: Tensor, brightness: Tensor) -> None:
+        """Set the embeddings, (K, D), which are standardised, and each code's brightness, (K,)."""
+        self.embedding.copy_((embedding - embedding.mean(0)) / embedding.std())
+        self.brightness.copy_(brightness)
+
+    @torch.no_grad()
+    def init_bias_from_counts(self, codes: Tensor, coarse: Tensor | None, position: Tensor) -> None:
+        """Set the biases so that an untrained grid predicts the frequencies of the codes.
+
+        With `bias_per_place`, codes are counted per part of the volume in the 3 x 3 neighbourhood
+        of each place. Otherwise they are counted per coarse code, at each of its 2 x 2 places.
+
+        Args:
+            codes: (N, height, width) of the training slices.
+            coarse: (N, height/2, width/2), codes of the next coarser grid, if there is one.
+            position: (N,), as for `CodePrior.forward`.
+        """
+        num_embeddings = len(self.embedding)
+        frequencies = torch.bincount(codes.flatten(), minlength=num_embeddings) + 0.1
+        frequencies = frequencies / frequencies.sum()
+        if self.bias_per_place:
+            counts = self._count_per_place(codes, position)
+        else:
+            counts = self._count_per_coarse_code(codes, coarse)
+        # A prior worth 20 codes: where few were counted, the overall frequencies dominate.
+        smoothed = (counts + 20 * frequencies) / (counts.sum(-1, keepdim=True) + 20)
+        self.bias.copy_(smoothed.log())
+        nn.init.zeros_(self.last[1].weight)
+        nn.init.zeros_(self.last[1].bias)
+
+    def _count_per_place(self, codes: Tensor, position: Tensor) -> Tensor:
+        """Count codes per part of the volume and 3 x 3 neighbourhood, (PARTS + 1, h w, K)."""
+        counts = torch.zeros_like(self.bias)
+        parts = self.part(position)
+        for batch, part in zip(codes.split(64), parts.split(64), strict=True):
+            one_hot = F.one_hot(batch, len(self.embedding)).movedim(-1, 1).float()  # (B, K, h, w)
+            neighbours = 9 * F.avg_pool2d(one_hot, 3, stride=1, padding=1)
+            counts.index_add_(0, part, neighbours.flatten(2).mT)
+        counts[-1] = counts.sum(0)
+        return counts
+
+    def _count_per_coarse_code(self, codes: Tensor, coarse: Tensor | None) -> Tensor:
+        """Count codes per coarse code and place in its 2 x 2 block, (coarse K, 4, K)."""
+        counts = torch.zeros_like(self.bias)
+        if coarse is None:
+            coarse = torch.zeros_like(codes[:, ::2, ::2])
+        for place in range(4):
+            fine = codes[:, place // 2 :: 2, place % 2 :: 2]
+            pairs = (coarse * len(self.embedding) + fine).flatten()
+            table = counts[:, place]
+            counts[:, place] = torch.bincount(pairs, minlength=table.numel()).view_as(table)
+        return counts
+
+    def part(self, position: Tensor) -> Tensor:
+        """Return the part of the volume, (B,) int64, of positions (B,); PARTS if unknown (NaN)."""
+        part = (position.nan_to_num(0.0) * self.PARTS).long().clamp(0, self.PARTS - 1)
+        return part.masked_fill(position.isnan(), self.PARTS)
+
+    # ------------------------------------------------ outlines
+
+    def block_brightness(self, codes: Tensor) -> Tensor:
+        """Return the mean brightness of 2 x 2 blocks: (B, h, w) -> (B, h/2, w/2)."""
+        return F.avg_pool2d(self.brightness[codes][:, None], 2)[:, 0]
+
+    def quantise_brightness(self, brightness: Tensor) -> Tensor:
+        """Return the codes with the nearest brightness, int64; this grid's must be ascending."""
+        borders = (self.brightness[1:] + self.brightness[:-1]) / 2
+        return torch.bucketize(brightness, borders)
+
+    # ------------------------------------------------ input
+
+    @property
+    def pos_emb(self) -> Tensor:
+        """Position embeddings, (T, C)."""
+        return (self.rows + self.columns).flatten(0, 1)
+
+    def features(self, codes: Tensor, context: Tensor) -> Tensor:
+        """Compute the local features of each code from the codes before it.
+
+        Args:
+            codes: (B, height, width).
+            context: (B, C, height, width) of the coarser grid, or something that broadcasts.
+
+        Returns:
+            (B, C, height, width).
+        """
+        x = self.first(self.embedding[codes].movedim(-1, 1)) + context
+        for near, mix in zip(self.near, self.mix, strict=True):
+            x = x + mix(F.gelu(near(F.gelu(x))))
+        return x
+
+    def to_positions(self, features: Tensor) -> Tensor:
+        """Select the first code of each segment: (B, C, height, width) -> (B, T, C)."""
+        return features[..., :: self.SEGMENT].flatten(2).mT
+
+    # ------------------------------------------------ output
+
+    def to_codes(self, h: Tensor) -> Tensor:
+        """Split the transformer's output by code: (B, T, C) -> (B, T, SEGMENT, C)."""
+        return self.spread(h).unflatten(-1, (self.SEGMENT, self.channels))
+
+    def initial_logits(self, coarse: Tensor | None, position: Tensor, view: Tensor) -> Tensor:
+        """Return the output biases of each code, (B, height, width, K).
+
+        Args:
+            coarse: (B, height/2, width/2), codes of the next coarser grid, if there is one.
+            position, view: (B,), as for `CodePrior.forward`.
+        """
+        # F.embedding, not indexing: the gradient of indexing is summed in another order each time,
+        # so a resumed run would differ.
+        if self.bias_per_place:
+            table = F.embedding(self.part(position), self.bias.flatten(1))
+            table = table.view(-1, self.height, self.width, len(self.embedding))
+            for bit, axis in ((1, 1), (2, 2)):
+                is_mirrored = (view & bit > 0).view(-1, 1, 1, 1)
+                table = torch.where(is_mirrored, table.flip(axis), table)
+            return table
+        if coarse is None:
+            coarse = view.new_zeros(len(view), self.height // 2, self.width // 2)
+        table = F.embedding(coarse, self.bias.flatten(1))  # (B, height/2, width/2, 4 K)
+        blocks = table.unflatten(3, (2, 2, -1)).transpose(2, 3)  # (B, h/2, 2, w/2, 2, K)
+        return blocks.flatten(3, 4).flatten(1, 2)
+
+    def logits(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Compute logits by similarity to the embeddings.
+
+        Args:
+            x: (..., C), local features plus context.
+            bias: (..., K), see `initial_logits`.
+
+        Returns:
+            (..., K) float32.
+        """
+        x = x + self.perceptron(x)
+        return (self.last(x) @ self.embedding.T).float() + bias
+
+    def grid_logits(self, features: Tensor, h: Tensor, bias: Tensor) -> Tensor:
+        """Compute the logits of all codes, (B, height, width, K) float32.
+
+        Args:
+            features: (B, C, height, width) local features.
+            h: (B, T, C) output of the transformer.
+            bias: (B, height, width, K), see `initial_logits`.
+        """
+        context = self.to_codes(h).view(-1, self.height, self.width, self.channels)
+        return self.logits(features.movedim(1, -1) + context, bias)
+
+
+def outline_embedding(
+    coarse: CodeGrid, fine: CodeGrid, codes: Tensor, outline: Tensor, embedding_dim: int
+) -> Tensor:
+    """Compute the embeddings of outline codes: the mean of the codes below, and the brightness.
+
+    Args:
+        coarse: the outline's grid, with its brightness.
+        fine: the next finer grid, with its embeddings.
+        codes: (N, h, w) of the finer grid.
+        outline: (N, h/2, w/2), their outline.
+        embedding_dim: D of the VQ-VAE.
+
+    Returns:
+        (number of outline codes, D + 1).
+    """
+    sums = torch.zeros(len(coarse.brightness), embedding_dim)
+    counts = torch.full_like(coarse.brightness, 1e-6)
+    for batch, indices in zip(codes.split(64), outline.split(64), strict=True):
+        vectors = fine.embedding[batch][..., :embedding_dim].movedim(-1, 1)  # (B, D, h, w)
+        means = F.avg_pool2d(vectors, 2).movedim(1, -1).flatten(0, 2)
+        sums.index_add_(0, indices.flatten(), means)
+        counts.index_add_(0, indices.flatten(), torch.ones(indices.numel()))
+    parts = []
+    for part in (sums / counts[:, None], coarse.brightness[:, None]):
+        part = part - part.mean(0)
+        parts.append(part / part.std().clamp_min(1e-6))
+    return torch.cat(parts, 1)
