@@ -3,8 +3,8 @@
 A checkpoint is a dictionary of tensors and plain values: "format", "model_args" (arguments of the
 model's class), "model" (its state) and, for runs, the progress of the training.
 
-Checkpoints are shared, so reading one must neither run code nor exhaust the memory, whatever the
-file contains. Each check below names the attack that it stops.
+Checkpoints are shared, so reading one must neither run code nor exhaust the memory. Each check
+below names the attack that it stops.
 """
 
 from __future__ import annotations
