@@ -115,26 +115,30 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(
-    path: Path, originals: Tensor, reconstructions: dict[str, Tensor], names: list[str], title: str
+    path: Path,
+    originals: Tensor,
+    reconstructions: list[tuple[str, Tensor]],
+    names: list[str],
+    heading: str,
 ) -> None:
     """Plot originals and each run's reconstructions, whole and enlarged, a row per slice.
 
     Args:
         path: of the figure.
         originals: (N, 1, H, W).
-        reconstructions: {run: (N, 1, H, W)}.
+        reconstructions: (run, (N, 1, H, W)) for each run.
         names: of the N slices.
-        title: of the figure.
+        heading: title of the figure.
     """
     images, titles = [], []
     for i, name in enumerate(names):
         images.append(originals[i])
         titles.append(f"original: {name}")
-        for run, run_images in reconstructions.items():
+        for run, run_images in reconstructions:
             images.append(run_images[i])
             titles.append(run)
     num_columns = 1 + len(reconstructions)
-    plots.plot_slices(path, torch.stack(images), titles, title, num_columns, CROP)
+    plots.plot_slices(path, torch.stack(images), titles, heading, num_columns, CROP)
 
 
 # ---------------------------------------------------------------- the command
@@ -181,16 +185,15 @@ def main(argv: list[str] | None = None) -> int:
     cases = [name.case for name in names]
     features = Features().fit(training_images)
     training_features = features(training_images)
-    # A volume's first and last slices show little.
-    shown = torch.linspace(0, len(names) - 1, NUM_SHOWN + 2).round().long()[1:-1]
+    shown = plots.spread_indices(len(names), NUM_SHOWN)
     rows = []
-    shown_reconstructions = {}
+    shown_reconstructions = []
     for run in args.runs:
         row, reconstructions = measure_run(
             run, originals, cases, features, training_features, device
         )
         rows.append(row)
-        shown_reconstructions[row["run"]] = reconstructions[shown]
+        shown_reconstructions.append((row["run"], reconstructions[shown]))
 
     data = Path(root).name
     out = args.out or RESULTS / f"sharpness_{data}"

@@ -60,7 +60,7 @@ class Trainer:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether full batches go through a compiled function."""
+        """Return whether full batches go through a compiled function."""
         return self._losses_of_full_batch is not self._eager_losses
 
     def step(self, images: Tensor) -> tuple[Tensor, Tensor]:

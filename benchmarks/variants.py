@@ -131,7 +131,7 @@ class SimVQ(VectorQuantizer):
     """
 
     class Product(nn.Module):
-        """An embedding whose weight is table @ matrix, (K, D)."""
+        """An embedding with the weight table @ matrix, (K, D)."""
 
         def __init__(self, table: Tensor):
             super().__init__()
@@ -243,7 +243,7 @@ def four_scales_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
 
 
 class Variant(NamedTuple):
-    """What distinguishes a variant."""
+    """Flags of train.py, and replacements of parts of modules.py."""
 
     flags: str  # of train.py
     replacements: Mapping[str, Callable] = MappingProxyType({})  # name in modules.py -> replacement
