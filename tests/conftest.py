@@ -145,7 +145,7 @@ def finished_run(tmp_path_factory, blobs, small) -> tuple[Path, str]:
 
     folder = tmp_path_factory.mktemp("finished")
     flags = ["--data", blobs, "--cache-dir", folder / "cache", "--runs-dir", folder / "runs"]
-    flags += [*small, "--epochs", "3", "--plot-every", "2", "--name", "a"]
+    flags += [*small, "--epochs", "3", "--name", "a"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert train.main(list(map(str, flags))) == 0
     return folder / "runs" / "a", printed.getvalue()

@@ -40,7 +40,7 @@ def test_a_run_writes_its_files(finished_run):
     rates = [learning_rate(TrainConfig(), step, 9) for step in (2, 5, 8)]
     assert [float(row["lr"]) for row in rows] == pytest.approx(rates)
     plots = sorted(path.relative_to(folder).as_posix() for path in folder.glob("plots/*/*.png"))
-    assert plots == [f"plots/epoch_{n}/epoch_{n}_images.png" for n in (1, 2, 3)]
+    assert plots == [f"plots/epoch_{n}/epoch_{n}_images.png" for n in (1, 3)]
     assert (folder / "loss_ssim_plot.png").stat().st_size > 5000
     assert (folder / "report.html").exists()
 

@@ -55,10 +55,10 @@ def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(
             f"{path} is not a checkpoint of this project: it lacks format, model_args or model"
         )
-    if checkpoint["format"] not in range(1, CHECKPOINT_FORMAT + 1):
+    number = checkpoint["format"]
+    if not isinstance(number, int) or not 1 <= number <= CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {checkpoint['format']!r}; this version reads 1 to "
-            f"{CHECKPOINT_FORMAT}"
+            f"{path} has checkpoint format {number!r}; this version reads 1 to {CHECKPOINT_FORMAT}"
         )
     if isinstance(checkpoint["model"], dict):
         checkpoint["model"] = rename_codebooks(checkpoint["model"])
@@ -98,18 +98,14 @@ def rename_codebooks(state: dict) -> dict:
     now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`, in the same order, so that the
     state of an optimizer, which goes by order, stays valid.
     """
-    prefix = "vector_quantization."
-    if not any(str(key).startswith(f"{prefix}rest.") for key in state):
+    if not any(str(key).startswith("vector_quantization.rest.") for key in state):
         return state
     renamed = {}
     for key, value in state.items():
-        if str(key).startswith(prefix):
-            name = key.removeprefix(prefix)
-            number = 0
-            while name.startswith("rest."):
-                name = name.removeprefix("rest.")
-                number += 1
-            key = f"{prefix}quantizers.{number}.{name}"
+        match = re.fullmatch(r"vector_quantization\.((?:rest\.)*)(.*)", str(key), re.DOTALL)
+        if match:
+            number = len(match[1]) // len("rest.")
+            key = f"vector_quantization.quantizers.{number}.{match[2]}"
         renamed[key] = value
     return renamed
 

@@ -1,108 +1,80 @@
-"""Several processes, by torchrun on this CPU: equal to one, with a share each; what happens when one dies."""
+"""Several processes, started by torchrun on this CPU: they train as one, stop, and fail together."""
 
 import copy
-import csv
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from training_runs import finish, read_rows, read_weights, start_process, wait_until
 
-import utils
 from modules import VectorQuantizer
 from training import distributed
 from training.checkpoint import read_checkpoint
-from training.config import check_arguments, with_defaults
+from utils import UserError
 
-ROOT = Path(__file__).parents[1]
+DETERMINISTIC = [
+    *("--recipe", "document", "--codebook", "ema", "--epochs", "3", "--crop", "0"),
+    *("--precision", "float32", "--learning-rate", "1e-3"),
+]
 
 
 @pytest.fixture
 def launch(tmp_path, small, write_slices):
-    """launch(2, "--epochs 2 --name a") starts train.py in as many processes, on 9 training and 3 validation slices."""
+    """launch(2, "--name", "a"): start train.py in two processes, on 9 and 3 slices."""
     data = write_slices(tmp_path / "data", train=9, validate=3)
 
-    def launch(count: int, flags: str):
-        several = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            if count > 1
-            else []
-        )
-        command = [
-            sys.executable,
-            *several,
-            ROOT / "train.py",
-            "--data",
-            data,
-            *small,
-            *flags.split(),
-        ]
-        log = open(tmp_path / "log", "w")  # noqa: SIM115  a pipe that nobody reads would fill up
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [*map(str, command)], cwd=tmp_path, env=environment, stdout=log, stderr=log
-        )
+    def launch(processes: int, *flags: str):
+        flags = ["--data", data, *small, "--plot-every", "1000", *flags]
+        return start_process(tmp_path, "train.py", *flags, processes=processes)
 
     return launch
 
 
-def rows(folder: Path) -> list[dict]:
-    with open(folder / "metrics.csv") as file:
-        return list(csv.DictReader(file))
+@pytest.mark.parametrize("gan", [[], ["--gan", "--gan-start", "0.3"]], ids=["plain", "gan"])
+def test_two_processes_train_as_one(tmp_path, launch, gan):
+    """Without random draws, up to rounding.
 
-
-def finish(process, tmp_path) -> str:
-    code, output = process.wait(), (tmp_path / "log").read_text()
-    assert code == 0, output
-    return output
-
-
-@pytest.mark.parametrize("more", ["", " --gan --gan-start 0.3"])
-def test_two_processes_train_as_one_does(tmp_path, launch, more):
-    """Where nothing is drawn at random: equal weights and measures, up to rounding. 9 slices by 4: of the last batch,
-    the second process has no slice; of the 3 validation slices, none is counted twice."""
-    flags = (
-        "--recipe document --codebook ema --epochs 3 --crop 0 --precision float32 --learning-rate 1e-3"
-        + more
-    )
-    for count in (1, 2):
-        output = finish(launch(count, f"{flags} --name {count}"), tmp_path)
-    assert output.count("9 training and 3 validation slices") == 1  # the first process alone prints
+    Of the last of 9 slices in batches of 4, the second process has none. None of the 3 validation
+    slices is counted twice.
+    """
+    for processes in (1, 2):
+        process = launch(processes, *DETERMINISTIC, *gan, "--name", str(processes))
+        output = finish(process, tmp_path)
+    assert output.count("9 training and 3 validation slices") == 1  # only rank 0 prints
     assert "2 processes, cpu" in output
-    one, two = (tmp_path / "runs" / str(count) for count in (1, 2))
-    for row, other in zip(rows(one), rows(two), strict=True):
+    one, two = tmp_path / "runs/1", tmp_path / "runs/2"
+    for row, other in zip(read_rows(one), read_rows(two), strict=True):
         for name in row.keys() - {"seconds"}:
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
-    checkpoints = [read_checkpoint(run / "last.pt") for run in (one, two)]
-    for part in ["model"] + ["discriminator"] * bool(more):
-        weights, others = (checkpoint[part] for checkpoint in checkpoints)
-        for name in weights:
-            torch.testing.assert_close(weights[name], others[name], rtol=1e-3, atol=1e-4)
+    for module in ("model", "discriminator") if gan else ("model",):
+        others = read_weights(two, module)
+        for name, tensor in read_weights(one, module).items():
+            torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_process_that_dies_ends_the_run_which_another_number_goes_on_with(tmp_path, launch):
-    """The tuned recipe: restarts and moving averages are checked to be equal at each epoch's end."""
-    process = launch(2, "--epochs 400 --name a --plot-every 1000 --restart-below 0.5")
-    folder = tmp_path / "runs" / "a"
-    while not (folder / "last.pt").exists() or len(rows(folder)) < 3:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
+def test_a_run_whose_process_dies_can_be_resumed_by_another_number_of_processes(tmp_path, launch):
+    """The tuned recipe: EMA statistics and restarts are checked after each epoch."""
+    process = launch(2, "--epochs", "400", "--name", "a", "--restart-below", "0.5")
+    folder = tmp_path / "runs/a"
+    wait_until(
+        lambda: len(read_rows(folder)) >= 3 and (folder / "last.pt").exists(), process, tmp_path
+    )
     os.kill(second_process(process.pid), signal.SIGKILL)
     assert process.wait() != 0
     output = (tmp_path / "log").read_text()
-    assert "another process of this run ended" in output and "--resume" in output, output
-    done = read_checkpoint(folder / "last.pt")["epochs_done"]
-    assert done >= 2 and not list(folder.glob(".*.tmp"))
-    output = finish(launch(1, f"--resume --name a --epochs {done + 2}"), tmp_path)
-    assert [int(row["epoch"]) for row in rows(folder)] == list(range(1, done + 3))
+    assert "another process of this run ended" in output, output
+    assert "--resume" in output
+    epochs = read_checkpoint(folder / "last.pt")["epochs_done"]
+    assert epochs >= 2
+    assert not list(folder.glob(".*.tmp"))
+    finish(launch(1, "--resume", "--name", "a", "--epochs", str(epochs + 2)), tmp_path)
+    assert [int(row["epoch"]) for row in read_rows(folder)] == list(range(1, epochs + 3))
 
 
 def second_process(launcher: int) -> int:
-    """The process of rank 1 among torchrun's children."""
+    """Return the id of the process of rank 1 among torchrun's children."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -111,88 +83,108 @@ def second_process(launcher: int) -> int:
             continue
         if parent == launcher and b"RANK=1" in environment:
             return int(folder.name)
-    pytest.skip("no /proc to find the process in")
+    pytest.skip("the process is found in /proc, which does not exist here")
 
 
-def test_a_signal_to_the_launcher_saves_at_the_step(tmp_path, launch):
-    """As a cluster does it: all processes stop after the same step, whichever heard of it first."""
-    process = launch(2, "--epochs 400 --name a --plot-every 1000")
-    folder = tmp_path / "runs" / "a"
-    while not (folder / "last.pt").exists():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
+def test_a_signal_to_torchrun_stops_all_processes_after_the_same_step(tmp_path, launch):
+    process = launch(2, "--epochs", "400", "--name", "a")
+    folder = tmp_path / "runs/a"
+    wait_until((folder / "last.pt").exists, process, tmp_path)
     process.terminate()
     process.wait()
     output = (tmp_path / "log").read_text()
-    assert "stopped in epoch" in output and "--resume" in output, output
+    assert "stopped in epoch" in output, output
+    assert "--resume" in output
     checkpoint = read_checkpoint(folder / "last.pt")
-    assert checkpoint["sums"][2] == min(
-        4 * checkpoint["steps_done"], 9
-    )  # of both processes' slices
-    finish(launch(2, f"--resume --name a --epochs {checkpoint['epochs_done'] + 2}"), tmp_path)
+    slices = min(4 * checkpoint["steps_done"], 9)
+    assert checkpoint["sums"][2] == slices  # of both processes
+    epochs = checkpoint["epochs_done"] + 2
+    finish(launch(2, "--resume", "--name", "a", "--epochs", str(epochs)), tmp_path)
 
 
 def test_a_mistake_ends_all_processes(tmp_path, launch):
-    """Only the first one looks at the data: the others are told by its end, and say no more than that."""
-    process = launch(2, f"--name a --data {tmp_path / 'nowhere'}")
+    """Only rank 0 looks at the data; the others end with it and print no traceback of ours."""
+    process = launch(2, "--name", "a", "--data", str(tmp_path / "nowhere"))
     assert process.wait() != 0
     output = (tmp_path / "log").read_text()
     assert "error: cannot open the data that --data names" in output
-    assert (
-        'train.py", line' not in output
-    )  # torchrun's own traceback is its way to say which process failed
+    assert 'train.py", line' not in output  # torchrun prints a traceback of its own
 
 
-def test_what_several_processes_refuse():
-    args = with_defaults("tuned", {"batch_size": 16})
-    check_arguments(args, 4)
-    with pytest.raises(
-        utils.UserError, match="--batch-size is 16; expected a multiple of the 3 processes"
-    ):
-        check_arguments(args, 3)
-    with pytest.raises(utils.UserError, match="--compile is for one process, and here are 2"):
-        check_arguments(args | {"compile": True}, 2)
+# ---------------------------------------------------------------- functions
 
 
-def one_of_two(rank: int, folder: str) -> None:
-    """What each of two processes does in the test below."""
+def run_one_of_two(rank: int, folder: str) -> None:
+    """Exchange tensors, train codebooks, and save the results, as one of two processes."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    torch.manual_seed(
-        rank
-    )  # each has its own start, its own vectors, and would restart its own codes
-    plain, restarting = (
-        VectorQuantizer(8, 4, "ema"),
-        VectorQuantizer(8, 4, "ema", restart_below=0.9),
-    )
-    start = plain.state_dict()
-    distributed.broadcast_tensors(start)
+    assert (distributed.get_rank(), distributed.get_world_size()) == (rank, 2)
+    assert distributed.all_reduce_sum(torch.tensor([1.0 + rank])) == 3
+    assert distributed.broadcast_object(Path(f"run_{rank}")) == Path("run_0")
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.grad = torch.tensor([[2.0 * rank]])
+    distributed.average_gradients(module)
+    assert module.weight.grad == 1
+    with distributed.rank_zero_first():
+        path = Path(folder, "made_by_rank_0")
+        assert path.exists() == (rank == 1)
+        path.touch()
+
+    torch.manual_seed(rank)  # each would start and restart from its own codes
+    plain = VectorQuantizer(8, 4, "ema")
+    restarting = VectorQuantizer(8, 4, "ema", restart_below=0.9)
+    distributed.broadcast_tensors(plain.state_dict())
     distributed.broadcast_tensors(restarting.state_dict())
-    start = copy.deepcopy(start)
+    start = copy.deepcopy(plain.state_dict())
     z = torch.randn(2, 4, 3, 3)
     plain(z)
     for _ in range(5):
         restarting(torch.randn(2, 4, 3, 3))
-    distributed.check_replicas(
-        plain.state_dict() | {f"r {k}": v for k, v in restarting.state_dict().items()}
-    )
+    distributed.check_replicas(plain.state_dict())
+    distributed.check_replicas(restarting.state_dict())
     torch.save((start, plain.state_dict(), restarting.state_dict(), z), f"{folder}/{rank}")
     plain.ema_count[rank] += 1
     with pytest.raises(RuntimeError, match="processes hold different ema_count"):
         distributed.check_replicas(plain.state_dict())
-    distributed.cleanup()
+    torch.distributed.destroy_process_group()
 
 
-def test_codebooks_stay_equal_and_follow_all_vectors(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    (start, plain, restarting, z), (_, other_plain, other_restarting, other_z) = (
-        torch.load(tmp_path / str(rank)) for rank in (0, 1)
-    )
-    assert all(torch.equal(plain[name], other_plain[name]) for name in plain)
-    assert all(torch.equal(restarting[name], other_restarting[name]) for name in restarting)
-    alone = VectorQuantizer(8, 4, "ema")  # one process with all vectors
+def test_processes_exchange_tensors_and_codebooks_stay_equal(tmp_path):
+    torch.multiprocessing.spawn(run_one_of_two, (str(tmp_path),), nprocs=2)
+    start, plain, restarting, z = torch.load(tmp_path / "0")
+    _, other_plain, other_restarting, other_z = torch.load(tmp_path / "1")
+    for name in plain:
+        assert torch.equal(plain[name], other_plain[name])
+        assert torch.equal(restarting[name], other_restarting[name])
+    alone = VectorQuantizer(8, 4, "ema")  # one process with the vectors of both
     alone.load_state_dict(start)
     alone(torch.cat([z, other_z]))
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(plain[name], value)
+
+
+def test_a_single_process_needs_no_session():
+    module = torch.nn.Linear(1, 1)
+    with distributed.session(), distributed.rank_zero_first():
+        assert (distributed.get_rank(), distributed.get_world_size()) == (0, 1)
+        assert distributed.all_reduce_sum(torch.tensor(3)) == 3
+        assert distributed.broadcast_object("x") == "x"
+        distributed.check_replicas(module.state_dict())
+        assert distributed.unwrap_model(distributed.wrap_model(module)) is module
+
+
+def test_several_machines_are_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with (
+        pytest.raises(UserError, match="several machines; expected one: omit --nnodes"),
+        distributed.session(),
+    ):
+        pass
+
+
+def test_errors_of_one_process_are_not_blamed_on_others():
+    """The word gloo alone does not make an error that of a lost process."""
+    with pytest.raises(RuntimeError, match="gloo"), distributed.session():
+        raise RuntimeError("gloo")
