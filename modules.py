@@ -1,11 +1,12 @@
-"""The VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937) for single-channel slices.
+"""The VQ-VAE (van den Oord et al. 2017, arXiv 1711.00937) for slices with one channel.
 
-    model = VQVAE()                          # 256 x 128 slice -> 64 x 32 codes of 9 bits -> slice
-    indices = model.encode(images)           # (B, 64, 32) int64
-    images = model.decode_codes(indices)     # (B, 1, 256, 128)
-    model = load_model(VQVAE, "runs/x/best.pt")
+    model = VQVAE()                             # 256 x 128 pixels -> 64 x 32 codes of 9 bits
+    reconstruction, quantized = model(images)   # (B, 1, 256, 128) and a Quantized
+    indices = model.encode(images)              # (B, 64, 32)
+    images = model.decode_codes(indices)        # (B, 1, 256, 128)
 
-Shapes: B slices, K codes (`num_embeddings`) of D numbers each (`embedding_dim`), N vectors in a batch.
+Shapes: B slices of H x W pixels; h x w code positions, h = H / stride; N = B h w vectors of D
+numbers (`embedding_dim`); codebooks of K embeddings (`num_embeddings`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# ---------------------------------------------------------------- encoder and decoder
+
 
 class ResidualLayer(nn.Module):
-    """x + conv2(relu(conv1(relu(x)))), (B, channels, H, W) in and out."""
+    """x + conv2(relu(conv1(relu(x))))."""
 
     def __init__(self, channels: int, residual_channels: int):
         super().__init__()
@@ -29,418 +32,420 @@ class ResidualLayer(nn.Module):
         self.conv2 = nn.Conv2d(residual_channels, channels, kernel_size=3, padding=1)
         self.relu = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.relu(self.conv1(self.relu(x))))
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return x + self.conv2(self.relu(self.conv1(self.relu(x))))  # (B, C, H, W)
 
 
 class ResidualStack(nn.Module):
-    """`num_layers` residual layers, (B, channels, H, W) in and out."""
+    """A sequence of residual layers."""
 
     def __init__(self, channels: int, residual_channels: int, num_layers: int):
         super().__init__()
-        self.stack = nn.Sequential(
-            *(ResidualLayer(channels, residual_channels) for _ in range(num_layers))
-        )
+        layers = [ResidualLayer(channels, residual_channels) for _ in range(num_layers)]
+        self.stack = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stack(x)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return self.stack(x)  # (B, C, H, W)
 
 
 class Encoder(nn.Module):
-    """Slice (B, 1, H, W) -> one vector a code position, (B, D, H/stride, W/stride).
+    """Map slices to one vector per code position; C = `channels`."""
 
-    Strides over 4 halve further, after the residual stack.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        residual_channels: int,
-        num_layers: int,
-        embedding_dim: int,
-        stride: int = 4,
-    ):
+    def __init__(self, channels, residual_channels, num_layers, embedding_dim, stride=4):
         super().__init__()
         self.conv1 = nn.Conv2d(1, channels, kernel_size=4, stride=2, padding=1)
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
-        if halvings := _halvings_beyond_4(stride):
-            self.down = nn.ModuleList(
-                nn.Conv2d(channels, channels, 4, stride=2, padding=1) for _ in range(halvings)
-            )
+        self.down = _convs_beyond_stride_4(nn.Conv2d, channels, stride)
         self.conv2 = nn.Conv2d(channels, embedding_dim, kernel_size=4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 1, H, W)
         x = F.relu(self.conv1(x))  # (B, C, H/2, W/2)
-        x = self.residual_stack(x)
-        for conv in getattr(self, "down", ()):
-            x = conv(F.relu(x))  # (B, C, H/4, W/4), ...
-        return self.conv2(x)  # (B, D, H/stride, W/stride)
+        x = self.residual_stack(x)  # (B, C, H/2, W/2)
+        for conv in self.down:
+            x = conv(F.relu(x))  # (B, C, H/4, W/4), (B, C, H/8, W/8), ...
+        return self.conv2(x)  # (B, D, h, w)
 
 
 class Decoder(nn.Module):
-    """Quantised vectors (B, D, h, w) -> slice (B, 1, stride h, stride w), unbounded as z-scores are.
+    """Map quantised vectors to slices; the output is unbounded, as z-scores are.
 
-    num_code_layers: residual layers on the code grid, before the first convolution.
-    refine_channels: with them, the last convolution is one more, at the slice's own resolution.
+    `num_code_layers` residual layers precede the first convolution, and with `refine_channels`
+    another convolution follows the last, at full resolution.
     """
 
     def __init__(
-        self, channels: int, residual_channels: int, num_layers: int, embedding_dim: int, stride: int = 4,
-        num_code_layers: int = 0, refine_channels: int = 0,
-    ):  # fmt: skip
+        self,
+        channels,
+        residual_channels,
+        num_layers,
+        embedding_dim,
+        stride=4,
+        num_code_layers=0,
+        refine_channels=0,
+    ):
         super().__init__()
+        self.code_stack = self.conv3 = None
         if num_code_layers:
             self.code_stack = ResidualStack(embedding_dim, residual_channels, num_code_layers)
         self.conv1 = nn.ConvTranspose2d(embedding_dim, channels, kernel_size=4, stride=2, padding=1)
-        if doublings := _halvings_beyond_4(stride):
-            self.up = nn.ModuleList(
-                nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
-                for _ in range(doublings)
-            )
+        self.up = _convs_beyond_stride_4(nn.ConvTranspose2d, channels, stride)
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
-        self.conv2 = nn.ConvTranspose2d(
-            channels, refine_channels or 1, kernel_size=4, stride=2, padding=1
-        )
+        outputs = refine_channels or 1
+        self.conv2 = nn.ConvTranspose2d(channels, outputs, kernel_size=4, stride=2, padding=1)
         if refine_channels:
             self.conv3 = nn.Conv2d(refine_channels, 1, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D, h, w)
-        if hasattr(self, "code_stack"):
-            x = self.code_stack(x)
+        if self.code_stack is not None:
+            x = self.code_stack(x)  # (B, D, h, w)
         x = F.relu(self.conv1(x))  # (B, C, 2h, 2w)
-        for conv in getattr(self, "up", ()):
-            x = F.relu(conv(x))  # (B, C, 4h, 4w), ...
-        x = self.conv2(self.residual_stack(x))  # (B, 1 or refine_channels, stride h, stride w)
-        return self.conv3(F.relu(x)) if hasattr(self, "conv3") else x
+        for conv in self.up:
+            x = F.relu(conv(x))  # (B, C, 4h, 4w), (B, C, 8h, 8w), ...
+        x = self.residual_stack(x)  # (B, C, H/2, W/2)
+        x = self.conv2(x)  # (B, 1 or refine_channels, H, W)
+        return x if self.conv3 is None else self.conv3(F.relu(x))  # (B, 1, H, W)
 
 
-def _halvings_beyond_4(stride: int) -> int:
-    """How many convolutions of stride 2 it takes more than a stride of 4. Raises ValueError where none fit."""
+def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
+    """Return the convolutions with stride 2 that are needed in addition to the two of stride 4."""
     if stride < 4 or stride & (stride - 1):
         raise ValueError(f"stride is {stride}; expected 4, 8, 16 or another power of two")
-    return stride.bit_length() - 3
+    count = stride.bit_length() - 3
+    convs = [layer(channels, channels, kernel_size=4, stride=2, padding=1) for _ in range(count)]
+    return nn.ModuleList(convs) if convs else ()  # an empty ModuleList would be printed
+
+
+# ---------------------------------------------------------------- quantisers
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of each vector's nearest embedding: (N, D), (K, D) -> (N,) int64."""
+    # argmin ||z - e||^2 = argmin ||e||^2 - 2 z.e; blocks bound the memory of the distances.
+    norms = codebook.square().sum(1)  # (K,)
+    blocks = vectors.split(8192)
+    indices = [torch.addmm(norms, block, codebook.T, alpha=-2).argmin(1) for block in blocks]
+    return torch.cat(indices)
+
+
+def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+    """Return the sum of the values of each code: (N, ...), (N,) -> (K, ...).
+
+    Sums of ones are counts, exact up to 2^24 in float32.
+    """
+    return values.new_zeros(num_codes, *values.shape[1:]).index_add_(0, indices, values)
+
+
+@torch.no_grad()
+def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, Tensor]:
+    """Cluster at most 32 K of the vectors, (N, D), by k-means++ and ten of Lloyd's iterations.
+
+    Returns the centres, (K, D), and the residuals of the vectors used, (M, D).
+    """
+    if len(vectors) < num_clusters:
+        raise ValueError(f"{len(vectors)} vectors can't start {num_clusters} codes")
+    order = torch.randperm(len(vectors), generator=generator)[: 32 * num_clusters]
+    vectors = vectors[order.to(vectors.device)].float()  # (M, D)
+    centres = vectors[:num_clusters].clone()  # the first stays
+    distance = (vectors - centres[0]).square().sum(1)  # (M,), to the nearest centre
+    for k in range(1, num_clusters):  # draw in proportion to the squared distance
+        draw = torch.rand((), generator=generator, dtype=torch.float64).float().to(vectors.device)
+        cumulative = distance.cumsum(0)  # (M,)
+        index = torch.searchsorted(cumulative, draw * cumulative[-1]).clamp_max(len(vectors) - 1)
+        centres[k] = vectors[index]
+        distance = torch.minimum(distance, (vectors - centres[k]).square().sum(1))
+    for _ in range(10):
+        indices = nearest_codes(vectors, centres)  # (M,)
+        counts = sum_by_code(torch.ones_like(vectors[:, :1]), indices, num_clusters)  # (K, 1)
+        means = sum_by_code(vectors, indices, num_clusters) / counts.clamp_min(1)
+        centres = torch.where(counts > 0, means, centres)
+    return centres, vectors - centres[nearest_codes(vectors, centres)]
 
 
 class Quantized(NamedTuple):
-    """What `VectorQuantizer` returns."""
+    """The result of a quantiser; of R codebooks, the losses are sums."""
 
-    quantized: (
-        Tensor  # (B, D, h, w) float32, nearest embeddings; gradients pass straight to the input
-    )
-    indices: (
-        Tensor  # (B, h, w) int64, which embedding; of several codebooks (B, h, w, num_codebooks)
-    )
-    codebook_loss: (
-        Tensor  # (), ||sg[z] - e||^2: moves the embeddings; 0 when they follow by moving average
-    )
-    commitment_loss: (
-        Tensor  # (), ||z - sg[e]||^2: moves the encoder; not yet times `commitment_cost`
-    )
-    counts: Tensor  # (num_codebooks K,) float32, how many of the B h w vectors took each embedding
+    quantized: Tensor  # (B, D, h, w) float32; its gradient passes straight through to the input
+    indices: Tensor  # (B, h, w) int64, or (B, h, w, R)
+    codebook_loss: Tensor  # (), ||sg[z] - e||^2, which trains the codebook; 0 for "ema"
+    commitment_loss: Tensor  # (), ||z - sg[e]||^2, which trains the encoder; not yet times beta
+    counts: Tensor  # (K,) float32, or (R K,): how often each code was used
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces each vector by its nearest embedding (arXiv 1711.00937, equations 1-3).
+    """Replace each vector by its nearest embedding (arXiv 1711.00937, equations 1 and 2).
 
-    codebook "gradient": the embeddings are parameters, moved by the codebook loss (equation 3, second term).
-    codebook "ema": they follow the mean of the vectors assigned to them (appendix A.1, equations 6-8).
-        Over several processes (torch.distributed) the means are over the vectors of all.
-    restart_below: with "ema", a code used less than this share of the mean use starts again from a vector of
-        the batch, together with its moving averages (else the next update would take it straight back); 0: never.
+    Computes in float32, also under autocast: half precision overflows in the distances. From the
+    usual start at uniform(-1/K, 1/K), few codes are ever used; `init_codebook` starts from data.
 
-    num_codebooks: over 1, `rest` quantises what this codebook leaves over, with one codebook fewer (residual
-        quantisation, arXiv 2107.03312); losses add up, and so do embeddings.
-
-    A codebook starts at uniform(-1/K, 1/K), the usual default, under which nearly all codes lose to the few
-    that happen to lie nearest; `init_codebook` starts it from data instead. All arithmetic is float32, also under
-    autocast: half precision overflows in the squared distances.
+    Args:
+        codebook: "gradient": the codebook loss trains the embeddings (equation 3, second term);
+            "ema": they are moving averages of their vectors, over all processes (appendix A.1).
+        decay: of the moving averages.
+        restart_below: with "ema", a code used less than this fraction of the mean use restarts at
+            a vector of the batch; 0: never.
     """
 
+    num_codebooks = 1
+
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, codebook: str = "gradient", decay: float = 0.99,
-        restart_below: float = 0.0, num_codebooks: int = 1,
-    ):  # fmt: skip
+        self, num_embeddings, embedding_dim, codebook="gradient", decay=0.99, restart_below=0.0
+    ):
         super().__init__()
         if codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook is {codebook!r}; expected 'gradient' or 'ema'")
         if restart_below and codebook != "ema":
-            raise ValueError(
-                "restart_below needs codebook 'ema': a gradient codebook keeps no counts of use"
-            )
+            raise ValueError("restart_below needs codebook 'ema', as only it counts uses")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.codebook, self.decay, self.restart_below = codebook, decay, restart_below
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
         nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
         if codebook == "ema":
             self.embedding.weight.requires_grad_(False)
-            # Counts and sums start consistent (sum / count = embedding): with counts at 0, unused codes explode.
+            # Start with sum / count = embedding: with counts of 0, unused codes would explode.
             self.register_buffer("ema_count", torch.ones(num_embeddings))  # (K,)
             self.register_buffer("ema_sum", self.embedding.weight.detach().clone())  # (K, D)
-        self.num_codebooks = num_codebooks
-        if num_codebooks > 1:
-            self.rest = VectorQuantizer(
-                num_embeddings, embedding_dim, codebook, decay, restart_below, num_codebooks - 1
-            )
 
-    def forward(self, z: Tensor) -> Quantized:
-        """z: (B, D, h, w), of any float type."""
+    def forward(self, z: Tensor) -> Quantized:  # (B, D, h, w) of any float dtype
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float().movedim(
-                1, -1
-            )  # (B, h, w, D): the channel axis last, else rows would mix positions
-            flat = z.reshape(-1, self.embedding_dim)  # (N, D)
-            indices = self.nearest(flat.detach())  # (N,)
-            quantized = F.embedding(indices, self.embedding.weight)  # (N, D)
-            counts = self._count(indices)  # (K,)
-            commitment_loss = F.mse_loss(flat, quantized.detach())
-            if self.codebook == "gradient":
-                codebook_loss = F.mse_loss(quantized, flat.detach())
-            else:
-                codebook_loss = torch.zeros_like(commitment_loss)
-                if self.training:
-                    self._update(flat.detach(), indices, counts, quantized.detach())
-            indices = indices.view(z.shape[:-1])  # (B, h, w)
-            if self.num_codebooks > 1:
-                rest = self.rest((flat - quantized.detach()).view_as(z).movedim(-1, 1))
-                quantized = quantized + rest.quantized.movedim(1, -1).reshape(
-                    -1, self.embedding_dim
-                )
-                indices = torch.cat([indices[..., None], rest.indices.view(*indices.shape, -1)], -1)
-                codebook_loss = codebook_loss + rest.codebook_loss
-                commitment_loss = commitment_loss + rest.commitment_loss
-                counts = torch.cat([counts, rest.counts])
-            quantized = (flat + (quantized - flat).detach()).view_as(z).movedim(-1, 1)
+            z = z.float().movedim(1, -1)  # (B, h, w, D): D last, or rows would mix positions
+            vectors = z.reshape(-1, self.embedding_dim)  # (N, D)
+            result = self.quantize(vectors)
+            quantized = vectors + (result.quantized - vectors).detach()  # (N, D)
+        quantized = quantized.view_as(z).movedim(-1, 1)  # (B, D, h, w)
+        return result._replace(quantized=quantized, indices=result.indices.view(z.shape[:-1]))
+
+    def quantize(self, vectors: Tensor) -> Quantized:  # (N, D) float32
+        """Return embeddings (N, D) and indices (N,); in training, update an "ema" codebook."""
+        indices = nearest_codes(vectors.detach(), self.embedding.weight.detach())  # (N,)
+        quantized = F.embedding(indices, self.embedding.weight)  # (N, D)
+        counts = sum_by_code(torch.ones_like(vectors[:, 0]), indices, self.num_embeddings)  # (K,)
+        commitment_loss = F.mse_loss(vectors, quantized.detach())
+        if self.codebook == "gradient":
+            codebook_loss = F.mse_loss(quantized, vectors.detach())
+        else:
+            codebook_loss = torch.zeros_like(commitment_loss)
+            if self.training:
+                self.update_codebook(vectors.detach(), indices, counts)
         return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
 
     def embed(self, indices: Tensor) -> Tensor:
-        """Indices as in `Quantized` -> the vectors that they stand for, (B, D, h, w)."""
-        if self.num_codebooks == 1:
-            return self.embedding(indices).movedim(-1, 1)
-        rest = indices[..., 1] if self.num_codebooks == 2 else indices[..., 1:]
-        return self.embedding(indices[..., 0]).movedim(-1, 1) + self.rest.embed(rest)
+        """Return the embeddings of codes: (B, h, w) -> (B, D, h, w)."""
+        return self.embedding(indices).movedim(-1, 1)
 
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """Index of the nearest embedding of each vector: (N, D) -> (N,) int64. Blocks bound the (N, K) distances."""
-        weight = self.embedding.weight.detach()
-        norms = weight.square().sum(
-            1
-        )  # (K,); ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, and ||z||^2 ranks nothing
-        blocks = [
-            torch.addmm(norms, block, weight.T, alpha=-2).argmin(1) for block in vectors.split(8192)
-        ]
-        return torch.cat(blocks)
+    @torch.no_grad()
+    def init_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Start the codebook from (N, D) encoder outputs; return `kmeans`'s residuals, (M, D)."""
+        centres, residuals = kmeans(vectors, self.num_embeddings, generator)
+        self.embedding.weight.copy_(centres)
+        if self.codebook == "ema":
+            self.ema_count.fill_(1)
+            self.ema_sum.copy_(centres)
+        return residuals
 
-    def _count(self, indices: Tensor) -> Tensor:
-        """How many of the indices (N,) are each code, (K,) float32; exact up to 2^24, and no one-hot matrix."""
-        ones = torch.ones_like(indices, dtype=torch.float32)
-        return ones.new_zeros(self.num_embeddings).index_add_(0, indices, ones)
-
-    def _sum(self, vectors: Tensor, indices: Tensor) -> Tensor:
-        """Sum of the vectors (N, D) assigned to each code, (K, D)."""
-        return vectors.new_zeros(self.num_embeddings, self.embedding_dim).index_add_(
-            0, indices, vectors
-        )
-
-    # Never compiled: compilers from torch 2.5 to 2.9 read the embeddings again after this has changed them.
+    # Not compiled: compiled by torch 2.5 to 2.9, `quantize` would read the embeddings again after
+    # this method has changed them.
     @torch.compiler.disable
     @torch.no_grad()
-    def _update(self, vectors: Tensor, indices: Tensor, counts: Tensor, quantized: Tensor) -> None:
-        """One step of the moving averages: vectors and their embeddings (N, D), indices (N,), counts (K,)."""
-        statistics = torch.cat([counts[:, None], self._sum(vectors, indices)], 1)  # (K, 1 + D)
-        if _several_processes():
+    def update_codebook(self, vectors: Tensor, indices: Tensor, counts: Tensor) -> None:
+        """Update the moving averages from (N, D), (N,) and (K,), and restart dead codes.
+
+        If a vector of any process is not finite, nothing changes; training skips the step's
+        gradients as well.
+        """
+        sums = sum_by_code(vectors, indices, self.num_embeddings)
+        statistics = torch.cat([counts[:, None], sums], 1)  # (K, 1 + D)
+        if _rank() is not None:
             dist.all_reduce(statistics)
-        # A step whose vectors are not all finite leaves everything as it was, as training skips its gradient.
-        finite = statistics.isfinite().all()
-        statistics, weight = statistics.nan_to_num(0, 0, 0), (1 - self.decay) * finite
+        finite = statistics.isfinite().all()  # (); a Python `if` would wait for the GPU
+        statistics = statistics.nan_to_num(0, 0, 0)
+        weight = (1 - self.decay) * finite
         self.ema_count.lerp_(statistics[:, 0], weight)
         self.ema_sum.lerp_(statistics[:, 1:], weight)
         if self.restart_below:
-            mean_count = self.ema_count.mean()
-            dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
-            candidates = self._candidates(vectors, quantized)
-            count = 2 * self.restart_below * mean_count  # low enough to follow its vectors quickly
-            self.ema_count.copy_(torch.where(dead, count, self.ema_count))
-            self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
-        # A code that was never used keeps its place: its count fades, until dividing by it would mean nothing.
+            self._restart_dead_codes(vectors, indices, finite)
+        # The count of a code that is never used decays to 0; its embedding stays where it is.
         alive = self.ema_count > 1e-10
         means = self.ema_sum / self.ema_count.clamp_min(1e-10)[:, None]
         self.embedding.weight.copy_(torch.where(alive[:, None], means, self.embedding.weight))
 
-    def _candidates(self, vectors: Tensor, quantized: Tensor) -> Tensor:
-        """K vectors of a batch for dead codes to start from, (K, D): the first process's, for all processes."""
-        candidates = vectors.new_zeros(self.num_embeddings, self.embedding_dim)
-        if (
-            not _several_processes() or dist.get_rank() == 0
-        ):  # others may have no share of a small batch
-            # Drawn where the codebook fits worst, as k-means++ draws its centres.
-            error = (
-                (vectors - quantized).square().sum(1).nan_to_num(0, 0, 0).clamp_min(1e-12)
-            )  # (N,)
-            candidates = vectors[torch.multinomial(error, self.num_embeddings, replacement=True)]
-        if _several_processes():
-            dist.all_reduce(candidates)  # the others' are zeros
-        return candidates
-
-    @torch.no_grad()
-    def init_codebook(
-        self, vectors: Tensor, iterations: int = 10, generator: torch.Generator | None = None
-    ) -> None:
-        """Start the codebook from data: k-means++ and `iterations` of Lloyd's k-means.
-
-        vectors: (N, D) encoder outputs, N >= K; at most 32 K of them are used. generator: on the CPU.
-        """
-        if len(vectors) < self.num_embeddings:
-            raise ValueError(
-                f"{len(vectors)} vectors can't start {self.num_embeddings} codes; expected as many or more"
-            )
-        order = torch.randperm(len(vectors), generator=generator)[: 32 * self.num_embeddings]
-        vectors = vectors.float()[order.to(vectors.device)]
-        weight = self.embedding.weight
-        weight[0] = vectors[0]
-        distance = (vectors - weight[0]).square().sum(1)  # (N,), to the nearest centre so far
-        for k in range(1, self.num_embeddings):
-            draw = (
-                torch.rand((), generator=generator, dtype=torch.float64).float().to(distance.device)
-            )
-            total = distance.cumsum(0)
-            weight[k] = vectors[
-                torch.searchsorted(total, draw * total[-1]).clamp_max(len(vectors) - 1)
-            ]
-            distance = torch.minimum(distance, (vectors - weight[k]).square().sum(1))
-        for _ in range(iterations):
-            indices = self.nearest(vectors)
-            counts = self._count(indices)[:, None]
-            weight.copy_(
-                torch.where(counts > 0, self._sum(vectors, indices) / counts.clamp_min(1), weight)
-            )
-        if self.codebook == "ema":
-            self.ema_count.fill_(1)
-            self.ema_sum.copy_(weight)
-        if self.num_codebooks > 1:
-            self.rest.init_codebook(vectors - weight[self.nearest(vectors)], iterations, generator)
+    def _restart_dead_codes(self, vectors: Tensor, indices: Tensor, finite: Tensor) -> None:
+        """Restart dead codes at vectors of rank 0, drawn in proportion to their squared errors."""
+        candidates = torch.zeros_like(self.ema_sum)  # (K, D)
+        if not _rank():  # the other processes may have no slice of a small batch
+            errors = (vectors - self.embedding(indices)).square().sum(1)  # (N,)
+            errors = errors.nan_to_num(0, 0, 0).clamp_min(1e-12)
+            candidates = vectors[torch.multinomial(errors, self.num_embeddings, replacement=True)]
+        if _rank() is not None:
+            dist.all_reduce(candidates)  # the others add zeros
+        mean_count = self.ema_count.mean()
+        dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
+        # The averages restart too, or the next update would undo the restart; with a low count,
+        # so that the code follows its vectors quickly.
+        count = 2 * self.restart_below * mean_count
+        self.ema_count.copy_(torch.where(dead, count, self.ema_count))
+        self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
 
 
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized()
+class ResidualVectorQuantizer(nn.Module):
+    """Quantise with R codebooks, each on the residual of those before (arXiv 2107.03312)."""
+
+    def __init__(self, num_codebooks, num_embeddings, embedding_dim, *options):
+        super().__init__()
+        self.num_codebooks, self.num_embeddings = num_codebooks, num_embeddings
+        self.quantizers = nn.ModuleList(
+            VectorQuantizer(num_embeddings, embedding_dim, *options) for _ in range(num_codebooks)
+        )
+
+    def forward(self, z: Tensor) -> Quantized:  # (B, D, h, w) of any float dtype
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float().movedim(1, -1)  # (B, h, w, D)
+            residual = z.reshape(-1, z.shape[-1])  # (N, D)
+            residuals, results = [], []
+            for quantizer in self.quantizers:
+                residuals.append(residual)
+                results.append(quantizer.quantize(residual))
+                residual = residual - results[-1].quantized.detach()
+            # Sums run from the last codebook to the first; another order would round differently.
+            quantized = torch.zeros_like(residual)
+            for vectors, result in zip(reversed(residuals), reversed(results), strict=True):
+                total = result.quantized + quantized  # (N, D)
+                quantized = vectors + (total - vectors).detach()  # straight through
+            codebook_loss = sum(result.codebook_loss for result in reversed(results))
+            commitment_loss = sum(result.commitment_loss for result in reversed(results))
+        quantized = quantized.view_as(z).movedim(-1, 1)  # (B, D, h, w)
+        indices = torch.stack([result.indices for result in results], -1)  # (N, R)
+        indices = indices.view(*z.shape[:-1], self.num_codebooks)  # (B, h, w, R)
+        counts = torch.cat([result.counts for result in results])  # (R K,)
+        return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Return the sums of the embeddings of codes: (B, h, w, R) -> (B, D, h, w)."""
+        pairs = zip(self.quantizers, indices.unbind(-1), strict=True)
+        return sum(reversed([quantizer.embed(codes) for quantizer, codes in pairs]))
+
+    def init_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start each codebook from the residuals of those before; vectors: (N, D)."""
+        for quantizer in self.quantizers:
+            vectors = quantizer.init_codebook(vectors, generator)
+
+
+def _rank() -> int | None:
+    """Return the rank of this process, or None if there are no others."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
+
+
+# ---------------------------------------------------------------- loss and model
 
 
 def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al. 2004), mean over windows inside the slices: (B, 1, H, W) twice, sides of 11 or more -> ().
+    """Return 1 - SSIM (Wang et al. 2004): (B, 1, H, W) twice, H and W at least 11 -> ().
 
-    Gaussian window 11, sigma 1.5; both scaled as each original fills [0, 1], a cropped slice by its crop's range. The
-    blur along an axis is a product with a banded matrix, on a CPU several times as fast as a convolution.
+    The mean is over the windows inside the slices: Gaussian, 11 x 11, sigma 1.5. Both slices are
+    scaled by the original's minimum and maximum; a random crop counts as a slice.
     """
+    if min(images.shape[-2:]) < 11:
+        raise ValueError(f"slices of {tuple(images.shape[-2:])} are smaller than SSIM's window, 11")
+    low = images.amin((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    span = (images.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-3)
+    x = (reconstructions.float() - low) / span
+    y = (images.float() - low) / span
     taps = torch.exp(-((torch.arange(11, device=images.device) - 5.0) ** 2) / (2 * 1.5**2))
-    rows, columns = (_band(taps / taps.sum(), size) for size in images.shape[-2:])
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    x, y = (
-        (pixels.float() - low) / (high - low).clamp_min(1e-3)
-        for pixels in (reconstructions, images)
-    )
-    with torch.autocast(
-        images.device.type, enabled=False
-    ):  # variances are differences of nearly equal numbers
-        mean_x, mean_y, xx, yy, xy = (
-            rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T
-        ).unbind()
+    taps = taps / taps.sum()
+    # In float32, as variances are differences of nearly equal numbers. On a CPU, products with
+    # banded matrices, (H - 10, H) and (W - 10, W), are faster than convolutions.
+    with torch.autocast(images.device.type, enabled=False):
+        identities = [torch.eye(side, device=images.device) for side in images.shape[-2:]]
+        rows, columns = [identity.unfold(0, 11, 1) @ taps for identity in identities]
+        products = torch.stack([x, y, x * x, y * y, x * y])  # (5, B, 1, H, W)
+        means = rows @ products @ columns.T  # (5, B, 1, H - 10, W - 10)
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = means.unbind()
     c1, c2 = 0.01**2, 0.03**2  # for a data range of 1
-    # Rounding can make the variance of a nearly flat window negative, and then the fraction anything.
-    variance_x, variance_y = (xx - mean_x**2).clamp_min(0), (yy - mean_y**2).clamp_min(0)
-    covariance = xy - mean_x * mean_y
-    similar_means = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return 1 - (similar_means * (2 * covariance + c2) / (variance_x + variance_y + c2)).mean()
-
-
-def _band(taps: Tensor, size: int) -> Tensor:
-    """The matrix that slides `taps` (T,) along an axis of `size`, where they fit: (size - T + 1, size)."""
-    if size < len(taps):
-        raise ValueError(
-            f"slices with a side of {size} have no room for SSIM's window of {len(taps)}"
-        )
-    place = torch.arange(size, device=taps.device)
-    offset = place - place[: size - len(taps) + 1, None]  # how far column is right of row
-    return torch.where(
-        (offset >= 0) & (offset < len(taps)), taps[offset.clamp(0, len(taps) - 1)], 0.0
-    )
+    # Rounding can make the variance of a nearly constant window negative.
+    variance_x = (mean_xx - mean_x**2).clamp_min(0)
+    variance_y = (mean_yy - mean_y**2).clamp_min(0)
+    covariance = mean_xy - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return 1 - (luminance * (2 * covariance + c2) / (variance_x + variance_y + c2)).mean()
 
 
 class VQVAE(nn.Module):
-    """Encoder, vector quantiser and decoder. `VQVAE()` is the source document's model, 0.81 GMAC a slice.
+    """Encoder, vector quantiser and decoder; `VQVAE()` is the source document's model.
 
-    hidden_channels: twice the width of the residual stacks; `residual_channels` is the width inside a layer.
-    stride: pixels of the slice a side of one code position: 4, 8, 16. ssim_weight: of `ssim_loss` in the loss.
-    The other arguments are `Decoder`'s and `VectorQuantizer`'s.
+    `hidden_channels` is twice the width of the residual stacks, `commitment_cost` is beta, and
+    `ssim_weight` multiplies `ssim_loss`. The other arguments are those of the parts.
     """
 
     def __init__(
-        self, hidden_channels: int = 64, residual_channels: int = 32, num_residual_layers: int = 2,
-        num_code_layers: int = 0, refine_channels: int = 0, stride: int = 4, embedding_dim: int = 64,
-        num_embeddings: int = 512, num_codebooks: int = 1, commitment_cost: float = 0.25, ssim_weight: float = 0.0,
-        codebook: str = "gradient", ema_decay: float = 0.99, restart_below: float = 0.0,
-    ):  # fmt: skip
-        self.arguments = {
-            name: value for name, value in locals().items() if name not in ("self", "__class__")
-        }
+        self,
+        hidden_channels: int = 64,
+        residual_channels: int = 32,
+        num_residual_layers: int = 2,
+        num_code_layers: int = 0,
+        refine_channels: int = 0,
+        stride: int = 4,
+        embedding_dim: int = 64,
+        num_embeddings: int = 512,
+        num_codebooks: int = 1,
+        commitment_cost: float = 0.25,
+        ssim_weight: float = 0.0,
+        codebook: str = "gradient",
+        ema_decay: float = 0.99,
+        restart_below: float = 0.0,
+    ):
+        arguments = {**locals()}
         super().__init__()
+        del arguments["self"], arguments["__class__"]
+        self.arguments = arguments  # saved in checkpoints
         self.stride, self.commitment_cost, self.ssim_weight = stride, commitment_cost, ssim_weight
         widths = (hidden_channels // 2, residual_channels, num_residual_layers, embedding_dim)
         self.encoder = Encoder(*widths, stride)
-        self.vector_quantization = VectorQuantizer(
-            num_embeddings, embedding_dim, codebook, ema_decay, restart_below, num_codebooks
-        )
+        options = (num_embeddings, embedding_dim, codebook, ema_decay, restart_below)
+        if num_codebooks == 1:
+            self.vector_quantization = VectorQuantizer(*options)
+        else:
+            self.vector_quantization = ResidualVectorQuantizer(num_codebooks, *options)
         self.decoder = Decoder(*widths, stride, num_code_layers, refine_channels)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        """Return the reconstruction, (B, 1, H, W), and what the quantiser found.
-
-        images: (B, 1, H, W), H and W divisible by the stride.
-        """
-        quantized = self.vector_quantization(self.encoder(images))
-        return self.decoder(quantized.quantized), quantized
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:  # (B, 1, H, W)
+        z = self.encoder(images)  # (B, D, h, w); H and W must be divisible by the stride
+        quantized = self.vector_quantization(z)
+        return self.decoder(quantized.quantized), quantized  # (B, 1, H, W)
 
     def loss(
         self, images: Tensor, reconstruction: Tensor, quantized: Quantized
     ) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction loss and the quantisation loss, both ().
+        """Return the reconstruction and quantisation losses, (); their sum is minimised.
 
-        Their sum is minimised (arXiv 1711.00937, equation 3). The commitment cost beta multiplies
-        the term whose gradient reaches the encoder.
+        This is equation 3 of arXiv 1711.00937. Beta is on the term that trains the encoder.
         """
-        quantization_loss = (
-            quantized.codebook_loss + self.commitment_cost * quantized.commitment_loss
-        )
+        beta = self.commitment_cost
+        quantization_loss = quantized.codebook_loss + beta * quantized.commitment_loss
         return self.reconstruction_loss(reconstruction, images), quantization_loss
 
     def reconstruction_loss(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Squared error, and `ssim_weight` times `ssim_loss`: (B, 1, H, W) twice -> ()."""
+        """Return mean squared error + `ssim_weight` x `ssim_loss` of (B, 1, H, W) slices."""
         loss = F.mse_loss(reconstructions.float(), images)
-        return (
-            loss + self.ssim_weight * ssim_loss(reconstructions, images)
-            if self.ssim_weight
-            else loss
-        )
+        if self.ssim_weight:
+            loss = loss + self.ssim_weight * ssim_loss(reconstructions, images)
+        return loss
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) -> (B, h, w) int64 codes in 0..K-1; of several codebooks (B, h, w, num_codebooks)."""
+        """Return codes in 0..K-1: (B, 1, H, W) -> (B, h, w) int64; of R codebooks (B, h, w, R)."""
         return self.vector_quantization(self.encoder(images)).indices
 
-    def decode(self, quantized: Tensor) -> Tensor:
-        """(B, D, h, w) embeddings -> (B, 1, stride h, stride w)."""
-        return self.decoder(quantized)
-
     def decode_codes(self, indices: Tensor) -> Tensor:
-        """CodeDataset as `encode` returns them -> (B, 1, stride h, stride w)."""
-        return self.decode(self.vector_quantization.embed(indices))
+        """Return the slices of codes in the shape of `encode`: (B, h, w) -> (B, 1, H, W)."""
+        return self.decoder(self.vector_quantization.embed(indices))
 
     @property
     def bits_per_pixel(self) -> float:
-        """log2 K bits a code of fixed length, over the pixels that one code position covers."""
+        """The rate of fixed-length codes."""
         quantizer = self.vector_quantization
         return quantizer.num_codebooks * math.log2(quantizer.num_embeddings) / self.stride**2
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any weight: what codes belong to."""
+        """A hash of all weights, which tells code files of different models apart."""
         content = hashlib.sha256()
         for tensor in self.state_dict().values():
             content.update(tensor.detach().cpu().contiguous().numpy().tobytes())

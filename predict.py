@@ -265,15 +265,18 @@ def write_figures(
     plots.plot_code_usage(folder / "code_use.png", counts, f"{heading}; {usage}")
 
     shown = list(labels.values()).index("median") if "median" in labels.values() else 0
+    quantizer = model.vector_quantization
     codes = quantized.indices[shown]
-    first_codes = codes[..., 0] if codes.ndim == 3 else codes  # of several codebooks, the first
-    embeddings = model.vector_quantization.embedding.weight.detach().cpu()
+    if quantizer.num_codebooks > 1:  # show the first codebook
+        quantizer = quantizer.quantizers[0]
+        codes = codes[..., 0]
+    embeddings = quantizer.embedding.weight.detach().cpu()
     name = data.names[indices[shown]]
     plots.plot_code_map(
         folder / "code_map.png",
         originals[shown],
         reconstructions[shown],
-        first_codes,
+        codes,
         plots.code_colours(embeddings),
         f"{name}, ssim {ssim[indices[shown]]:.3f}; similar embeddings have similar colours",
         spacing,

@@ -1,95 +1,99 @@
-"""A run's codes as bits, and back: arithmetic coding under the run's prior (model.CodePrior).
+"""Code the codes of slices as bits, by arithmetic coding under the run's prior.
 
-    streams = encode(prior, codes)            # (N, h, w) -> for each slice its own array of 32-bit words
+    streams = encode(prior, codes)            # (N, h, w) -> an array of 32-bit words per slice
     codes = decode(prior, streams)            # the same codes, on the same machine
 
-The coder is constriction's range coder. Encoder and decoder must compute equal probabilities to the last bit: both go
-through the codes in the same order, by the same steps, in batches of the same slices. Another machine, number of
-threads or version of torch may round otherwise, and then decodes nonsense.
+The coder is the range coder of the package constriction. Encoder and decoder must compute the same
+probabilities, bit for bit: both visit the codes in the same order and in batches of the same
+slices. On another machine, or with another number of threads or version of torch, the
+probabilities may be rounded differently, and the decoded codes would be wrong.
 """
 
 from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prior.model import CodePrior
 from utils import UserError
 
 try:
     import constriction
-except ImportError:  # check_installed() says what to install
+except ImportError:  # check_installed() says how to install it
     constriction = None
 
-BATCH = 32
+BATCH_SIZE = 32
 
 
 def check_installed() -> None:
+    """Raise UserError if the arithmetic coder is not installed."""
     if constriction is None:
         raise UserError(
-            "constriction, the arithmetic coder, is missing: pip install -r benchmarks/requirements.txt"
+            "constriction, the arithmetic coder, is not installed; run pip install -r "
+            "benchmarks/requirements.txt"
         )
 
 
 def encode(prior: CodePrior, codes: Tensor) -> list[np.ndarray]:
-    """Each slice's codes, of (N, h, w), as 32-bit words."""
+    """Encode codes (N, h, w): return an array of 32-bit words for each slice."""
     family = constriction.stream.model.Categorical(perfect=False)
     streams = []
-    for some in codes.split(BATCH):
-        pyramid = prior.to_grids(some)
-        encoders = [constriction.stream.queue.RangeEncoder() for _ in some]
+    for batch in codes.split(BATCH_SIZE):
+        grids = prior.to_grids(batch)
+        encoders = [constriction.stream.queue.RangeEncoder() for _ in batch]
 
         def choose(
-            number, logits: Tensor, row: int, column: int, pyramid=pyramid, encoders=encoders
+            index: int, logits: Tensor, row: int, column: int, grids=grids, encoders=encoders
         ) -> Tensor:
-            known = pyramid[number][:, row, column]
-            for encoder, symbol, chance in zip(
-                encoders, known.tolist(), _probabilities(logits), strict=True
-            ):
-                encoder.encode(np.array([symbol], dtype=np.int32), family, chance[None])
-            return known
+            symbols = grids[index][:, row, column]
+            distributions = probabilities(logits)
+            for encoder, symbol, p in zip(encoders, symbols.tolist(), distributions, strict=True):
+                encoder.encode(np.array([symbol], dtype=np.int32), family, p[None])
+            return symbols
 
-        _walk(prior, len(some), choose, "encoding")
+        visit_codes(prior, len(batch), choose, "encoding")
         streams += [encoder.get_compressed() for encoder in encoders]
     return streams
 
 
 def decode(prior: CodePrior, streams: list[np.ndarray]) -> Tensor:
-    """What `encode` was given, (N, h, w) int64 on the prior's device."""
+    """Decode the result of `encode`: return codes (N, h, w) int64 on the prior's device."""
     family = constriction.stream.model.Categorical(perfect=False)
     decoded = []
-    for start in range(0, len(streams), BATCH):
-        decoders = [
-            constriction.stream.queue.RangeDecoder(words)
-            for words in streams[start : start + BATCH]
-        ]
+    for start in range(0, len(streams), BATCH_SIZE):
+        batch = streams[start : start + BATCH_SIZE]
+        decoders = [constriction.stream.queue.RangeDecoder(words) for words in batch]
 
-        def choose(number, logits: Tensor, row: int, column: int, decoders=decoders) -> Tensor:
-            chances = _probabilities(logits)
-            symbols = [
-                d.decode(family, chance[None])[0]
-                for d, chance in zip(decoders, chances, strict=True)
-            ]
+        def choose(index: int, logits: Tensor, row: int, column: int, decoders=decoders) -> Tensor:
+            symbols = []
+            for decoder, p in zip(decoders, probabilities(logits), strict=True):
+                symbols.append(decoder.decode(family, p[None])[0])
             return torch.tensor(symbols, dtype=torch.long, device=logits.device)
 
-        decoded.append(_walk(prior, len(decoders), choose, "decoding"))
+        decoded.append(visit_codes(prior, len(batch), choose, "decoding"))
     return torch.cat(decoded)
 
 
-def _probabilities(logits: Tensor) -> np.ndarray:
-    """(B, K) float32."""
+def probabilities(logits: Tensor) -> np.ndarray:
+    """Return the softmax of logits (B, K) as float32, computed in float64 on the CPU."""
     return logits.cpu().double().softmax(1).float().numpy()
 
 
-def _walk(prior: CodePrior, count: int, choose, what: str) -> Tensor:
-    """Through the codes of `count` slices; where in its volume each lies is not told: it would have to be sent."""
+def visit_codes(prior: CodePrior, count: int, choose: Callable, verb: str) -> Tensor:
+    """Choose the codes of `count` slices in order, and return them; see `CodePrior.decode`.
+
+    The slices' positions in their volumes are unknown: they would have to be transmitted.
+    """
     device = prior.grids[-1].embedding.device
-    position, view = (
-        torch.full((count,), torch.nan, device=device),
-        torch.zeros(count, dtype=torch.long, device=device),
-    )
-    return prior.decode(
-        position, view, choose, lambda steps: tqdm(steps, f"{what} {count} slices", unit=" patches")
-    )
+    position = torch.full((count,), torch.nan, device=device)
+    view = torch.zeros(count, dtype=torch.long, device=device)
+    progress = functools.partial(tqdm, desc=f"{verb} {count} slices", unit=" segments")
+    return prior.decode(position, view, choose, progress)

@@ -46,8 +46,8 @@ def noise_ceiling(
 
 def scans_of_test_split(volumes: int) -> list[tuple[int, int]]:
     """Return (case, week) of each test volume of a phantom with so many of them."""
-    jobs = phantom.plan((1, 1, volumes))
-    return [(case, week) for split, case, week, _ in jobs if split == "test"]
+    plans = phantom.plan((1, 1, volumes))
+    return [(volume.case, volume.week) for volume in plans if volume.split == "test"]
 
 
 def main(argv: list[str] | None = None) -> int:

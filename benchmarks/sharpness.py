@@ -1,9 +1,10 @@
-"""Runs side by side: how sharp their reconstructions are, and how far from the distribution of real slices.
+"""Compare runs by the sharpness of their reconstructions and their distance from real slices.
 
     python benchmarks/sharpness.py --runs runs/plain runs/gan
 
-For runs of one data set and rate. Writes <out>.json, <out>.md and <out>.png: the SSIM names, PSNR, the power of
-reconstructions over that of the originals in the three highest octaves, and kernel distances (distances.py).
+The runs must have the same data set and rate. The result files are <out>.json, <out>.md and
+<out>.png, with the SSIM names, PSNR, the power of reconstructions relative to the originals in the
+three highest octaves of spatial frequency, and kernel distances (prior/realism.py).
 """
 
 from __future__ import annotations
@@ -24,77 +25,126 @@ from prior.realism import Features, kernel_distance
 from training.checkpoint import load_model
 from training.run_folder import load_run_data
 
-OCTAVES = 3
-SHOWN = 3  # slices in the figure
-CROP = (slice(64, 192), slice(32, 96))  # of each, enlarged
+RESULTS = Path(__file__).parent / "results"
+NUM_OCTAVES = 3
+NUM_SHOWN = 3  # slices in the figure
+CROP = (slice(64, 192), slice(32, 96))  # the enlarged part of a slice
+FLAGS = ("recipe", "epochs", "seed", "gan", "gan_weight", "gan_start")  # in the result file
+
+# ---------------------------------------------------------------- measurements
 
 
-def measure(
-    run: Path, originals: Tensor, features: Features, known: Tensor, cases: list[str], device
-) -> dict:
-    """The row of a run; its reconstructions stand under "images". known: the training slices' features."""
+def measure_run(
+    run: Path,
+    originals: Tensor,
+    cases: list[str],
+    features: Features,
+    training_features: Tensor,
+    device: torch.device,
+) -> tuple[dict, Tensor]:
+    """Reconstruct and score slices by a run's best.pt.
+
+    Args:
+        run: its folder.
+        originals: (N, 1, H, W), z-scored.
+        cases: the case of each slice.
+        features: fitted to the training slices.
+        training_features: (M, F), of the training slices.
+        device: where to compute.
+
+    Returns:
+        The run's row of the result file, and the reconstructions, (N, 1, H, W).
+    """
     model = load_model(VQVAE, run / "best.pt", device)
+    batches = []
     with torch.no_grad():
-        images = torch.cat(
-            [model(some.to(device)).reconstruction.float().cpu() for some in originals.split(16)]
-        )
-    pairs = list(zip(originals.split(16), images.split(16), strict=True))
-    scored = [metrics.slice_scores(*pair) for pair in pairs]
-    scores = {name: torch.cat([part[name] for part in scored]) for name in SCORE_NAMES}
-    for octave in range(OCTAVES):
-        scores[f"power_octave_{octave}"] = torch.cat(
-            [metrics.power_ratio(*pair, octave) for pair in pairs]
-        )
-    seen = features(images)
+        for batch in originals.split(16):
+            reconstruction, _ = model(batch.to(device))
+            batches.append(reconstruction.float().cpu())
+    reconstructions = torch.cat(batches)
+    scores = {}
+    for name, values in score(originals, reconstructions).items():
+        scores[name] = metrics.mean_by_case(values.double().numpy(), cases)
     config = utils.read_json(run / "config.json")
-    arguments = config["arguments"]
-    return {
-        "run": run.resolve().name, "bits_per_pixel": model.bits_per_pixel, "images": images,
-        "flags": {name: arguments.get(name) for name in ("recipe", "epochs", "seed", "gan", "gan_weight", "gan_start")},
-        "scores": {name: metrics.mean_by_case(values.double().numpy(), cases) for name, values in scores.items()},
-        "distance_to_originals": kernel_distance(seen, features(originals)),
-        "distance_to_training": kernel_distance(seen, known),
+    reconstruction_features = features(reconstructions)
+    row = {
+        "run": run.resolve().name,
+        "bits_per_pixel": model.bits_per_pixel,
+        "flags": {name: config["arguments"].get(name) for name in FLAGS},
+        "scores": scores,
+        "distance_to_originals": kernel_distance(reconstruction_features, features(originals)),
+        "distance_to_training": kernel_distance(reconstruction_features, training_features),
         "trained": {name: config[name] for name in ("device", "precision", "versions")},
-    }  # fmt: skip
+    }
+    return row, reconstructions
+
+
+def score(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+    """Compute SCORE_NAMES and the power ratio in each octave: (N, 1, H, W) twice -> {name: (N,)}.
+
+    `power_octave_0` is the highest octave.
+    """
+    batch_scores = []
+    for pair in zip(originals.split(16), reconstructions.split(16), strict=True):
+        values = metrics.slice_scores(*pair)
+        for octave in range(NUM_OCTAVES):
+            values[f"power_octave_{octave}"] = metrics.power_ratio(*pair, octave)
+        batch_scores.append(values)
+    names = batch_scores[0]
+    return {name: torch.cat([values[name] for values in batch_scores]) for name in names}
+
+
+# ---------------------------------------------------------------- results
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, a row a run."""
-    heads = [
-        *(f"`{name}`" for name in SCORE_NAMES[:-1]),
-        "PSNR (dB)",
-        "power, top octave",
-        "2nd",
-        "3rd",
-    ]
+    """Return a Markdown table with a row per run."""
+    heads = ["run", "bits per pixel"]
+    heads += ["PSNR (dB)" if name == "psnr" else f"`{name}`" for name in SCORE_NAMES]
+    heads += ["power, top octave", "2nd", "3rd"]
     heads += ["distance to the same slices", "to training slices"]
-    lines = [
-        "| run | bits per pixel | " + " | ".join(heads) + " |",
-        "|" + "---|" * (len(heads) + 2),
-    ]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["run"], f"{row['bits_per_pixel']:.4f}"]
-        cells += [
-            f"{value['mean']:.{2 if name == 'psnr' else 3}f}"
-            for name, value in row["scores"].items()
-        ]
-        cells += [f"{row[name]:.3f}" for name in ("distance_to_originals", "distance_to_training")]
+        for name, value in row["scores"].items():
+            cells.append(f"{value['mean']:.{2 if name == 'psnr' else 3}f}")
+        for name in ("distance_to_originals", "distance_to_training"):
+            cells.append(f"{row[name]:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(path: Path, originals: Tensor, rows: list[dict], names: list[str], heading: str) -> None:
-    """Originals and each run's reconstructions, whole and enlarged, a row a slice."""
-    columns = [("original", originals), *((row["run"], row["images"]) for row in rows)]
+def plot(
+    path: Path,
+    originals: Tensor,
+    reconstructions: list[tuple[str, Tensor]],
+    names: list[str],
+    heading: str,
+) -> None:
+    """Plot originals and each run's reconstructions, whole and enlarged, a row per slice.
+
+    Args:
+        path: of the figure.
+        originals: (N, 1, H, W).
+        reconstructions: (run, (N, 1, H, W)) for each run.
+        names: of the N slices.
+        heading: title of the figure.
+    """
     images, titles = [], []
     for i, name in enumerate(names):
-        for what, some in columns:
-            images.append(some[i])
-            titles.append(f"{what}: {name}" if what == "original" else what)
-    plots.plot_slices(path, torch.stack(images), titles, heading, len(columns), CROP)
+        images.append(originals[i])
+        titles.append(f"original: {name}")
+        for run, run_images in reconstructions:
+            images.append(run_images[i])
+            titles.append(run)
+    num_columns = 1 + len(reconstructions)
+    plots.plot_slices(path, torch.stack(images), titles, heading, num_columns, CROP)
 
 
-def main(argv: list[str] | None = None) -> int:
+# ---------------------------------------------------------------- the command
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,51 +157,61 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR",
         help="folders of runs, each with a best.pt",
     )
-    flag("--data", metavar="DIR", help="folder of slices or volumes (the first run's own)")
+    flag("--data", metavar="DIR", help="folder of the data (default: that of the first run)")
     flag(
         "--split",
         choices=("validate", "test"),
         default="test",
-        help="which split to measure on (test)",
+        help="split to measure on (default: test)",
     )
-    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     flag(
         "--out",
         type=Path,
-        help="result files, without ending (benchmarks/results/sharpness_<data>)",
+        help="result files, without suffix (default: benchmarks/results/sharpness_<data>)",
     )
-    args = parser.parse_args(argv)
-    device = utils.pick_device(args.device)
-    splits = [load_run_data(args.runs[0], split, args.data) for split in ("train", args.split)]
-    kept = [(~split.constant).nonzero().flatten() for split, _ in splits]
-    train, originals = (
-        split.batch(indices) for (split, _), indices in zip(splits, kept, strict=True)
-    )
-    names = [splits[1][0].names[i] for i in kept[1]]
-    features = Features().fit(train)
-    known, cases = features(train), [name.case for name in names]
-    rows = [measure(run, originals, features, known, cases, device) for run in args.runs]
+    return parser.parse_args(argv)
 
-    data = Path(splits[1][1]).name
-    out = args.out or Path(__file__).parent / "results" / f"sharpness_{data}"
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    device = utils.pick_device(args.device)
+    train, _ = load_run_data(args.runs[0], "train", args.data)
+    slices, root = load_run_data(args.runs[0], args.split, args.data)
+    training_images = train.batch((~train.constant).nonzero().flatten())
+    indices = (~slices.constant).nonzero().flatten()
+    originals = slices.batch(indices)
+    names = [slices.names[i] for i in indices]
+    cases = [name.case for name in names]
+    features = Features().fit(training_images)
+    training_features = features(training_images)
+    shown = plots.spread_indices(len(names), NUM_SHOWN)
+    rows = []
+    shown_reconstructions = []
+    for run in args.runs:
+        row, reconstructions = measure_run(
+            run, originals, cases, features, training_features, device
+        )
+        rows.append(row)
+        shown_reconstructions.append((row["run"], reconstructions[shown]))
+
+    data = Path(root).name
+    out = args.out or RESULTS / f"sharpness_{data}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    chosen = (
-        torch.linspace(0, len(names) - 1, SHOWN + 2).round().long()[1:-1]
-    )  # a volume's ends show little
-    shown = [row | {"images": row["images"][chosen]} for row in rows]
     heading = f"{data}, {args.split}, {rows[0]['bits_per_pixel']:.4f} bits per pixel"
-    plot(Path(f"{out}.png"), originals[chosen], shown, [str(names[i]) for i in chosen], heading)
+    shown_names = [str(names[i]) for i in shown]
+    plot(Path(f"{out}.png"), originals[shown], shown_reconstructions, shown_names, heading)
     result = {
         "data": data,
         "split": args.split,
         "slices": len(names),
         "device": utils.describe_device(device),
+        "versions": utils.versions(),
+        "rows": rows,
     }
-    rows = [{name: value for name, value in row.items() if name != "images"} for row in rows]
-    utils.write_json(Path(f"{out}.json"), result | {"versions": utils.versions(), "rows": rows})
-    Path(f"{out}.md").write_text(
-        f"{heading}, {len(names)} slices.\n\n{table(rows)}", encoding="utf-8"
-    )
+    utils.write_json(Path(f"{out}.json"), result)
+    page = f"{heading}, {len(names)} slices.\n\n{table(rows)}"
+    Path(f"{out}.md").write_text(page, encoding="utf-8")
     print(f"\n{table(rows)}\nwritten: {out}.md, .json and .png")
     return 0
 

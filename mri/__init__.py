@@ -1,7 +1,7 @@
 """Find the files of a data set, divide them into splits, and read their slices.
 
-In the order of use: `files` and `subjects` interpret file names; `hipmri` and `splits` decide which
-file is in which split; `nifti` reads files safely; `preprocessing` makes slices of one size from
-them; `encoding` rounds slices to int16; `cache` keeps these on disk; `messages` describes the
-result to the user. `phantom` simulates the scans of the sample data.
+`files` and `subjects` interpret file names. `hipmri` and `splits` decide which file is in which
+split. `nifti` reads files safely, `preprocessing` makes slices of one size from them, `encoding`
+rounds these to int16, and `cache` keeps them on disk. `messages` describes the result to the user.
+`phantom` simulates the scans of the sample data.
 """

@@ -120,7 +120,7 @@ def _describe_fit(shape: tuple[int, int], preprocessing: Preprocessing) -> str:
     column_scale = shape[1] / columns
     distortion = max(row_scale / column_scale, column_scale / row_scale) - 1
     scale = math.sqrt(row_scale * column_scale)
-    advice = "--size H W brings slices to another size"
+    advice = "--size H W sets another size"
     if distortion > 0.05 and preprocessing.fit == "crop":
         return "lose their edges to --fit crop"
     if distortion > 0.05:
@@ -128,7 +128,7 @@ def _describe_fit(shape: tuple[int, int], preprocessing: Preprocessing) -> str:
             f"are resized to {rows} x {columns}, which changes their proportions by "
             f"{distortion:.1%}; --fit crop cuts their edges off instead"
         )
-        return f"{text}, {advice}" if preprocessing.form == "scans" else text
+        return f"{text}; {advice}" if preprocessing.form == "scans" else text
     if preprocessing.form == "scans" and max(scale, 1 / scale) > 1.5:
         return f"are resized to {rows} x {columns}; {advice}"
     return ""

@@ -199,7 +199,7 @@ def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the stored axes of a volume become the (row, column, plane) axes of its planes."""
+    """Map the stored axes of a volume to the (row, column, plane) axes of its planes, and back."""
 
     axis: int  # across the planes: a value of AXES or, without an orientation, the stored axis
     orientation: np.ndarray | None  # see `axis_orientation`; None: axes are used as stored

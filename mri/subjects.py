@@ -1,4 +1,4 @@
-"""Subjects: which patient or volunteer a file belongs to, as far as its path says.
+"""Subjects: determine from its path which patient or volunteer a file belongs to.
 
     subject_of(Path("sub-07/ses-1/T2w.nii.gz"))        # "07"
     subject_of(Path("case_004_week_0_slice_3.nii"))    # "004"

@@ -9,8 +9,8 @@ elsewhere are not comparable.
 
 How a copied sample is recognised: its distance to the nearest training slice is below the 1st
 percentile of the same distance of held-out slices, which are reconstructions of validation and
-test slices. About 1 % of the samples are therefore flagged by chance; only a fraction well above
-1 % shows that the prior repeats its training slices. There are two searches, both over the four
+test slices. About 1 % of the samples are therefore flagged by chance; a fraction well above 1 %
+suggests that the prior repeats its training slices. There are two searches, both over the four
 views in MIRRORS:
 
 - `nearest_pixels`: over shifts of up to 8 pixels in steps of 2, along both axes;

@@ -21,7 +21,7 @@ BATCH_SIZE = 40  # slices sampled at a time; larger batches need more memory
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How codes are sampled, see `prior.model.sample_codes`."""
+    """Options of `prior.model.sample_codes`, and the seed."""
 
     temperature: float = 1.0
     top_k: int = 0

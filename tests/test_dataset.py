@@ -1,268 +1,158 @@
-"""dataset.py: what is found, read, refused, normalised and cached."""
+"""The data set: z-scored slices, batches on a device, bad files, and augmentation."""
 
-import errno
-import gzip
-import logging
-import os
-import shutil
-from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import dataset
-import utils
-from mri import cache, hipmri, preprocessing
-from mri.files import format_listing
 from mri.hipmri import find_hipmri
+from mri.preprocessing import Preprocessing
+from mri.splits import find_source
 from utils import DataError
 
-SHAPE = (256, 128)
+SIZE = (256, 128)
 
 
-@pytest.fixture
-def load(tmp_path):
-    """`load_split` without a progress bar, its cache in the test's folder."""
-    return partial(dataset.load_split, cache_dir=tmp_path / "cache", progress=False)
-
-
-@pytest.fixture
-def one(tmp_path, write_nifti, load):
-    """one(arrays, **options): a training split of these arrays, in order, loaded."""
-
-    def make(*arrays: np.ndarray, affine=None, **options) -> dataset.SliceDataset:
-        shutil.rmtree(tmp_path / "one", ignore_errors=True)
-        for i, array in enumerate(arrays):
-            write_nifti(tmp_path / "one/train" / f"case_004_week_0_slice_{i}.nii", array, affine)
-        return load(find_hipmri(tmp_path / "one"), "train", **options)
-
-    return make
-
-
-def noise(shape=SHAPE, seed=0, dtype=np.int16, high=900) -> np.ndarray:
+def noise(shape: tuple[int, ...] = SIZE, seed: int = 0, dtype=np.int16, high=900) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, high, shape).astype(dtype)
 
 
-def no_decoding(*_, **__):
-    raise AssertionError("decoded a file although the cache holds it")
+# ---------------------------------------------------------------- z-scores
 
 
-def die(*_):
-    os._exit(1)  # what the kernel does to a process when memory runs out, seen from outside
-
-
-def caches(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
-
-
-# --------------------------------------------------------------------------------- names and finding
-
-
-def bad_contents() -> dict[str, tuple[bytes, str]]:
-    """Name -> (content of the file, what the message must say of it)."""
-
-    def nifti(array):
-        return nib.Nifti1Image(array, np.eye(4)).to_bytes()
-
-    with_nan, with_inf = noise(dtype=np.float32), noise(dtype=np.float32)
-    with_nan[3, 4:6], with_inf[0, 0] = np.nan, np.inf
-    whole = nifti(noise())
-    rgb = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
-    return {
-        "truncated": (gzip.compress(whole)[:5000], "truncated or damaged gzip"),
-        "cut": (
-            whole[:5000],
-            "truncated or damaged: its header tells of 65,888 bytes, it has 5,000",
-        ),
-        "nan": (nifti(with_nan), "2 NaN or infinite"),
-        "inf": (nifti(with_inf), "1 NaN or infinite"),
-        "fourd": (nifti(noise((16, 16, 3, 2))), "has shape 16 x 16 x 3 x 2, expected a 2D slice"),
-        "volume": (nifti(noise((16, 16, 3))), "has shape 16 x 16 x 3, expected a 2D slice"),
-        "thin": (nifti(noise((256, 2))), "has shape 256 x 2, expected"),
-        "empty": (b"", "is empty (zero bytes)"),
-        "text": (b"slice,score\n" * 99, "is not a NIfTI file"),
-        "short": (b"hello", "is not a NIfTI file"),
-        "complex": (nifti(noise().astype(np.complex64)), "holds complex64 values"),
-        "rgb": (nifti(rgb), "expected one real number a pixel"),
-        "huge": (
-            nifti(np.linspace(0, 1e300, 256 * 128).reshape(SHAPE)),
-            "intensities up to 1e+300",
-        ),
-    }
-
-
-def test_bad_files_are_listed_in_one_error(tmp_path, write_slices, load):
-    data = write_slices(tmp_path / "d")
-    for name, (content, _) in bad_contents().items():
-        (data / "keras_slices_train" / f"{name}.nii.gz").write_bytes(content)
-    (data / "keras_slices_train/dangling.nii.gz").symlink_to(tmp_path / "nowhere")
-    reasons = {name: reason for name, (_, reason) in bad_contents().items()} | {
-        "dangling": "No such file"
-    }
-    for _ in range(2):  # decoded, then from the cache
-        with pytest.raises(DataError) as error:
-            load(find_hipmri(data), "train")
-        lines = str(error.value).splitlines()
-        for name, reason in reasons.items():
-            assert [reason in line for line in lines if f"/{name}.nii.gz" in line] == [True], name
-        assert lines[0].startswith(f"{len(reasons)} of the {len(reasons) + 4} files")
-        assert len(lines) == len(reasons) + 2
-        assert "--skip-bad-files" in lines[-1]
-    good = load(find_hipmri(write_slices(tmp_path / "good")), "train")
-    for _ in range(2):
-        slices = load(find_hipmri(data), "train", skip_bad_files=True)
-        assert slices.names == good.names
-        assert torch.equal(slices.batch(torch.arange(4)), good.batch(torch.arange(4)))
-        assert f"{len(reasons)} bad file(s) skipped" in slices.notes[0]
-        assert all(f"/{name}.nii.gz " in slices.notes[0] for name in reasons)
-    load(find_hipmri(data), "validate")  # the other splits don't suffer
-
-
-def test_no_file_left(tmp_path, write_slices, load):
-    data = write_slices(tmp_path / "d", train=0)
-    (data / "keras_slices_train").mkdir()
-    (data / "keras_slices_train/a.nii.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"(?s)a.nii.gz is empty.*No file of this split is left"):
-        load(find_hipmri(data), "train", skip_bad_files=True)
-    assert caches(tmp_path / "cache") == []
-
-
-def test_a_file_that_recovers_is_read_again(tmp_path, write_slices, load, monkeypatch):
-    data, read = write_slices(tmp_path / "d"), Path.read_bytes
-
-    def refuse(path):
-        if path.name == "case_004_week_0_slice_2.nii.gz":
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return read(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", refuse)
-        with pytest.raises(DataError, match=r"slice_2.nii.gz can't be read \(Permission denied\)"):
-            load(find_hipmri(data), "train")
-        assert len(load(find_hipmri(data), "train", skip_bad_files=True)) == 3
-    assert len(load(find_hipmri(data), "train")) == 4
-
-
-def test_long_lists_are_cut():
-    lines = format_listing([str(i) for i in range(250)]).splitlines()
-    assert lines[99:] == ["  99", "  ... and 150 more"]
-
-
-def test_nibabel_does_not_flood_the_terminal(tmp_path, write_nifti, load, capfd):
-    path = write_nifti(tmp_path / "d/train/a.nii", noise())
-    data = bytearray(path.read_bytes())
-    data[76:80] = np.float32(7).tobytes()  # pixdim[0] should be 1 or -1
-    path.write_bytes(data)
-    load(find_hipmri(tmp_path / "d"), "train")
-    assert (
-        capfd.readouterr() == ("", "")
-        and logging.getLogger("nibabel.global").level == logging.CRITICAL
-    )
-
-
-# --------------------------------------------------------------------------------------------- pixels
-
-
-def test_z_score(one):
+def test_each_slice_is_z_scored_by_its_own_mean_and_deviation(load_images):
     images = [noise(seed=i, high=10 ** (i + 2)) for i in range(3)]
-    slices = one(*images)
-    batch = slices.batch(torch.tensor([2, 0]))
-    assert batch.shape == (2, 1, *SHAPE) and batch.dtype == torch.float32
+    slices = load_images(*images)
+    assert len(slices) == 3
+    assert slices.split == "train"
     assert slices.mean.dtype == slices.std.dtype == torch.float32
-    assert len(slices) == 3 and slices.split == "train"
-    for got, image in zip(batch[:, 0].double().numpy(), (images[2], images[0]), strict=True):
-        assert np.allclose(got, (image - image.mean()) / image.std(), atol=2e-6)
-    assert torch.equal(slices[1], slices.batch(torch.tensor([1]))[0]) and torch.equal(
-        slices[-1], slices[2]
-    )
+    batch = slices.batch(torch.tensor([2, 0]))
+    assert batch.shape == (2, 1, *SIZE)
+    assert batch.dtype == torch.float32
+    for zscored, image in zip(batch[:, 0], (images[2], images[0]), strict=True):
+        expected = (image - image.mean()) / image.std()
+        np.testing.assert_allclose(zscored.double(), expected, atol=2e-6)
+    assert torch.equal(slices[1], slices.batch(torch.tensor([1]))[0])
+    assert torch.equal(slices[-1], slices[2])
     with pytest.raises(IndexError):
         slices[3]
 
 
-def test_deviation_has_a_floor_and_constants_are_zero(one):
-    nearly_empty = np.zeros(SHAPE, np.int16)
+def test_deviations_have_a_floor_and_constant_slices_are_zero(load_images):
+    nearly_empty = np.zeros(SIZE, np.int16)
     nearly_empty[0, 0] = 1
-    slices = one(nearly_empty, np.full(SHAPE, 77, np.int16), *(noise(seed=i) for i in range(5)))
-    floor = 0.05 * np.median([nearly_empty.std(), *(noise(seed=i).std() for i in range(5))])
+    varied = [noise(seed=i) for i in range(5)]
+    slices = load_images(nearly_empty, np.full(SIZE, 77, np.int16), *varied)
+    floor = 0.05 * np.median([nearly_empty.std(), *(image.std() for image in varied)])
     assert slices.std[:2].tolist() == pytest.approx([floor, floor], rel=1e-6)
-    assert slices[0].abs().max() < 0.1  # not 181, its z-score by its own deviation
+    assert slices[0].abs().max() < 0.1  # its own deviation would make it 181
     assert slices.constant.tolist() == [False, True] + [False] * 5
     assert slices[1].count_nonzero() == 0
     assert torch.all(slices.denormalise(slices[1][None], torch.tensor([1])) == 77)
-    assert (
-        len(slices.notes) == 1
-        and "1 slice(s) of one value:\n  case_004_week_0_slice_1" in slices.notes[0]
-    )
 
 
-def test_only_constants(one):
-    slices = one(
-        np.full(SHAPE, 0.1), np.full((511, 255), 0.7)
-    )  # the second is resized: rounding noise
-    assert slices.constant.all() and slices.batch(torch.arange(2)).count_nonzero() == 0
-    assert torch.isfinite(slices.std).all() and (slices.std > 0).all()
+def test_a_split_of_constant_slices_has_finite_deviations(load_images):
+    # The second image is resized, which adds rounding noise.
+    slices = load_images(np.full(SIZE, 0.1), np.full((511, 255), 0.7))
+    assert slices.constant.all()
+    assert slices.batch(torch.arange(2)).count_nonzero() == 0
+    assert torch.isfinite(slices.std).all()
+    assert (slices.std > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
-def test_integers_come_back_exactly(one, dtype):
-    limit = np.iinfo(dtype).max + 1 if np.dtype(dtype).kind in "iu" else 65536
-    image = noise(dtype=dtype, high=min(65536, limit))
-    slices = one(image)
-    back = slices.denormalise(slices[0][None], torch.tensor([0]))[0, 0].double().round().numpy()
-    assert np.array_equal(back, image.astype(np.float64))
+def test_integers_are_restored_exactly(load_images, dtype):
+    high = min(65536, np.iinfo(dtype).max + 1) if np.dtype(dtype).kind in "iu" else 65536
+    image = noise(dtype=dtype, high=high)
+    slices = load_images(image)
+    restored = slices.denormalise(slices[0][None], torch.tensor([0]))[0, 0].double().round()
+    np.testing.assert_array_equal(restored, image.astype(np.float64))
 
 
-@settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.float64, (8, 8), elements=st.floats(-1e30, 1e30)))
-def test_rounding_is_at_most_half_a_step(image):
-    low = image.min()
-    steps, scale = cache.quantize(image, low, image.max())
-    back = (steps.astype(np.float64) + 32768) * scale + low
-    half = np.ptp(image) / 131070
-    assert steps.dtype == np.int16
-    assert np.abs(back - image).max() <= half * (1 + 1e-9) + 1e-15 * np.abs(image).max() + 1e-300
-
-
-@pytest.mark.parametrize(("image", "step"), [
-    ([0, 65535], 1), ([-32768, 0, 32767], 1), ([0, 65536], 65536 / 65535), ([0, 0.5, 1], 1 / 65535), ([7], 1),
-])  # fmt: skip
-def test_size_of_a_step(image, step):
-    steps, scale = cache.quantize(np.array([image], np.float64), min(image), max(image))
-    assert scale == step
-    assert steps.min() == -32768 and (len(image) == 1 or steps.max() == 32767)
-
-
-@settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.int64, (8, 8), elements=st.integers(0, 65535)), st.integers(-(2**31), 2**31))
-def test_integers_within_65535_steps_are_exact(image, offset):
-    image += offset
-    steps, scale = cache.quantize(image.astype(np.float64), float(image.min()), float(image.max()))
-    assert scale == 1 and np.array_equal((steps.astype(np.int64) + 32768) + image.min(), image)
-
-
-# -------------------------------------------------------------------------------------------- volumes
-
-
-def test_real_slices(real_data, load):
+def test_real_slices_are_read_exactly(real_data, load):
     source = find_hipmri(real_data)
     assert [len(source.splits[split]) for split in ("train", "validate", "test")] == [86, 38, 106]
     assert any("1 subject(s) in both train and validate (218)" in note for note in source.notes)
     assert not any("and test" in note for note in source.notes)
     for split, files in source.splits.items():
         slices = load(source, split)
-        assert len(slices) == len(files) and slices.notes == [] and not slices.constant.any()
-        batch = slices.batch(torch.arange(len(slices)))
-        back = slices.denormalise(batch, torch.arange(len(slices)))[:, 0].round().numpy()
-        for image, file in zip(back, files, strict=True):
-            assert np.array_equal(image, np.asarray(nib.load(file).dataobj))
+        assert len(slices) == len(files)
+        assert slices.notes == []
+        assert not slices.constant.any()
+        indices = torch.arange(len(slices))
+        batch = slices.batch(indices)
+        restored = slices.denormalise(batch, indices)[:, 0].round()
+        for image, file in zip(restored, files, strict=True):
+            np.testing.assert_array_equal(image, np.asarray(nib.load(file).dataobj))
         assert batch.mean((1, 2, 3)).abs().max() < 1e-5
         assert (batch.std((1, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+
+def test_the_fingerprint_depends_on_contents_and_order(load_images):
+    first, second = noise(seed=1), noise(seed=2)
+    fingerprint = load_images(first, second).fingerprint
+    assert load_images(first, second).fingerprint == fingerprint
+    assert load_images(second, first).fingerprint != fingerprint
+    assert load_images(first).fingerprint != fingerprint
+
+
+# ---------------------------------------------------------------- bad files
+
+
+@pytest.fixture
+def damaged(tmp_path, write_slices) -> Path:
+    """HipMRI's 2D form with 4 good training slices, and 3 files that cannot be used."""
+    data = write_slices(tmp_path / "d")
+    folder = data / "keras_slices_train"
+    (folder / "empty.nii.gz").write_bytes(b"")
+    (folder / "text.nii.gz").write_bytes(b"slice,score\n" * 99)
+    (folder / "dangling.nii.gz").symlink_to(tmp_path / "nowhere")
+    return data
+
+
+REASONS = {"dangling": "No such file", "empty": "is empty", "text": "is not a NIfTI file"}
+
+
+def test_bad_files_are_listed_in_one_error(damaged, load):
+    for _ in range(2):  # decoded, then from the cache
+        with pytest.raises(DataError) as error:
+            load(find_hipmri(damaged), "train")
+        first, *listed, last = str(error.value).splitlines()
+        assert first == "3 of the 7 files of the train split cannot be used:"
+        for line, (name, reason) in zip(listed, REASONS.items(), strict=True):
+            assert f"{name}.nii.gz" in line
+            assert reason in line
+        assert "--skip-bad-files" in last
+    load(find_hipmri(damaged), "validate")  # the other splits can be used
+
+
+def test_bad_files_can_be_skipped(tmp_path, write_slices, damaged, load):
+    good = load(find_hipmri(write_slices(tmp_path / "good")), "train")
+    for _ in range(2):
+        slices = load(find_hipmri(damaged), "train", skip_bad_files=True)
+        assert slices.names == good.names
+        assert torch.equal(slices.batch(torch.arange(4)), good.batch(torch.arange(4)))
+        (note,) = slices.notes
+        assert "3 bad file(s) skipped" in note
+        for name in REASONS:
+            assert f"/{name}.nii.gz " in note
+
+
+def test_a_split_without_good_files_is_an_error(tmp_path, write_slices, load):
+    data = write_slices(tmp_path / "d", train=0)
+    (data / "keras_slices_train").mkdir()
+    (data / "keras_slices_train/a.nii.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"(?s)a.nii.gz is empty.*No file of this split is left"):
+        load(find_hipmri(data), "train", skip_bad_files=True)
+    assert not any(path.is_dir() for path in (tmp_path / "cache").iterdir())
+
+
+def test_unknown_splits_are_refused(tmp_path, write_slices, load):
+    with pytest.raises(DataError, match="split is 'all'; expected train, validate or test"):
+        load(find_hipmri(write_slices(tmp_path / "d")), "all")
 
 
 # ---------------------------------------------------------------- augmentation
@@ -273,127 +163,196 @@ def test_crops_are_squares_of_the_slices_at_every_place():
     slices = torch.arange(500 * 1 * 6 * 4.0).view(500, 1, 6, 4)
     squares = dataset.random_crop(slices, 3)
     assert squares.shape == (500, 1, 3, 3)
-    seen = set()
+    places = set()
     for i, square in enumerate(squares[:, 0]):
         top, left = divmod(int(square[0, 0]) - 24 * i, 4)
         assert torch.equal(square, slices[i, 0, top : top + 3, left : left + 3])
-        seen.add((top, left))
-    assert seen == {(top, left) for top in range(4) for left in range(2)}
+        places.add((top, left))
+    assert places == {(top, left) for top in range(4) for left in range(2)}
 
 
-def test_flips_are_drawn_for_each_slice():
+def test_slices_are_flipped_along_both_axes_independently():
     torch.manual_seed(0)
     images = torch.rand(1, 1, 8, 4).expand(64, 1, 8, 4)
-    kinds = [images[0], images[0].flip(-1), images[0].flip(-2), images[0].flip(-1, -2)]
-    seen = [
-        [torch.equal(image, kind) for kind in kinds].index(True)
-        for image in dataset.random_flip(images)
-    ]
-    assert set(seen) == {0, 1, 2, 3}
+    variants = [images[0], images[0].flip(-1), images[0].flip(-2), images[0].flip(-1, -2)]
+    drawn = set()
+    for image in dataset.random_flip(images):
+        drawn.add([torch.equal(image, variant) for variant in variants].index(True))
+    assert drawn == {0, 1, 2, 3}
 
 
-def test_squares_are_turned_all_eight_ways():
+def test_squares_are_drawn_in_all_eight_symmetries():
     torch.manual_seed(0)
     square = torch.rand(1, 1, 4, 4)
-    turned = dataset.random_flip(square.expand(200, 1, 4, 4))
-    ways = {
-        tuple(x.flip(axes).flatten().tolist())
-        for x in (square, square.mT)
-        for axes in ((), (-1,), (-2,), (-1, -2))
-    }
-    assert {tuple(x.flatten().tolist()) for x in turned} == ways and len(ways) == 8
+    expected = set()
+    for image in (square, square.mT):
+        for axes in ((), (-1,), (-2,), (-1, -2)):
+            expected.add(tuple(image.flip(axes).flatten().tolist()))
+    flipped = dataset.random_flip(square.expand(200, 1, 4, 4))
+    assert {tuple(image.flatten().tolist()) for image in flipped} == expected
+    assert len(expected) == 8
 
 
-# -------------------------------------------------------------------------------- batches on a device
+@pytest.mark.parametrize(
+    ("crop", "shape"), [(0, (72, 56)), (32, (32, 32)), (48, (48, 48)), (64, (48, 48))]
+)
+def test_augmentation_crops_to_the_largest_square_that_fits(crop, shape):
+    images = torch.rand(3, 1, 72, 56)
+    assert dataset.augment(images, crop, flip=True).shape == (3, 1, *shape)
 
 
-def test_batches_are_the_same_on_every_path(write_slices, tmp_path, monkeypatch):
-    """As they are read, out of a device's memory, and read ahead by a thread; a last group may be small, or empty."""
-    split = dataset.load_split(
-        hipmri.find_hipmri(write_slices(tmp_path / "data", train=9, validate=1)), "train"
-    )
-    groups = [
-        *torch.randperm(9, generator=torch.Generator().manual_seed(0)).split(4),
-        torch.tensor([], dtype=torch.long),
-    ]
-    expected = [split.batch(group) for group in groups]
-    cpu = torch.device("cpu")
+def test_augmentation_without_crop_and_flip_changes_nothing():
+    images = torch.rand(3, 1, 72, 56)
+    assert torch.equal(dataset.augment(images, crop=0, flip=False), images)
 
-    def check(device=cpu):
-        found = [images.clone() for images in split.batches(groups, device)]
-        assert [len(images) for images in found] == [4, 4, 1, 0]
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
-    check()
-    real = torch.Tensor.to
+def test_augmentation_draws_the_crop_before_the_flips():
+    images = torch.rand(3, 1, 72, 56)
+    torch.manual_seed(0)
+    expected = dataset.random_flip(dataset.random_crop(images, 32))
+    torch.manual_seed(0)
+    assert torch.equal(dataset.augment(images, crop=32, flip=True), expected)
+
+
+# ---------------------------------------------------------------- batches on a device
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def nine_slices(tmp_path, write_slices, load) -> dataset.SliceDataset:
+    return load(find_hipmri(write_slices(tmp_path / "d", train=9)), "train")
+
+
+def check_batches(slices: dataset.SliceDataset, device: torch.device, expected: list) -> None:
+    """Check the batches of groups of 4, 4, 1 and 0 slices."""
+    batches = [images.clone() for images in slices.batches(shuffled_groups(), device)]
+    assert [len(images) for images in batches] == [4, 4, 1, 0]
+    for images, expected_images in zip(batches, expected, strict=True):
+        assert torch.equal(images, expected_images)
+
+
+def shuffled_groups() -> list[torch.Tensor]:
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    return [*order.split(4), torch.tensor([], dtype=torch.long)]
+
+
+def test_batches_are_those_of_the_groups(nine_slices):
+    expected = [nine_slices.batch(group) for group in shuffled_groups()]
+    check_batches(nine_slices, CPU, expected)
+    assert list(nine_slices.batches([], CPU)) == []
+
+
+def test_batches_read_ahead_by_a_thread_are_the_same(nine_slices, monkeypatch):
+    expected = [nine_slices.batch(group) for group in shuffled_groups()]
+    mps = torch.device("mps")  # neither a CPU nor cached on the device: a thread reads
+    to = torch.Tensor.to
     monkeypatch.setattr(
-        torch.Tensor,
-        "to",
-        lambda x, device, **_: real(x, cpu if device == torch.device("mps") else device),
+        torch.Tensor, "to", lambda x, device, **_: to(x, CPU if device == mps else device)
     )
-    check(torch.device("mps"))  # neither CPU nor placed: the thread reads
-    monkeypatch.undo()
+    check_batches(nine_slices, mps, expected)
+
+
+def test_batches_of_pixels_on_the_device_are_the_same(nine_slices, monkeypatch):
+    expected = [nine_slices.batch(group) for group in shuffled_groups()]
     monkeypatch.setattr(dataset, "free_memory", lambda device: 9 * 256 * 128 * 2 * 4)
-    assert "over 20% of cpu's free memory" in split.place(cpu, share=0.2)
-    assert split._placed is None
-    assert "in the memory of cpu" in split.place(cpu, share=0.25)
-    monkeypatch.setattr(split, "_stored", None)  # nothing is read any more
-    check()
-    assert list(split.batches([], cpu)) == []
+    line = nine_slices.cache_on_device(CPU, max_fraction=0.2)
+    assert "more than 20% of the free memory of cpu" in line
+    check_batches(nine_slices, CPU, expected)
+    assert "in the memory of cpu" in nine_slices.cache_on_device(CPU, max_fraction=0.25)
+
+    def fail(*_):
+        raise AssertionError("was read from disk, not from the device")
+
+    monkeypatch.setattr(dataset.SliceDataset, "batch", fail)
+    check_batches(nine_slices, CPU, expected)
+    assert list(nine_slices.batches([], CPU)) == []
 
 
-def test_reading_ahead_keeps_order_and_bounds():
-    """At most `depth` groups wait; an error reaches the reader, and a reader that stops stops the thread."""
+def test_prefetching_keeps_the_order_and_is_bounded():
     read = []
-    found = []
-    for number in dataset.prefetch(
-        lambda group: read.append(group) or 2 * group, range(20), depth=2
-    ):
-        found.append(number)
-        assert len(read) <= len(found) + 3
-    assert read == list(range(20)) and found == [2 * group for group in read]
+
+    def double(group: int) -> int:
+        read.append(group)
+        return 2 * group
+
+    results = []
+    for number in dataset.prefetch(double, range(20), depth=2):
+        results.append(number)
+        assert len(read) <= len(results) + 3
+    assert read == list(range(20))
+    assert results == [2 * group for group in read]
+
+
+def test_prefetching_passes_errors_on():
     with pytest.raises(ZeroDivisionError):
         list(dataset.prefetch(lambda group: 1 // group, [1, 0]))
-    reader = dataset.prefetch(lambda group: read.append(group), range(100), depth=2)
+
+
+def test_prefetching_stops_with_its_reader():
+    read = []
+    reader = dataset.prefetch(read.append, range(100), depth=2)
     next(reader)
     reader.close()
     assert len(read) < 30
 
 
-# ---------------------------------------------------------------- single slices, and where they lie
+# ---------------------------------------------------------------- names and positions
 
 
-def test_positions_are_between_the_ends_of_each_volume(tmp_path, write_nifti):
-    """By week and case; unknown where a name tells no slice, or is alone."""
-    image = np.arange(256 * 128, dtype=np.int16).reshape(256, 128)
-    names = [f"case_004_week_0_slice_{n}" for n in (0, 5, 20)] + [
-        f"case_004_week_1_slice_{n}" for n in (3, 7)
-    ]
+def test_positions_of_2d_slices_are_relative_to_their_case_and_week(tmp_path, write_nifti, load):
+    names = [f"case_004_week_0_slice_{number}" for number in (0, 5, 20)]
+    names += [f"case_004_week_1_slice_{number}" for number in (3, 7)]
     for name in [*names, "case_005_week_0_slice_4", "scan"]:
-        write_nifti(tmp_path / "data" / "train" / f"{name}.nii.gz", image)
-    slices = dataset.load_split(hipmri.find_hipmri(tmp_path / "data"), "train", progress=False)
-    found = dict(zip((name.stem for name in slices.names), slices.positions.tolist(), strict=True))
-    assert [found[name] for name in names] == [0, 0.25, 1, 0, 1]
-    assert np.isnan(found["case_005_week_0_slice_4"]) and np.isnan(found["scan"])
+        write_nifti(tmp_path / "d" / "train" / f"{name}.nii.gz", noise())
+    slices = load(find_hipmri(tmp_path / "d"), "train")
+    stems = [name.stem for name in slices.names]
+    positions = dict(zip(stems, slices.positions.tolist(), strict=True))
+    assert [positions[name] for name in names] == [0, 0.25, 1, 0, 1]
+    assert np.isnan(positions["case_005_week_0_slice_4"])  # the only slice of its volume
+    assert np.isnan(positions["scan"])
+
+
+def test_positions_and_names_of_planes_are_those_in_their_file(tmp_path, write_nifti, load):
+    folder = tmp_path / "d"
+    volumes = [
+        write_nifti(folder / "sub-0_a.nii.gz", noise((16, 16, 5))),
+        write_nifti(folder / "sub-0_b.nii.gz", noise((16, 16, 9))),
+    ]
+    flat = []
+    for number in (3, 4, 7):
+        path = folder / f"case_007_week_0_slice_{number}.nii.gz"
+        flat.append(write_nifti(path, noise((16, 16))))
+    manifest = {"0": [path.name for path in volumes], "007": [path.name for path in flat]}
+    source = find_source(folder, "axial", manifest={"train": manifest})
+    slices = load(source, "train", Preprocessing.resolve(source, axis="axial"))
+    expected = [0, 0.25, 1, *np.linspace(0, 1, 5), *np.linspace(0, 1, 9)]
+    np.testing.assert_allclose(slices.positions, expected)
+    assert slices.names[1].stem == "case_007_week_0_slice_4"
+    assert slices.names[4].stem == "sub-0_a_slice_1"
+    assert slices.names[4].case == "0"
+
+
+# ---------------------------------------------------------------- single slices
 
 
 @pytest.mark.parametrize("shape", [(256, 128), (300, 144), (256, 128, 1)])
-def test_a_single_slice_is_read_as_the_data_set_reads_it(tmp_path, write_nifti, shape):
-    image = np.random.default_rng(0).integers(0, 900, shape).astype(np.int16)
-    path = write_nifti(tmp_path / "data" / "train" / "case_004_week_0_slice_0.nii.gz", image)
-    slices = dataset.load_split(hipmri.find_hipmri(tmp_path / "data"), "train", progress=False)
-    torch.testing.assert_close(dataset.read_slice(path), slices[0], rtol=1e-4, atol=1e-4)
+def test_a_single_slice_is_read_as_in_the_data_set(tmp_path, write_nifti, load, shape):
+    path = write_nifti(tmp_path / "d/train/case_004_week_0_slice_0.nii.gz", noise(shape))
+    slices = load(find_hipmri(tmp_path / "d"), "train")
+    image = dataset.read_slice(path, slices.preprocessing)
+    torch.testing.assert_close(image, slices[0], rtol=1e-4, atol=1e-4)
 
 
-def test_single_slices_that_cannot_be_read(tmp_path, write_nifti):
-    flat = write_nifti(tmp_path / "flat.nii.gz", np.full((256, 128), 7, np.int16))
+def test_single_slices_that_cannot_be_used_are_refused(tmp_path, write_nifti):
+    constant = write_nifti(tmp_path / "constant.nii.gz", np.full(SIZE, 7, np.int16))
     volume = write_nifti(tmp_path / "volume.nii.gz", np.zeros((20, 20, 20), np.int16))
-    for path, message in (
-        (flat, "is of one value"),
-        (volume, "has shape 20 x 20 x 20"),
-        (tmp_path / "no", "No such"),
-    ):
-        with pytest.raises(utils.DataError, match=message):
-            dataset.read_slice(path)
-    with pytest.raises(utils.DataError, match="No such file"):
-        preprocessing.slice_affine(tmp_path / "no")
+    messages = {
+        constant: "has a single value",
+        volume: "has shape 20 x 20 x 20",
+        tmp_path / "no": "No such file",
+    }
+    for path, message in messages.items():
+        with pytest.raises(DataError, match=message):
+            dataset.read_slice(path, Preprocessing("2D"))

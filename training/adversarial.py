@@ -1,63 +1,90 @@
-"""The adversarial loss of --gan."""
+"""The adversarial loss of --gan: a patch discriminator, with VQGAN's adaptive weight."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.distributed import get_world_size
+
 
 class PatchDiscriminator(nn.Module):
-    """Tells patches of slices from patches of reconstructions (arXiv 1611.07004): (B, 1, H, W) -> (B, 1, H/8, W/8).
+    """Distinguish patches of slices from patches of reconstructions (arXiv 1611.07004).
 
-    Each number is high where its 42 x 42 pixels look real. Beside a slice it is shown what a 3 x 3 mean takes from it,
-    enlarged: reconstructions lack the finest detail first, and there it is too faint to be noticed among the rest.
+    The second input channel is the slice's high-frequency residual (the slice minus its 3 x 3
+    mean), amplified four times, because missing fine detail is hard to see in the slice itself.
     """
 
     def __init__(self, channels: int = 16):
         super().__init__()
-        # The first convolution has no stride: those with one alone would push reconstructions towards a grid.
-        layers: list[nn.Module] = [
-            nn.Conv2d(2, channels, kernel_size=3, padding=1),
-            nn.LeakyReLU(0.2),
-        ]
-        for inputs, outputs in itertools.pairwise(
-            (channels, 2 * channels, 4 * channels, 8 * channels)
-        ):
+        # The first convolution has no stride: with strided ones alone, the gradient would push
+        # reconstructions towards a grid.
+        layers: list[nn.Module] = [nn.Conv2d(2, channels, kernel_size=3, padding=1)]
+        layers.append(nn.LeakyReLU(0.2))
+        widths = (channels, 2 * channels, 4 * channels, 8 * channels)
+        for inputs, outputs in itertools.pairwise(widths):
             layers.append(nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1))
             if inputs > channels:
-                layers.append(
-                    nn.GroupNorm(8, outputs)
-                )  # of each slice by itself, whatever the batch
+                layers.append(nn.GroupNorm(8, outputs))  # unlike batch norm, per slice
             layers.append(nn.LeakyReLU(0.2))
-        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * channels, 1, kernel_size=3, padding=1))
+        layers.append(nn.Conv2d(8 * channels, 1, kernel_size=3, padding=1))
+        self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # (B, 1, H, W)
+        """Return logits, (B, 1, H/8, W/8), high where patches of 42 x 42 pixels look real."""
         mean = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
-        return self.layers(torch.cat([images, 4 * (images - mean)], 1)).float()
+        detail = 4 * (images - mean)  # (B, 1, H, W)
+        return self.layers(torch.cat([images, detail], 1)).float()
 
     def hinge_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """What the discriminator is trained by (arXiv 1705.02894): (B, 1, H, W) twice -> (); 2: it sees nothing."""
-        images = images.to(reconstructions.dtype)  # rounding must not tell one from the other
+        """Return the discriminator's loss (arXiv 1705.02894); 2 if it cannot distinguish them.
+
+        Args:
+            images, reconstructions: (B, 1, H, W).
+        """
+        images = images.to(reconstructions.dtype)  # or rounding would give reconstructions away
         return F.relu(1 - self(images)).mean() + F.relu(1 + self(reconstructions)).mean()
 
 
-def adversarial_losses(discriminator, images, reconstructions, reconstruction_loss, gan_weight):
-    """Interim."""
-    import torch.distributed as dist
+def adversarial_losses(
+    discriminator: PatchDiscriminator,
+    images: Tensor,
+    reconstruction: Tensor,
+    reconstruction_loss: Callable[[Tensor, Tensor], Tensor],
+    gan_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the adversarial losses of a batch, each ().
 
-    from training.distributed import get_world_size
+    The generator's gradient at the reconstruction is `gan_weight` times as long as that of the
+    reconstruction loss (VQGAN, arXiv 2012.09841, equation 7, there at the last layer).
 
-    leaf = reconstructions.detach().requires_grad_()
+    Args:
+        discriminator: its parameters get gradients from the second loss only.
+        images: (B, 1, H, W).
+        reconstruction: (B, 1, H, W), with a graph to the generator's parameters.
+        reconstruction_loss: called with reconstruction and images.
+        gan_weight: ratio of the two gradients' norms.
+
+    Returns:
+        The generator's loss, the discriminator's loss, and the adaptive weight.
+    """
+    leaf = reconstruction.detach().requires_grad_()
     adversarial = -discriminator(leaf).mean()
-    reconstruction = reconstruction_loss(leaf, images)
-    pulls = [torch.autograd.grad(loss, leaf)[0].float() for loss in (reconstruction, adversarial)]
-    squares = torch.stack([pull.square().sum() for pull in pulls])
-    if get_world_size() > 1:
+    losses = (reconstruction_loss(leaf, images), adversarial)
+    gradients = [torch.autograd.grad(loss, leaf)[0].float() for loss in losses]  # (B, 1, H, W)
+    squares = torch.stack([gradient.square().sum() for gradient in gradients])  # (2,)
+    if get_world_size() > 1:  # on the device; `distributed.all_reduce_sum` would wait for it
         dist.all_reduce(squares)
-    weight = gan_weight * (squares[0] / squares[1].clamp_min(1e-12)).sqrt().clamp_max(1e4)
-    push = (reconstructions.float() * (weight * pulls[1]).to(reconstructions)).sum()
-    hinge = discriminator.hinge_loss(images, leaf.detach())
-    return push - push.detach() + adversarial.detach().float(), hinge, weight
+    ratio = squares[0] / squares[1].clamp_min(1e-12)
+    weight = gan_weight * ratio.sqrt().clamp_max(1e4)
+    # A product with the constant gradient leads it on to the generator's parameters. Subtracting
+    # its value leaves the adversarial loss as the value.
+    gradient = (weight * gradients[1]).to(reconstruction)
+    product = (reconstruction.float() * gradient).sum()
+    generator_loss = product - product.detach() + adversarial.detach().float()
+    return generator_loss, discriminator.hinge_loss(images, leaf.detach()), weight

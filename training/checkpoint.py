@@ -1,4 +1,11 @@
-"""Read and write checkpoints."""
+"""Read and write checkpoints.
+
+A checkpoint is a dictionary of tensors and plain values: "format", "model_args" (arguments of the
+model's class), "model" (its state) and, for runs, the progress of the training.
+
+Checkpoints are shared, so reading one must neither run code nor exhaust the memory, whatever the
+file contains. Each check below names the attack that it stops.
+"""
 
 from __future__ import annotations
 
@@ -8,94 +15,163 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from utils import CheckpointError, write_bytes
+from utils import CheckpointError, first_line, write_bytes
 
-CHECKPOINT_FORMAT = (
-    3  # of runs: 1 and 2 can't go on, as they lack what a run counts by now; their models load
-)
+# Models in formats 1 and 2 still load, but their runs cannot be resumed: they lack step counters.
+CHECKPOINT_FORMAT = 3
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    content = (
-        io.BytesIO()
-    )  # torch's own writing doesn't tell a full disk from a mistake in the program
+    """Write a checkpoint atomically."""
+    # Not torch.save(checkpoint, path), which raises the same RuntimeError for a full disk as for a
+    # mistake in the program.
+    content = io.BytesIO()
     torch.save(checkpoint, content)
     write_bytes(path, content.getbuffer())
 
 
-def load_model(cls, path, device: str | torch.device = "cpu"):
-    checkpoint = read_checkpoint(path, device)
+def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dict:
+    """Return the dictionary of a checkpoint, with the keys of this version.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, unsafe or not a checkpoint.
+    """
     try:
-        arguments, state = checkpoint["model_args"], checkpoint["model"]
-        most = {True: len(state), False: sum(tensor.numel() for tensor in state.values())}
-        if any(
-            tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-            for tensor in state.values()
-        ):
-            raise ValueError("its tensors claim more numbers than it holds")
-        for name, value in arguments.items():
-            if isinstance(value, int | float) and not -1 <= value <= most["layers" in name]:
-                raise ValueError(f"it asks for {value} {name}, and holds {most[False]:,} numbers")
-        # First without memory: what it asks for must be what it holds.
+        is_compressed = _is_compressed(path)
+        if not is_compressed:
+            # Attack: pickled code that runs when it is read. `weights_only` refuses it.
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}; train one with train.py") from None
+    except Exception as error:  # damaged bytes can make the unpickler raise any exception
+        raise CheckpointError(_describe_failure(path, error)) from None
+    if is_compressed:
+        raise CheckpointError(
+            f"{path} is compressed; expected an uncompressed file, as train.py writes it"
+        )
+    if not isinstance(checkpoint, dict) or not {"format", "model_args", "model"} <= set(checkpoint):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: it lacks format, model_args or model"
+        )
+    number = checkpoint["format"]
+    if not isinstance(number, int) or not 1 <= number <= CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {number!r}; this version reads 1 to {CHECKPOINT_FORMAT}"
+        )
+    if isinstance(checkpoint["model"], dict):
+        checkpoint["model"] = rename_codebooks(checkpoint["model"])
+    return checkpoint
+
+
+def _is_compressed(path: Path | str) -> bool:
+    """Return whether any record of a checkpoint's zip file is compressed.
+
+    Attack: a small file that unpacks to a thousand times its size. Raises if it is not a zip file,
+    as in torch's older formats.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+
+
+def _describe_failure(path: Path | str, error: Exception) -> str:
+    """Return the message for an exception of `torch.load`."""
+    pattern = r"(?i)unsupported (?:global|class|operand):?\s+(?:global )?(\S+)"
+    refused = re.search(pattern, str(error))
+    if refused is None:
+        return (
+            f"{path} can't be read as a checkpoint ({first_line(error)}); use another, or train "
+            "again"
+        )
+    return (
+        f"{path} names {refused[1]:.80}, which is neither a tensor nor a plain value and could be "
+        "code; nothing of it was run. Use a checkpoint of this project"
+    )
+
+
+def rename_codebooks(state: dict) -> dict:
+    """Return the state of a model with the keys that this version gives to its codebooks.
+
+    Earlier versions nested several codebooks: `vector_quantization.X` was the first,
+    `vector_quantization.rest.X` the second, `vector_quantization.rest.rest.X` the third. They are
+    now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`, in the same order, so that the
+    state of an optimizer, which goes by order, stays valid.
+    """
+    if not any(str(key).startswith("vector_quantization.rest.") for key in state):
+        return state
+    renamed = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"vector_quantization\.((?:rest\.)*)(.*)", str(key), re.DOTALL)
+        if match:
+            number = len(match[1]) // len("rest.")
+            key = f"vector_quantization.quantizers.{number}.{match[2]}"
+        renamed[key] = value
+    return renamed
+
+
+def load_model(
+    cls: type[nn.Module], path: Path | str, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Return a checkpoint's model on the device, in eval mode.
+
+    Args:
+        cls: class of the model, called with the checkpoint's "model_args".
+        path: the checkpoint.
+        device: of the model.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or does not fit the class.
+    """
+    checkpoint = read_checkpoint(path, device)
+    arguments, state = checkpoint["model_args"], checkpoint["model"]
+    try:
+        _check_sizes(arguments, state)
+        # Attack: a small checkpoint of a huge model. Built without memory, the model must have
+        # exactly the tensors that the file holds.
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in cls(**arguments).state_dict().items()}
-        if shapes != {name: tensor.shape for name, tensor in state.items()}:
+            expected = cls(**arguments).state_dict()
+        if _shapes(expected) != _shapes(state):
             raise ValueError("its tensors are not those of its arguments")
         model = cls(**arguments)
         model.load_state_dict(state)
     except (
+        ArithmeticError,
         AttributeError,
         KeyError,
         TypeError,
         RuntimeError,
         ValueError,
-        ArithmeticError,
     ) as error:
-        reason = str(error).splitlines()[0]
+        # Any of these can follow from arguments or tensors of another type or size.
         raise CheckpointError(
-            f"{path} does not fit this version's {cls.__name__}: {reason}"
+            f"{path} does not fit this version's {cls.__name__}: {first_line(error)}"
         ) from None
     return model.to(device).eval()
 
 
-def read_checkpoint(path, device: str | torch.device = "cpu") -> dict:
-    """A checkpoint's dictionary. Loads tensors and plain types only, never code. Raises `CheckpointError`."""
-    try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch's older forms, and compressed ones, aren't written here
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise CheckpointError(
-                    f"{path} is compressed, which no checkpoint of this project is"
-                )
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}; train one with train.py") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        if found := re.search(
-            r"(?i)unsupported (?:global|class|operand):?\s+(?:global )?(\S+)", str(error)
-        ):
-            raise CheckpointError(
-                f"{path} names {found[1]:.80}, which is more than tensors and plain values and could be code; nothing "
-                "of it was run. Use a checkpoint of this project"
-            ) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} can't be read as a checkpoint ({reason}); use another, or train again"
-        ) from None
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"format", "model_args", "model"} <= checkpoint.keys()
-    ):
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project: it lacks format, model_args or model"
-        )
-    if checkpoint["format"] not in range(1, CHECKPOINT_FORMAT + 1):
-        found = checkpoint["format"]
-        raise CheckpointError(
-            f"{path} has checkpoint format {found!r}; this version reads 1 to {CHECKPOINT_FORMAT}"
-        )
-    return checkpoint
+def _check_sizes(arguments: dict, state: dict[str, Tensor]) -> None:
+    """Check that the tensors are as large as they claim, and the arguments no larger.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    for tensor in state.values():
+        # Attack: a tensor of a few bytes that claims to be large, by strides of 0.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError("its tensors claim more numbers than it holds")
+    # Attack: a number of layers that takes hours to build, even without memory. Each layer and each
+    # codebook has a tensor, and no dimension exceeds the total of the numbers.
+    max_modules = len(state)
+    max_size = sum(tensor.numel() for tensor in state.values())
+    for name, value in arguments.items():
+        if not isinstance(value, int | float):
+            continue
+        is_count_of_modules = "layers" in name or "codebooks" in name
+        limit = max_modules if is_count_of_modules else max_size
+        if not -1 <= value <= limit:
+            raise ValueError(f"it asks for {value} {name}, and holds {max_size:,} numbers")
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}

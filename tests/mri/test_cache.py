@@ -1,284 +1,348 @@
-"""dataset.py: what is found, read, refused, normalised and cached."""
+"""The cache of decoded slices: when it is used, replaced or shared, and where it is."""
 
 import errno
 import gzip
 import multiprocessing
 import os
-import pickle
 import shutil
-import time
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
 import dataset
-from mri import cache, preprocessing
+from mri import cache, nifti
+from mri.encoding import SliceRecord
+from mri.files import Source
 from mri.hipmri import find_hipmri
+from mri.preprocessing import Preprocessing
+from mri.splits import find_source
 from utils import DataError
 
-SHAPE = (256, 128)
+SIZE = (256, 128)
+
+
+def noise(shape: tuple[int, ...] = SIZE, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 900, shape).astype(np.int16)
+
+
+def list_caches(tmp_path: Path, folder: str = "cache") -> list[str]:
+    return sorted(path.name for path in (tmp_path / folder).iterdir() if path.is_dir())
+
+
+def fail(*_, **__):
+    raise AssertionError("was called although the cache is complete")
 
 
 @pytest.fixture
-def load(tmp_path):
-    """`load_split` without a progress bar, its cache in the test's folder."""
-    return partial(dataset.load_split, cache_dir=tmp_path / "cache", progress=False)
+def source(tmp_path, write_slices) -> Source:
+    """HipMRI's 2D form with 4 training and 2 test slices."""
+    return find_hipmri(write_slices(tmp_path / "d"))
 
 
-@pytest.fixture
-def one(tmp_path, write_nifti, load):
-    """one(arrays, **options): a training split of these arrays, in order, loaded."""
-
-    def make(*arrays: np.ndarray, affine=None, **options) -> dataset.SliceDataset:
-        shutil.rmtree(tmp_path / "one", ignore_errors=True)
-        for i, array in enumerate(arrays):
-            write_nifti(tmp_path / "one/train" / f"case_004_week_0_slice_{i}.nii", array, affine)
-        return load(find_hipmri(tmp_path / "one"), "train", **options)
-
-    return make
+def read_all(slices: dataset.SliceDataset) -> torch.Tensor:
+    return slices.batch(torch.arange(len(slices)))
 
 
-def noise(shape=SHAPE, seed=0, dtype=np.int16, high=900) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, high, shape).astype(dtype)
+# ---------------------------------------------------------------- when a cache is stale
 
 
-def no_decoding(*_, **__):
-    raise AssertionError("decoded a file although the cache holds it")
+def test_a_cache_is_read_without_decoding(source, load, monkeypatch):
+    first = load(source, "train")
+    monkeypatch.setattr(cache, "decode_file", fail)
+    second = load(source, "train")
+    assert second.names == first.names
+    assert torch.equal(read_all(second), read_all(first))
+    with pytest.raises(AssertionError):  # another split must be decoded
+        load(source, "test")
 
 
-def die(*_):
-    os._exit(1)  # what the kernel does to a process when memory runs out, seen from outside
-
-
-def caches(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
-
-
-# --------------------------------------------------------------------------------- names and finding
-
-
-def test_second_load_decodes_nothing(tmp_path, write_slices, load, monkeypatch):
-    data = write_slices(tmp_path / "d")
-    first = load(find_hipmri(data), "train")
-    monkeypatch.setattr(dataset.nifti, "read_nifti", no_decoding)
-    again = load(find_hipmri(data), "train")
-    assert again.names == first.names
-    assert torch.equal(again.batch(torch.arange(4)), first.batch(torch.arange(4)))
-    with pytest.raises(
-        DataError, match="AssertionError"
-    ):  # the patch works: another split must be decoded
-        load(find_hipmri(data), "test")
-
-
-@pytest.mark.parametrize("change", ["mtime", "size", "added", "removed"])
-def test_changed_files_are_noticed_and_old_caches_deleted(
-    tmp_path, write_slices, write_nifti, load, change
+@pytest.mark.parametrize("change", ["time", "size", "added", "removed", "renamed"])
+def test_a_changed_file_makes_a_new_cache_and_deletes_the_old(
+    tmp_path, source, write_nifti, load, change
 ):
-    data = write_slices(tmp_path / "d")
-    load(find_hipmri(data), "train")
-    load(find_hipmri(data), "test")
-    before, path = (
-        caches(tmp_path / "cache"),
-        data / "keras_slices_train/case_004_week_0_slice_1.nii.gz",
-    )
-    expected, stat = 4, path.stat()
-    if change == "mtime":
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    load(source, "train")
+    load(source, "test")
+    before = list_caches(tmp_path)
+    path = source.splits["train"][1]
+    status = path.stat()
+    expected = 4
+    if change == "time":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     elif change == "size":
         path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 9) + b"\0" * 8)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     elif change == "added":
         expected = 5
         write_nifti(path.with_name("case_004_week_0_slice_9.nii.gz"), noise())
-    else:
+    elif change == "removed":
         expected = 3
         path.unlink()
-    assert len(load(find_hipmri(data), "train")) == expected
-    after = caches(tmp_path / "cache")
-    assert len(after) == 2 and [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+    else:
+        path.rename(path.with_name("case_004_week_0_slice_9.nii.gz"))
+    assert len(load(find_hipmri(tmp_path / "d"), "train")) == expected
+    after = list_caches(tmp_path)
+    assert len(after) == 2
+    assert after[0] == before[0]  # of the test split
+    assert after[1] != before[1]
 
 
-def test_each_preprocessing_has_its_cache(tmp_path, one, monkeypatch):
+def test_each_preprocessing_and_format_has_its_own_cache(tmp_path, load_images, monkeypatch):
     wide = noise((256, 144))
-    resized, cropped = one(wide)[0], one(wide, fit="crop")[0]
-    assert not torch.equal(resized, cropped) and len(caches(tmp_path / "cache")) == 2
-    monkeypatch.setattr(dataset, "CACHE_FORMAT", 999)
-    one(wide)
-    assert len(caches(tmp_path / "cache")) == 3
+    resized = load_images(wide)
+    cropped = load_images(wide, fit="crop")
+    assert not torch.equal(resized[0], cropped[0])
+    assert len(list_caches(tmp_path)) == 2
+    monkeypatch.setattr(cache, "CACHE_FORMAT", 999)
+    load_images(wide)
+    assert len(list_caches(tmp_path)) == 3
 
 
-def test_planes_have_their_own_caches(tmp_path, write_nifti, load):
-    source = find_hipmri(write_3d(tmp_path / "release", write_nifti))
-    assert [len(load(source, "train", planes=planes)) for planes in (2, 3, 2)] == [2, 3, 2]
+def test_each_number_of_planes_has_its_own_cache(tmp_path, write_nifti, load):
+    path = tmp_path / "release" / "semantic_MRs_anon" / "Case_004_Week0_LFOV.nii.gz"
+    write_nifti(path, noise((24, 20, 16)))
+    source = find_hipmri(tmp_path / "release")
+    for planes in (2, 3, 2):
+        assert len(load(source, "train", Preprocessing.resolve(source, planes=planes))) == planes
+
+
+def test_a_bad_file_is_tried_again(source, load, monkeypatch):
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "case_004_week_0_slice_2.nii.gz":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(DataError, match=r"slice_2.nii.gz cannot be read \(Permission denied"):
+            load(source, "train")
+        assert len(load(source, "train", skip_bad_files=True)) == 3
+    assert len(load(source, "train")) == 4
 
 
 @pytest.mark.parametrize(
     "damage", ["pixels.npy", "slices.npz", "both missing", "other type", "fewer rows"]
 )
-def test_damaged_cache_is_rebuilt(tmp_path, write_slices, load, damage):
-    data = write_slices(tmp_path / "d")
-    expected = load(find_hipmri(data), "train").batch(torch.arange(4))
-    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    if damage.startswith(("pixels", "slices")):
-        (folder / damage).write_bytes((folder / damage).read_bytes()[:-100])
-    elif damage == "other type":
-        np.save(folder / "pixels.npy", np.zeros((4, *SHAPE), np.float32))
+def test_a_damaged_cache_is_replaced(tmp_path, source, load, damage):
+    expected = read_all(load(source, "train"))
+    (name,) = list_caches(tmp_path)
+    folder = tmp_path / "cache" / name
+    if damage == "other type":
+        np.save(folder / "pixels.npy", np.zeros((4, *SIZE), np.float32))
     elif damage == "fewer rows":
-        np.save(folder / "pixels.npy", np.zeros((3, *SHAPE), np.int16))
-    else:
+        np.save(folder / "pixels.npy", np.zeros((3, *SIZE), np.int16))
+    elif damage == "both missing":
         shutil.rmtree(folder)
         folder.mkdir()
-    assert torch.equal(load(find_hipmri(data), "train").batch(torch.arange(4)), expected)
-    assert caches(tmp_path / "cache") == [folder.name]
+    else:
+        (folder / damage).write_bytes((folder / damage).read_bytes()[:-100])
+    assert torch.equal(read_all(load(source, "train")), expected)
+    assert list_caches(tmp_path) == [name]
 
 
-def test_the_first_of_two_runs_wins(tmp_path, write_slices, load, monkeypatch):
-    """Another run finishes the same cache while this one builds: its folder stays, ours goes."""
-    source, build = find_hipmri(write_slices(tmp_path / "d")), cache.build
+# ---------------------------------------------------------------- what is stored
 
-    def race(folder, *args):
-        build(folder, *args)
-        final = folder.with_name(folder.name.split(".tmp-")[0])
-        shutil.copytree(folder, final)
-        (final / "winner").touch()
 
-    monkeypatch.setattr(dataset, "build", race)
+def test_records_have_the_fields_of_slice_record():
+    assert cache.SLICE_DTYPE.names == ("row", "file", *SliceRecord._fields)
+
+
+def test_each_file_has_as_many_rows_as_planes(tmp_path, write_nifti, load):
+    for i in range(6):
+        shape = (20, 40, 28) if i == 3 else (20, 28)
+        write_nifti(tmp_path / "mixed" / f"sub-{i}.nii.gz", noise(shape) + i)
+    manifest = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(6)}}
+    source = find_source(tmp_path / "mixed", "coronal", manifest=manifest)
+    slices = load(source, "train", Preprocessing.resolve(source, size=(16, 32)))
+    assert [name.case for name in slices.names] == ["0", "1", "2", *["3"] * 40, "4", "5"]
+    (pixels_path,) = tmp_path.glob("cache/*/pixels.npy")
+    assert np.load(pixels_path, mmap_mode="r").shape == (45, 16, 32)
+    means = [noise((20, 28)).mean() + i for i in (0, 1, 2, 4, 5)]
+    np.testing.assert_allclose(slices.mean[[0, 1, 2, 43, 44]], means, atol=5)
+    np.testing.assert_allclose(slices.mean[3:43], noise((20, 40, 28)).mean((0, 2)) + 3, atol=15)
+
+
+def test_files_that_change_while_they_are_read_do_not_overwrite_others(
+    tmp_path, write_nifti, load, monkeypatch
+):
+    for i in range(3):
+        write_nifti(tmp_path / "d" / f"sub-{i}.nii.gz", noise((20, 24, 28)))
+    manifest = {"train": {str(i): [f"sub-{i}.nii.gz"] for i in range(3)}}
+    source = find_source(tmp_path / "d", "coronal", manifest=manifest)
+    earlier = {"sub-1.nii.gz": write_nifti(tmp_path / "earlier.nii.gz", noise((20, 5, 28)))}
+    read_header = nifti.read_header
+    monkeypatch.setattr(
+        nifti, "read_header", lambda path: read_header(earlier.get(path.name, path))
+    )
+    message = r"(?s)1 of the 3 files.*sub-1.nii.gz was changed while it was read"
+    with pytest.raises(DataError, match=message):
+        load(source, "train")
+
+
+def test_headers_that_claim_too_many_planes_reserve_no_rows(tmp_path, write_nifti, load):
+    write_nifti(tmp_path / "d" / "sub-0.nii.gz", noise((16, 16, 4)))
+    content = bytearray(nib.Nifti1Image(noise((16, 16, 4)), np.eye(4)).to_bytes())
+    content[46:48] = (30000).to_bytes(2, "little")  # planes
+    (tmp_path / "d" / "sub-1.nii").write_bytes(content)
+    (tmp_path / "d" / "sub-2.nii.gz").write_bytes(gzip.compress(content))
+    manifest = {"train": {"0": ["sub-0.nii.gz"], "1": ["sub-1.nii"], "2": ["sub-2.nii.gz"]}}
+    source = find_source(tmp_path / "d", "axial", manifest=manifest)
+    preprocessing = Preprocessing.resolve(source, axis="axial")
+    message = r"(?s)2 of the 3 files.*sub-1.nii is truncated.*sub-2.nii.gz is trunc"
+    with pytest.raises(DataError, match=message):
+        load(source, "train", preprocessing)
+    assert len(load(source, "train", preprocessing, skip_bad_files=True)) == 4
+    (pixels_path,) = tmp_path.glob("cache/*/pixels.npy")
+    assert len(np.load(pixels_path, mmap_mode="r")) == 6
+
+
+# ---------------------------------------------------------------- several runs, and killed ones
+
+
+def test_the_first_of_two_runs_wins(tmp_path, source, load, monkeypatch):
+    """Another run finishes the same cache during a build, as on a file system without locks."""
+    load(source, "train", cache_dir=tmp_path / "other")
+    (name,) = list_caches(tmp_path, "other")
+    final = tmp_path / "cache" / name
+    decode_file = cache.decode_file
+
+    def decode_late(*args):
+        if not final.exists():
+            shutil.copytree(tmp_path / "other" / name, final)
+            (final / "winner").touch()
+        return decode_file(*args)
+
+    monkeypatch.setattr(cache, "decode_file", decode_late)
     assert len(load(source, "train")) == 4
-    (folder,) = caches(tmp_path / "cache")
-    assert (tmp_path / "cache" / folder / "winner").exists()
+    assert list_caches(tmp_path) == [name]
+    assert (final / "winner").exists()
 
 
-def test_leftovers_of_killed_runs(tmp_path, write_slices, load):
-    source = find_hipmri(write_slices(tmp_path / "d"))
+def test_remains_of_killed_runs_are_deleted_after_a_day(tmp_path, source, load):
     load(source, "train")
-    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    old, young = (folder.with_name(f"{folder.name}.tmp-1-{age}") for age in ("old", "young"))
-    folder.rename(young)
-    shutil.copytree(young, old)
+    (name,) = list_caches(tmp_path)
+    recent = tmp_path / "cache" / f"{name}.tmp-1-recent"
+    old = tmp_path / "cache" / f"{name}.tmp-1-old"
+    (tmp_path / "cache" / name).rename(recent)
+    shutil.copytree(recent, old)
     os.utime(old, (0, 0))
     assert len(load(source, "train")) == 4
-    assert caches(tmp_path / "cache") == [
-        folder.name,
-        young.name,
-    ]  # the young one's run may be alive
+    assert list_caches(tmp_path) == [name, recent.name]  # the recent one may belong to a live run
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path, write_slices, load, monkeypatch):
-    def interrupted(*_):
+def test_an_interrupted_build_leaves_nothing(tmp_path, source, load, monkeypatch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "decode_jobs", interrupted)
+    monkeypatch.setattr(cache, "decode_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        load(find_hipmri(write_slices(tmp_path / "d")), "train")
-    assert caches(tmp_path / "cache") == []
+        load(source, "train")
+    assert list_caches(tmp_path) == []
 
 
-def test_processes_give_the_same_cache_as_none(tmp_path, write_slices, load):
+# ---------------------------------------------------------------- worker processes
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_workers_give_the_same_cache_as_one_process(
+    tmp_path, write_slices, load, monkeypatch, method
+):
     data = write_slices(tmp_path / "d", train=150, shape=(64, 36))
     (data / "keras_slices_train/case_004_week_0_slice_70.nii.gz").write_bytes(b"")
     source = find_hipmri(data)
-    here = load(source, "train", workers=1, skip_bad_files=True)
-    there = load(source, "train", workers=2, skip_bad_files=True, cache_dir=tmp_path / "other")
-    assert len(here) == 149 and here.names == there.names and here.notes == there.notes
-    assert torch.equal(here.batch(torch.arange(149)), there.batch(torch.arange(149)))
+    alone = load(source, "train", workers=1, skip_bad_files=True)
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(cache, "worker_pool", partial(cache.worker_pool, context=context))
+    other = tmp_path / "other"
+    together = load(source, "train", workers=2, skip_bad_files=True, cache_dir=other)
+    assert len(alone) == 149
+    assert together.names == alone.names
+    assert together.notes == alone.notes
+    assert torch.equal(read_all(together), read_all(alone))
 
 
-def test_small_jobs_start_no_processes(tmp_path, write_slices, load, monkeypatch):
-    monkeypatch.setattr(dataset, "ProcessPoolExecutor", no_decoding)
-    source = find_hipmri(write_slices(tmp_path / "d"))
+def test_few_slices_are_decoded_without_processes(tmp_path, source, load, monkeypatch):
+    monkeypatch.setattr(cache, "worker_pool", fail)
     assert len(load(source, "train")) == 4
-    monkeypatch.setattr(dataset, "POOL_FROM", 2)
-    monkeypatch.setattr(dataset, "cores", lambda: 2)
+    monkeypatch.setattr(cache, "POOL_FROM", 2)
+    monkeypatch.setattr(cache, "cores", lambda: 2)
     with pytest.raises(AssertionError):
         load(source, "train", cache_dir=tmp_path / "other")
 
 
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_workers_of_every_kind(tmp_path, write_slices, method):
-    """What a pool is given pickles, a fresh interpreter can run it, and workers know when their parent has ended."""
-    files = find_hipmri(write_slices(tmp_path / "d")).splits["train"]
-    jobs = [cache.Job(i, file, range(i, i + 1)) for i, file in enumerate(files)]
-    task = (tmp_path / "pixels.npy", jobs, preprocessing.Preprocessing("2D", "resize", 1))
-    cache.reserve(task[0], 4, preprocessing.SIZE)
-    expected = cache.decode_jobs(*pickle.loads(pickle.dumps(task)))
-    pixels = np.load(task[0])
-    cache.reserve(task[0], 4, preprocessing.SIZE)
-    with ProcessPoolExecutor(1, multiprocessing.get_context(method), cache.start_worker) as pool:
-        time.sleep(1)  # long enough for a worker that takes another process for its parent
-        assert pool.submit(cache.decode_jobs, *task).result() == expected
-    assert np.array_equal(np.load(task[0]), pixels) and pixels.any()
+def test_a_killed_worker_is_reported(tmp_path, source, load, monkeypatch):
+    context = multiprocessing.get_context("fork")  # workers inherit the patch below
+    monkeypatch.setattr(cache, "worker_pool", partial(cache.worker_pool, context=context))
+    monkeypatch.setattr(cache, "decode_file", lambda *_: os._exit(1))
+    with pytest.raises(DataError, match="was killed, most likely for lack of memory"):
+        load(source, "train", workers=2)
+    assert list_caches(tmp_path) == []
 
 
-def test_a_killed_worker_is_reported(tmp_path, write_slices, load, monkeypatch):
-    monkeypatch.setattr(dataset, "decode_jobs", die)
-    with pytest.raises(DataError, match="want of memory"):
-        load(find_hipmri(write_slices(tmp_path / "d")), "train", workers=2)
-    assert caches(tmp_path / "cache") == []
+# ---------------------------------------------------------------- where it is, and disk space
 
 
-def test_no_room_for_the_cache(tmp_path, write_slices, load, monkeypatch):
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
-    )
+def test_too_little_disk_space_is_reported_at_the_start(tmp_path, source, load, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match=r"(?s)0.00 GB needed, 0.00 GB free.*--cache-dir"):
-        load(find_hipmri(write_slices(tmp_path / "d")), "train")
-    assert caches(tmp_path / "cache") == []
+        load(source, "train")
+    assert list_caches(tmp_path) == []
 
 
-def test_a_full_quota_is_an_error_at_the_start(tmp_path, write_slices, load, monkeypatch):
-    def full(*_):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+def test_a_full_quota_is_reported_at_the_start(source, load, monkeypatch):
+    def fail_with(number: int):
+        def fallocate(*_):
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DataError, match=r"(?s)Disk quota exceeded.*--cache-dir"):
-        load(find_hipmri(write_slices(tmp_path / "d")), "train")
+        monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
 
-    def unsupported(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    assert len(load(find_hipmri(tmp_path / "d"), "train")) == 4
+    fail_with(errno.EDQUOT)
+    with pytest.raises(DataError, match=r"(?s)quota exceeded.*--cache-dir"):
+        load(source, "train")
+    fail_with(errno.EOPNOTSUPP)  # a file system that cannot reserve space
+    assert len(load(source, "train")) == 4
 
 
-def test_cache_that_cannot_be_written(tmp_path, write_slices, load, monkeypatch):
-    source = find_hipmri(write_slices(tmp_path / "d"))
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, source, load, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match=r"can't write the cache .* (Not a directory|File exists)"):
+    message = r"cannot write the cache .* (Not a directory|File exists)"
+    with pytest.raises(DataError, match=message):
         load(source, "train", cache_dir=tmp_path / "file")
     load(source, "train")
 
-    def read_only(*_, **__):
+    def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", read_only)
-    assert len(load(source, "train")) == 4  # a finished cache needs no writing
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert len(load(source, "train")) == 4  # a complete cache is only read
     with pytest.raises(DataError, match="Permission denied"):
         load(source, "test")
 
 
-def test_where_the_cache_goes(tmp_path, write_slices, monkeypatch):
-    source = find_hipmri(write_slices(tmp_path / "d"))
+def test_the_argument_comes_before_the_environment(tmp_path, source, monkeypatch):
+    monkeypatch.setenv("HIPMRI_CACHE", str(tmp_path / "variable"))
     for folder, argument in (("argument", tmp_path / "argument"), ("variable", None)):
-        monkeypatch.setenv("HIPMRI_CACHE", str(tmp_path / "variable"))
         dataset.load_split(source, "train", cache_dir=argument, progress=False)
-        assert len(caches(tmp_path / folder)) == 1
+        assert len(list_caches(tmp_path, folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("platform", "folder"),
+    [("linux", ".cache"), ("darwin", "Library/Caches"), ("win32", "AppData/Local")],
+)
+def test_the_default_is_the_cache_folder_of_the_user(tmp_path, monkeypatch, platform, folder):
     monkeypatch.delenv("HIPMRI_CACHE")
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(sys, "platform", platform)
     assert cache.cache_root(None) == tmp_path / "xdg/hipmri-vqvae"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("LOCALAPPDATA", raising=False)
-    for platform, place in (
-        ("linux", ".cache"),
-        ("darwin", "Library/Caches"),
-        ("win32", "AppData/Local"),
-    ):
-        monkeypatch.setattr(dataset.sys, "platform", platform)
-        assert cache.cache_root(None) == tmp_path / place / "hipmri-vqvae"
-
-
-# ------------------------------------------------------------------------------------------ real data
+    assert cache.cache_root(None) == tmp_path / folder / "hipmri-vqvae"

@@ -1,242 +1,175 @@
-"""The prior over codes: order, cache, drawing; its training, by train_prior.py; and coding under it."""
-
-import math
-import sys
-from pathlib import Path
+"""Tests of prior/model.py: the order of codes, the cache, sampling, and checkpoints."""
 
 import pytest
 import torch
 
-from prior.model import CodePrior
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-ROOT = Path(__file__).parents[1]
-COLUMNS = ["epoch", "step", "train_loss", "train_outline_2", "train_codes", "val_loss", "val_bits",
-           "val_outline_bits", "lr", "seconds"]  # fmt: skip
+from prior.model import CodePrior, sample_codes
 
 
-def untrained(num_grids: int) -> CodePrior:
-    """A prior of 8 x 16 codes out of 20, with outlines out of 6."""
-    torch.manual_seed(0)
-    shape = {
-        "channels": 16,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_outlines": 6,
-        "num_grids": num_grids,
-    }
-    prior = CodePrior(20, 5, 8, 16, **shape).eval()
-    prior.initialize(
-        torch.randn(20, 5), torch.randn(20), torch.randint(20, (9, 8, 16)), torch.linspace(0, 1, 9)
-    )
-    return prior
+def reading_order(prior: CodePrior) -> list[tuple[int, int, int]]:
+    """Return grid, row and column of each code in reading order, grid after grid."""
+    order = []
+    for n, grid in enumerate(prior.grids):
+        for row in range(grid.height):
+            for column in range(grid.width):
+                order.append((n, row, column))
+    return order
 
 
-@pytest.fixture(params=[1, 2, 3])
-def prior(request) -> CodePrior:
-    """With no, one and two outlines; its logits differ widely."""
-    prior = untrained(request.param)
-    for grid in prior.grids:
-        torch.nn.init.normal_(grid.last[1].weight, std=0.5)
-    return prior
+def changed_logits(prior, grids, grid, row, column, before, where) -> list[torch.Tensor]:
+    """Change one code; return for each grid which logits change, (B, h, w)."""
+    changed_grids = [codes.clone() for codes in grids]
+    code = changed_grids[grid][:, row, column]
+    changed_grids[grid][:, row, column] = (code + 1) % 6
+    after = prior(changed_grids, *where)
+    return [(new != old).any(-1) for new, old in zip(after, before, strict=True)]
 
 
-@pytest.fixture
-def inputs() -> tuple:
-    """CodeDataset of three slices, where they lie (one unknown), and how they are mirrored."""
-    codes = torch.randint(20, (3, 8, 16), generator=torch.Generator().manual_seed(1))
-    return codes, torch.tensor([0.1, 0.9, math.nan]), torch.tensor([0, 1, 3])
-
-
-def order(prior: CodePrior) -> list[tuple[int, int, int]]:
-    """Grid, row and column of each code, in which order they come: reading order, grid after grid."""
-    return [
-        (n, i, j)
-        for n, grid in enumerate(prior.grids)
-        for i in range(grid.height)
-        for j in range(grid.width)
-    ]
-
-
-# ---------------------------------------------------------------- the model
-
-
-def test_a_later_code_never_changes_an_earlier_logit(prior, inputs):
-    """Each code in turn is changed: logits up to its own stay, bit for bit; some later one's are other ones."""
+def test_a_code_changes_only_later_logits(prior, inputs):
+    """Logits up to its own stay the same, bit for bit; some later one changes in every slice."""
     codes, *where = inputs
-    pyramid, places = prior.pyramid(codes), order(prior)
-    assert len(places) == sum(one[0].numel() for one in pyramid)
+    grids = prior.to_grids(codes)
+    order = reading_order(prior)
+    assert len(order) == sum(grid[0].numel() for grid in grids)
     with torch.no_grad():
-        before = prior(pyramid, *where)
-        for n, (grid, i, j) in enumerate(places):
-            given = [one.clone() for one in pyramid]
-            given[grid][:, i, j] = (given[grid][:, i, j] + 1) % 6
-            changed = [
-                (new != old).any(-1) for new, old in zip(prior(given, *where), before, strict=True)
-            ]
-            assert not any(changed[g][:, a, b].any() for g, a, b in places[: n + 1])
-            later = [changed[g][:, a, b].all() for g, a, b in places[n + 1 :]]  # in every slice
-            assert any(later) == (n < len(places) - 1)
+        before = prior(grids, *where)
+        for n, (grid, row, column) in enumerate(order):
+            changed = changed_logits(prior, grids, grid, row, column, before, where)
+            for g, i, j in order[: n + 1]:
+                assert not changed[g][:, i, j].any()
+            later = [changed[g][:, i, j].all() for g, i, j in order[n + 1 :]]
+            assert any(later) == (n < len(order) - 1)
 
 
-def test_every_earlier_code_is_seen(prior, inputs):
-    """The first row of a grid matters to its last code, out of reach of convolutions, and to the next grid's first."""
+def test_every_earlier_code_matters(prior, inputs):
+    """The first row matters to the last code, out of reach of convolutions, and to the next grid.
+
+    The next grid's first code is meant.
+    """
     codes, *where = inputs
-    pyramid = prior.pyramid(codes)
+    grids = prior.to_grids(codes)
     with torch.no_grad():
-        before = prior(pyramid, *where)
-        for n in range(len(pyramid)):
+        before = prior(grids, *where)
+        for n in range(len(grids)):
             for column in (0, -1):
-                given = [one.clone() for one in pyramid]
-                given[n][:, 0, column] = (given[n][:, 0, column] + 1) % 6
-                changed = [
-                    (new != old).any(-1)
-                    for new, old in zip(prior(given, *where), before, strict=True)
-                ]
+                changed = changed_logits(prior, grids, n, 0, column, before, where)
                 assert changed[n][:, -1, -1].any()
-                assert all(after[:, 0, 0].any() for after in changed[n + 1 : n + 2])
+                if n + 1 < len(grids):
+                    assert changed[n + 1][:, 0, 0].any()
 
 
-def test_code_by_code_with_a_cache_is_the_same_as_all_at_once(prior, inputs):
+def test_code_by_code_gives_the_same_logits_as_all_at_once(prior, inputs):
     codes, *where = inputs
-    pyramid = prior.pyramid(codes)
-    logits = [
-        torch.zeros(*one.shape, 20 if n == len(pyramid) - 1 else 6) for n, one in enumerate(pyramid)
-    ]
-    walked = []
+    grids = prior.to_grids(codes)
+    logits = []
+    for n, grid_codes in enumerate(grids):
+        num_codes = 20 if n == len(grids) - 1 else 6
+        logits.append(torch.zeros(*grid_codes.shape, num_codes))
+    order = []
 
-    def choose(number, found, row, column):
-        walked.append((number, row, column))
-        logits[number][:, row, column] = found
-        return pyramid[number][:, row, column]
+    def choose(index, code_logits, row, column):
+        order.append((index, row, column))
+        logits[index][:, row, column] = code_logits
+        return grids[index][:, row, column]
 
-    assert torch.equal(prior.walk(*where, choose), codes) and walked == order(prior)
+    assert torch.equal(prior.decode(*where, choose), codes)
+    assert order == reading_order(prior)
     with torch.no_grad():
-        for found, right in zip(logits, prior(pyramid, *where), strict=True):
-            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+        expected = prior(grids, *where)
+    for result, right in zip(logits, expected, strict=True):
+        torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-4)
 
 
-def test_place_and_view_matter_and_may_be_unknown(prior, inputs):
+def test_position_and_view_matter_and_a_position_may_be_unknown(prior, inputs):
     codes, position, view = inputs
-    pyramid = prior.pyramid(codes)
+    grids = prior.to_grids(codes)
     with torch.no_grad():
-        before = prior(pyramid, position, view)
+        before = prior(grids, position, view)
         for other in ((1 - position, view), (position, (view + 1) % 4)):
-            for logits, changed in zip(before, prior(pyramid, *other), strict=True):
+            for logits, changed in zip(before, prior(grids, *other), strict=True):
                 assert logits.isfinite().all()
                 assert (changed != logits).flatten(1).any(1)[:2].all()
 
 
-def test_at_first_it_predicts_the_frequencies(inputs):
-    """Of an outline about its place, in slices of that part of the volume; of codes where that outline stands."""
-    prior = untrained(2)
-    codes = (
-        torch.randint(20, (400, 8, 16), generator=torch.Generator().manual_seed(0)).square() // 20
-    )  # not all alike
-    lies = torch.linspace(0, 1, 400)
-    prior.initialize(torch.randn(20, 5), torch.randn(20), codes, lies)
-    outline, _ = prior.pyramid(codes)
-    mine, position, view = prior.pyramid(inputs[0]), *inputs[1:]
-    first, second = prior(mine, position, view)
-
-    def check(logits, seen):
-        every = codes if logits.numel() == 20 else outline
-        overall = torch.bincount(every.flatten(), minlength=logits.numel()) + 0.1
-        counts = (
-            torch.bincount(seen.flatten(), minlength=logits.numel()) + 20 * overall / overall.sum()
-        )
-        torch.testing.assert_close(logits.softmax(0), counts / counts.sum(), rtol=1e-4, atol=1e-6)
-
-    near = outline[:, 1:4, 2:5]  # around (2, 3)
-    check(first[0, 2, 3], near[lies < 0.2])  # position 0.1, as it is
-    check(first[1, 4 - 1 - 2, 3], near[lies >= 0.8])  # position 0.9, mirrored left-right
-    check(first[2, 4 - 1 - 2, 8 - 1 - 3], near)  # unknown, mirrored both ways
-    where = outline == mine[0][0, 2, 5]
-    check(second[0, 4, 11], codes[:, 0::2, 1::2][where])
+# ---------------------------------------------------------------- sampling
 
 
-def test_an_outline_tells_how_bright_codes_are():
-    """Levels by k-means over the means of 2 x 2 codes; where those take few values, each has its level."""
-    prior = CodePrior(4, 3, 8, 16, channels=16, num_heads=2, num_outlines=4, num_grids=3).eval()
-    generator = torch.Generator().manual_seed(0)
-    which = torch.randint(4, (50, 4, 8), generator=generator)
-    codes = which.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    brightness = torch.tensor([-1.0, 2.0, 0.5, 0.0])
-    prior.initialize(torch.eye(4, 3), brightness, codes, torch.zeros(50), generator)
-    coarse, outline, same = prior.pyramid(codes)
-    assert torch.equal(same, codes)
-    torch.testing.assert_close(prior.grids[1].brightness, torch.tensor([-1.0, 0.0, 0.5, 2.0]))
-    assert torch.equal(outline, torch.tensor([0, 3, 2, 1])[which])
-    means = torch.nn.functional.avg_pool2d(brightness[which], 2)
-    nearest = (means[..., None] - prior.grids[0].brightness).abs().argmin(-1)
-    assert torch.equal(coarse, nearest) and len(coarse.unique()) == 4
-    # An outline's embedding is the mean of those that it stands for, beside its brightness: here, of one code each.
-    expected, found = prior.grids[2].embedding, prior.grids[1].embedding[torch.tensor([0, 3, 2, 1])]
-    torch.testing.assert_close(
-        torch.corrcoef(torch.stack([expected.flatten(), found[:, :3].flatten()]))[0, 1].item(), 1.0
-    )
+def test_samples_repeat_and_differ_with_the_seed(prior):
+    position = torch.full((4,), 0.5)
+    view = torch.zeros(4, dtype=torch.long)
 
-
-def test_drawing_repeats_and_differs_with_the_seed(prior):
-    position, view = torch.full((4,), 0.5), torch.zeros(4, dtype=torch.long)
-
-    def draw(seed, **options):
+    def sample(seed, **options):
         return prior.sample(position, view, torch.Generator().manual_seed(seed), **options)
 
-    assert torch.equal(draw(1), draw(1))
-    assert (
-        not torch.equal(draw(1), draw(2))
-        and len({tuple(one.flatten().tolist()) for one in draw(1)}) == 4
-    )
-    likeliest = draw(1, temperature=0)
-    assert torch.equal(likeliest, draw(2, temperature=0))
-    assert torch.equal(likeliest, draw(3, top_k=1)) and torch.equal(likeliest, draw(4, top_p=1e-9))
+    first = sample(1)
+    assert torch.equal(first, sample(1))
+    assert not torch.equal(first, sample(2))
+    assert len(first.flatten(1).unique(dim=0)) == 4
+    most_likely = sample(1, temperature=0)
+    assert torch.equal(most_likely, sample(2, temperature=0))
+    assert torch.equal(most_likely, sample(3, top_k=1))
+    assert torch.equal(most_likely, sample(4, top_p=1e-9))
 
 
-def test_top_k_and_top_p_leave_the_unlikely_out(prior, monkeypatch):
-    """Many draws of one code, whose probabilities are known."""
+def test_samples_of_one_code_have_the_requested_probabilities():
     logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(0))
 
-    def walk(position, view, choose, progress):
-        return choose(0, logits.expand(3000, 20), 0, 0)
+    def sample(**options):
+        return sample_codes(logits.expand(3000, 20), torch.Generator().manual_seed(0), **options)
 
-    monkeypatch.setattr(prior, "walk", walk)
-
-    def draw(**options):
-        return prior.sample(torch.zeros(3000), None, torch.Generator().manual_seed(0), **options)
-
-    codes = draw()
-    chances = logits.softmax(0)
-    shares = torch.bincount(codes, minlength=20) / 3000
-    torch.testing.assert_close(shares, chances, atol=0.03, rtol=0)
-    ranked = chances.argsort(descending=True)
-    assert set(draw(top_k=3).tolist()) == set(ranked[:3].tolist())
-    enough = int((chances[ranked].cumsum(0) < 0.6).sum()) + 1
-    assert set(draw(top_p=0.6).tolist()) == set(ranked[:enough].tolist())
-    sharper = torch.bincount(draw(temperature=0.5), minlength=20) / 3000
-    torch.testing.assert_close(sharper, (2 * logits).softmax(0), atol=0.03, rtol=0)
+    probabilities = logits.softmax(0)
+    frequencies = torch.bincount(sample(), minlength=20) / 3000
+    torch.testing.assert_close(frequencies, probabilities, atol=0.03, rtol=0)
+    ranked = probabilities.argsort(descending=True)
+    assert set(sample(top_k=3).tolist()) == set(ranked[:3].tolist())
+    nucleus_size = int((probabilities[ranked].cumsum(0) < 0.6).sum()) + 1
+    assert set(sample(top_p=0.6).tolist()) == set(ranked[:nucleus_size].tolist())
+    frequencies = torch.bincount(sample(temperature=0.5), minlength=20) / 3000
+    torch.testing.assert_close(frequencies, (2 * logits).softmax(0), atol=0.03, rtol=0)
 
 
-def test_given_rows_are_kept_and_the_rest_is_drawn(prior, inputs):
+def test_prefix_rows_are_kept_and_the_others_are_sampled(prior, inputs):
     codes, position, view = inputs
-    drawn = prior.sample(
-        position, view, torch.Generator().manual_seed(0), given=codes, given_rows=4
-    )
-    assert torch.equal(drawn[:, :4], codes[:, :4]) and not torch.equal(drawn[:, 4:], codes[:, 4:])
+    generator = torch.Generator().manual_seed(0)
+    sampled = prior.sample(position, view, generator, prefix=codes, prefix_rows=4)
+    assert torch.equal(sampled[:, :4], codes[:, :4])
+    assert not torch.equal(sampled[:, 4:], codes[:, 4:])
 
 
-def test_shapes_it_has_no_room_for():
-    with pytest.raises(
-        ValueError, match="the code grid is 6 x 8; expected sides divisible by 4 and 8"
-    ):
-        CodePrior(20, 5, 6, 8, num_grids=2)
-    with pytest.raises(
-        ValueError, match="the code grid is 8 x 12; expected sides divisible by 8 and 16"
-    ):
-        CodePrior(20, 5, 8, 12, num_grids=3)
-    with pytest.raises(ValueError, match="channels is 30; expected a multiple of num_heads 4"):
-        CodePrior(20, 5, 8, 16, channels=30)
+# ---------------------------------------------------------------- codebooks, checkpoints, mistakes
 
 
-# ---------------------------------------------------------------- coding
+def test_a_prior_recognises_its_codebook():
+    prior = CodePrior(20, 5, 8, 16, channels=16, num_heads=2)
+    embedding = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(20, (9, 8, 16), generator=torch.Generator().manual_seed(0))
+    prior.initialize(embedding, torch.linspace(-1, 1, 20), codes, torch.linspace(0, 1, 9))
+    assert prior.has_codebook(embedding)
+    assert not prior.has_codebook(embedding.flip(0))
+    assert not prior.has_codebook(embedding[:19])
+
+
+def test_tensors_have_the_names_of_earlier_checkpoints():
+    """Renaming an attribute would make the checkpoints of earlier versions unreadable."""
+    names = set(CodePrior(20, 5, 8, 16, channels=16, num_layers=1, num_heads=2).state_dict())
+    grid = "bias brightness columns embedding rows first.weight near.2.weight mix.2.weight"
+    grid += " spread.weight perceptron.3.weight last.1.weight"
+    block = "norm2.weight queries_keys_values.weight project.weight perceptron.2.weight"
+    expected = {f"grids.0.{name}" for name in grid.split()}
+    expected |= {f"blocks.0.{name}" for name in block.split()}
+    expected |= {"grids.1.context.2.weight", "views", "places.2.weight", "norm.weight"}
+    assert expected <= names
+    assert len(names) == 85
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((6, 8), {"num_grids": 2}, "grid is 6 x 8; expected sides divisible by 4 and 8"),
+        ((8, 12), {"num_grids": 3}, "grid is 8 x 12; expected sides divisible by 8 and 16"),
+        ((8, 16), {"channels": 30}, "channels is 30; expected a multiple of num_heads 4"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        CodePrior(20, 5, *shape, **options)

@@ -1,0 +1,341 @@
+"""Make one measurement of speed.py, in a process of its own.
+
+    python benchmarks/speed_measurements.py '["first batch", "cpu", "sample_data", {}]'
+
+The argument is a JSON list: a key of MEASUREMENTS, the device, the folder of the data, and the
+keyword arguments of the measurement. The last printed line is the result, as JSON.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from other_implementations import OTHER_IMPLEMENTATIONS, typical_epochs
+from trainer import Trainer
+
+import dataset
+import train
+import utils
+from dataset import SliceDataset
+from evaluation import metrics
+from modules import VQVAE
+from mri import hipmri
+from mri.cache import cores
+from training.config import resolve_config
+from training.run import epoch_order
+
+IMPORTED = time.perf_counter()
+ROOT = Path(__file__).resolve().parents[1]
+BATCH_SIZE = 16
+
+# The rows of speed.py's table that are trained by `own_epochs`, with its options.
+OWN_OPTIONS = {
+    "this project": {},
+    "- in float32": {"precision": "float32"},
+    "- not channels-last": {"channels_last": False},
+    "- compiled": {"compile": True},
+    "- not compiled": {"compile": False},
+    "- slices not on the GPU": {"slices_on_device": False},
+    "- freed memory returned to the system": {"keep_memory": False},
+    "this project, tuned": {"recipe": "tuned"},
+}
+
+# ---------------------------------------------------------------- training
+
+
+def own_epochs(
+    slices: SliceDataset,
+    device: torch.device,
+    recipe: str = "document",
+    batch_size: int = BATCH_SIZE,
+    slices_on_device: bool = True,
+    keep_memory: bool = True,
+    channels_last: bool = True,
+    **flags,
+) -> Iterator[None]:
+    """Train as train.py does, without validation, and yield after each epoch.
+
+    Args:
+        slices: the training split.
+        device: where to train.
+        recipe, batch_size, flags: of train.py.
+        slices_on_device: whether to copy the slices into a GPU's memory, as train.py does.
+        keep_memory: whether to call `utils.keep_freed_memory`, as train.py does.
+        channels_last: whether the model has train.py's memory layout.
+    """
+    if keep_memory:
+        utils.keep_freed_memory()
+    flags |= {"recipe": recipe, "device": str(device), "batch_size": batch_size}
+    config = resolve_config(flags)
+    trainer = Trainer(config, device, channels_last)
+    if slices_on_device and device.type != "cpu":
+        slices.cache_on_device(device)
+    train.init_codebook(trainer.model, slices, config, device)
+    while True:
+        trainer.train_epoch(slices)
+        yield
+
+
+def measure_training(
+    device: torch.device, data: Path, method: str, epochs: int, batch_size: int = BATCH_SIZE
+) -> dict:
+    """Measure slices per second over several epochs, after a first one that compiles and caches.
+
+    Args:
+        device: where to train.
+        data: folder of the data.
+        method: a key of OTHER_IMPLEMENTATIONS or OWN_OPTIONS.
+        epochs: their number.
+        batch_size: slices per step.
+    """
+    slices = load(data)
+    if method in OTHER_IMPLEMENTATIONS:
+        training = typical_epochs(OTHER_IMPLEMENTATIONS[method], slices, device, batch_size)
+    else:
+        training = own_epochs(slices, device, batch_size=batch_size, **OWN_OPTIONS[method])
+    start = time.perf_counter()
+    next(training)
+    synchronize(device)
+    first_epoch = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(epochs):
+        next(training)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    return {
+        "slices_per_second": epochs * len(slices) / seconds,
+        "first_epoch": first_epoch,
+        "memory": peak_memory(device),
+    }
+
+
+def measure_processes(device: torch.device, data: Path, count: int, epochs: int) -> dict:
+    """Measure slices per second of train.py's last epoch, with validation, by several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", count] if count > 1 else []
+    threads = max(1, torch.get_num_threads() // count)
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, *torchrun, ROOT / "train.py"]
+        command += ["--data", data, "--recipe", "document", "--epochs", epochs]
+        command += ["--runs-dir", runs, "--name", "a"]
+        command += ["--device", device.type, "--plot-every", 10**6]
+        subprocess.run(
+            [str(part) for part in command],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+        last_row = (Path(runs) / "a" / "metrics.csv").read_text().splitlines()[-1]
+    seconds = float(last_row.split(",")[-1])
+    return {"slices_per_second": len(load(data)) / seconds}
+
+
+# ---------------------------------------------------------------- evaluation and data
+
+
+def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> dict:
+    """Measure slices per second of evaluation by the document's model, eager and in float32."""
+    utils.keep_freed_memory()
+    slices = load(data)
+    model = VQVAE().to(device)
+    metrics.evaluate(model, slices, BATCH_SIZE, device, tuple(names))
+    start = time.perf_counter()
+    metrics.evaluate(model, slices, BATCH_SIZE, device, tuple(names))
+    seconds = time.perf_counter() - start
+    return {"slices_per_second": len(slices) / seconds, "memory": peak_memory(device)}
+
+
+def measure_first_batch(device: torch.device, data: Path) -> dict:
+    """Measure seconds from the end of the imports to a first batch on the device.
+
+    The slices must be in the cache.
+    """
+    slices = load(data)
+    order = epoch_order(len(slices), seed=0, epoch=1)
+    if device.type != "cpu":
+        slices.cache_on_device(device)
+    next(slices.batches([order[:BATCH_SIZE]], device)).sum().item()
+    seconds = time.perf_counter() - IMPORTED
+    return {"seconds": seconds, "slices": len(slices), "memory": peak_memory(device)}
+
+
+def measure_cache(device: torch.device, data: Path, rounds: int) -> dict:
+    """Measure seconds to decode a split into a new cache, also relative to gzip inflation alone.
+
+    Both use as many processes.
+    """
+    source = hipmri.find_hipmri(data)
+    files = source.splits["train"]
+    for file in files:
+        file.read_bytes()  # so that the disk is not measured
+    inflation_times, cache_times = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        with ProcessPoolExecutor(cores()) as pool:
+            sum(pool.map(inflated_size, files, chunksize=64))
+        inflation_times.append(time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            dataset.load_split(source, "train", cache_dir=folder, progress=False)
+            cache_times.append(time.perf_counter() - start)
+    inflation = statistics.median(inflation_times)
+    seconds = statistics.median(cache_times)
+    return {
+        "seconds": seconds,
+        "inflate": inflation,
+        "over_inflate": seconds / inflation,
+        "memory": peak_memory(torch.device("cpu")),
+    }
+
+
+def inflated_size(file: Path) -> int:
+    """Return the number of bytes in a gzip file."""
+    return len(gzip.decompress(file.read_bytes()))
+
+
+# ---------------------------------------------------------------- bound
+
+
+def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
+    """Measure how many slices per second the device could train at best.
+
+    The bound is the slower of two: a step's operations at the device's rate of matrix products,
+    and its bytes at the device's copy bandwidth. A multiply-add counts as two operations. Bytes are
+    those that each eager operation reads and writes; none is fused.
+    """
+    matrix_rate = measure_matrix_rate(device, precision)
+    bandwidth = measure_bandwidth(device)
+    flags = {"recipe": "document", "device": str(device), "precision": precision}
+    trainer = Trainer(resolve_config(flags | {"compile": False}), device)
+    images = load(data).batch(torch.arange(BATCH_SIZE)).to(device)
+    trainer.step(images)  # Adam allocates its state
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(images)
+    with Traffic() as traffic:
+        trainer.step(images)
+    flops = counter.get_total_flops()
+    seconds = max(flops / matrix_rate, traffic.bytes / bandwidth)
+    return {
+        "matrix_rate": matrix_rate,
+        "bandwidth": bandwidth,
+        "flops": flops,
+        "bytes": traffic.bytes,
+        "slices_per_second": BATCH_SIZE / seconds,
+    }
+
+
+def measure_matrix_rate(device: torch.device, precision: str) -> float:
+    """Return operations per second of a large matrix product, on a CPU also of a convolution."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    rate = 2 * size**3 / seconds_of(lambda: a @ b, device)
+    if device.type == "cuda":
+        return rate
+    # On CPUs, another library may compute convolutions, and faster.
+    x = torch.randn(8, 256, 64, 64, dtype=dtype)
+    weight = torch.randn(256, 256, 3, 3, dtype=dtype)
+    operations = 2 * 9 * 256**2 * 8 * 64**2
+    return max(rate, operations / seconds_of(lambda: F.conv2d(x, weight, padding=1), device))
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Return bytes read and written per second by a large copy."""
+    num_bytes = 1 << 30 if device.type == "cuda" else 1 << 27
+    source = torch.randn(num_bytes // 4, device=device)
+    target = torch.randn(num_bytes // 4, device=device)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+class Traffic(TorchDispatchMode):
+    """Count the bytes that operations read and write; views and allocations are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        aliases = [argument.alias_info for argument in func._schema.arguments]
+        is_view = any(alias and not alias.is_write for alias in aliases)
+        if not is_view and "empty" not in func.__name__:
+            # copy_ and fill_ do not read their first argument.
+            inputs = args[1:] if func.__name__.startswith(("copy_", "fill_")) else args
+            for leaf in tree_leaves((inputs, kwargs, out)):
+                if isinstance(leaf, Tensor):
+                    self.bytes += leaf.nbytes
+        return out
+
+
+def seconds_of(call: Callable, device: torch.device, rounds: int = 10) -> float:
+    """Return the median duration of a call, after two calls that warm up."""
+    durations = []
+    for _ in range(rounds + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[2:])
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def load(data: Path) -> SliceDataset:
+    """Load the training split of a data set in one of HipMRI's forms."""
+    return dataset.load_split(hipmri.find_hipmri(data), "train", progress=False)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the largest memory use so far in GB: of the GPU, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 1e9
+
+
+MEASUREMENTS = {
+    "training": measure_training,
+    "processes": measure_processes,
+    "evaluation": measure_evaluation,
+    "first batch": measure_first_batch,
+    "cache": measure_cache,
+    "bound": measure_bound,
+}
+
+
+def main() -> int:
+    name, device, data, options = json.loads(sys.argv[1])
+    result = MEASUREMENTS[name](torch.device(device), Path(data), **options)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
