@@ -73,7 +73,10 @@ def test_a_device_that_is_not_available_is_an_error():
 def test_each_of_several_processes_has_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert utils.pick_device("auto", rank=1, world_size=2) == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
     assert utils.pick_device("cpu", rank=1, world_size=2) == torch.device("cpu")
     with pytest.raises(UserError, match="3 processes have 2 GPUs; expected one each"):
         utils.pick_device("cuda", rank=0, world_size=3)
