@@ -18,7 +18,6 @@ from training_runs import (
     read_weights,
     rows_without_seconds,
     start_process,
-    wait_until,
 )
 
 import train
@@ -200,15 +199,21 @@ def test_a_signal_saves_at_the_step_and_resume_gives_the_same_prior(
     assert_same_priors(run / "prior", tmp_path / "uninterrupted")
 
 
-def test_a_killed_process_can_be_resumed_to_the_same_prior(tmp_path, run):
-    flags = [*FLAGS, "--epochs", "12", "--plot-every", "100"]
-    assert train_prior.main(["--run", str(run), *flags]) == 0
+def test_an_epoch_that_ended_in_a_crash_is_repeated_by_resume(tmp_path, run, monkeypatch):
+    assert start(run, "--epochs 3") == 0
     (run / "prior").rename(tmp_path / "uninterrupted")
-    process = start_process(tmp_path, "train_prior.py", "--run", run, *flags)
-    wait_until(lambda: len(read_rows(run / "prior")) >= 2, process, tmp_path)
-    process.kill()
-    process.wait()
-    assert len(read_rows(run / "prior")) < 12
+    real, count = train_prior.compute_losses, 0
+
+    def compute_losses(*arguments):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise RuntimeError("crash in the second step of epoch 2")
+        return real(*arguments)
+
+    monkeypatch.setattr(train_prior, "compute_losses", compute_losses)
+    with pytest.raises(RuntimeError, match="crash"):
+        start(run, "--epochs 3")
     assert train_prior.main(["--run", str(run), "--resume"]) == 0
     assert_same_priors(run / "prior", tmp_path / "uninterrupted")
 
