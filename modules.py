@@ -11,7 +11,6 @@ numbers (`embedding_dim`); codebooks of K embeddings (`num_embeddings`).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -19,8 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# ---------------------------------------------------------------- encoder and decoder
 
 
 class ResidualLayer(nn.Module):
@@ -69,8 +66,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Map quantised vectors to slices; the output is unbounded, as z-scores are.
 
-    `num_code_layers` residual layers precede the first convolution, and with `refine_channels`
-    another convolution follows the last, at full resolution.
+    `num_code_layers`: residual layers before conv1. `refine_channels`: channels before conv3.
     """
 
     def __init__(
@@ -110,12 +106,9 @@ def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
     """Return the convolutions with stride 2 that are needed in addition to the two of stride 4."""
     if stride < 4 or stride & (stride - 1):
         raise ValueError(f"stride is {stride}; expected 4, 8, 16 or another power of two")
-    count = stride.bit_length() - 3
-    convs = [layer(channels, channels, kernel_size=4, stride=2, padding=1) for _ in range(count)]
+    extra = range(stride.bit_length() - 3)
+    convs = [layer(channels, channels, kernel_size=4, stride=2, padding=1) for _ in extra]
     return nn.ModuleList(convs) if convs else ()  # an empty ModuleList would be printed
-
-
-# ---------------------------------------------------------------- quantisers
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -128,32 +121,26 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """Return the sum of the values of each code: (N, ...), (N,) -> (K, ...).
-
-    Sums of ones are counts, exact up to 2^24 in float32.
-    """
+    """Return the sum of the values of each code: (N, ...), (N,) -> (K, ...); of ones: counts."""
     return values.new_zeros(num_codes, *values.shape[1:]).index_add_(0, indices, values)
 
 
 @torch.no_grad()
 def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, Tensor]:
-    """Cluster at most 32 K of the vectors, (N, D), by k-means++ and ten of Lloyd's iterations.
-
-    Returns the centres, (K, D), and the residuals of the vectors used, (M, D).
-    """
+    """Cluster up to M = 32 K of (N, D) vectors; return centres (K, D) and residuals (M, D)."""
     if len(vectors) < num_clusters:
         raise ValueError(f"{len(vectors)} vectors can't start {num_clusters} codes")
     order = torch.randperm(len(vectors), generator=generator)[: 32 * num_clusters]
     vectors = vectors[order.to(vectors.device)].float()  # (M, D)
     centres = vectors[:num_clusters].clone()  # the first stays
     distance = (vectors - centres[0]).square().sum(1)  # (M,), to the nearest centre
-    for k in range(1, num_clusters):  # draw in proportion to the squared distance
+    for k in range(1, num_clusters):  # k-means++: draw in proportion to the squared distance
         draw = torch.rand((), generator=generator, dtype=torch.float64).float().to(vectors.device)
         cumulative = distance.cumsum(0)  # (M,)
         index = torch.searchsorted(cumulative, draw * cumulative[-1]).clamp_max(len(vectors) - 1)
         centres[k] = vectors[index]
         distance = torch.minimum(distance, (vectors - centres[k]).square().sum(1))
-    for _ in range(10):
+    for _ in range(10):  # Lloyd's iterations
         indices = nearest_codes(vectors, centres)  # (M,)
         counts = sum_by_code(torch.ones_like(vectors[:, :1]), indices, num_clusters)  # (K, 1)
         means = sum_by_code(vectors, indices, num_clusters) / counts.clamp_min(1)
@@ -174,15 +161,12 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Replace each vector by its nearest embedding (arXiv 1711.00937, equations 1 and 2).
 
-    Computes in float32, also under autocast: half precision overflows in the distances. From the
-    usual start at uniform(-1/K, 1/K), few codes are ever used; `init_codebook` starts from data.
+    Computes in float32, also under autocast: half precision overflows in the distances.
 
-    Args:
-        codebook: "gradient": the codebook loss trains the embeddings (equation 3, second term);
-            "ema": they are moving averages of their vectors, over all processes (appendix A.1).
-        decay: of the moving averages.
-        restart_below: with "ema", a code used less than this fraction of the mean use restarts at
-            a vector of the batch; 0: never.
+    codebook: "gradient": the codebook loss trains the embeddings (equation 3, second term);
+        "ema": they are moving averages of their vectors, over all processes (appendix A.1).
+    decay: of the moving averages.
+    restart_below: with "ema", codes used less than this fraction of the mean restart; 0: never.
     """
 
     num_codebooks = 1
@@ -198,6 +182,7 @@ class VectorQuantizer(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.codebook, self.decay, self.restart_below = codebook, decay, restart_below
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
+        # The usual start, from which few codes are ever used; `init_codebook` starts from data.
         nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
         if codebook == "ema":
             self.embedding.weight.requires_grad_(False)
@@ -247,16 +232,13 @@ class VectorQuantizer(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def update_codebook(self, vectors: Tensor, indices: Tensor, counts: Tensor) -> None:
-        """Update the moving averages from (N, D), (N,) and (K,), and restart dead codes.
-
-        If a vector of any process is not finite, nothing changes; training skips the step's
-        gradients as well.
-        """
+        """Update the averages from (N, D), (N,) and (K,) (equations 6 to 8); restart dead codes."""
         sums = sum_by_code(vectors, indices, self.num_embeddings)
         statistics = torch.cat([counts[:, None], sums], 1)  # (K, 1 + D)
-        if _rank() is not None:
+        if _is_distributed():
             dist.all_reduce(statistics)
-        finite = statistics.isfinite().all()  # (); a Python `if` would wait for the GPU
+        # If a vector of any process is not finite, nothing changes. A Python `if` would wait.
+        finite = statistics.isfinite().all()  # ()
         statistics = statistics.nan_to_num(0, 0, 0)
         weight = (1 - self.decay) * finite
         self.ema_count.lerp_(statistics[:, 0], weight)
@@ -271,16 +253,15 @@ class VectorQuantizer(nn.Module):
     def _restart_dead_codes(self, vectors: Tensor, indices: Tensor, finite: Tensor) -> None:
         """Restart dead codes at vectors of rank 0, drawn in proportion to their squared errors."""
         candidates = torch.zeros_like(self.ema_sum)  # (K, D)
-        if not _rank():  # the other processes may have no slice of a small batch
+        if not _is_distributed() or dist.get_rank() == 0:  # others may have no slice
             errors = (vectors - self.embedding(indices)).square().sum(1)  # (N,)
             errors = errors.nan_to_num(0, 0, 0).clamp_min(1e-12)
             candidates = vectors[torch.multinomial(errors, self.num_embeddings, replacement=True)]
-        if _rank() is not None:
+        if _is_distributed():
             dist.all_reduce(candidates)  # the others add zeros
         mean_count = self.ema_count.mean()
         dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
-        # The averages restart too, or the next update would undo the restart; with a low count,
-        # so that the code follows its vectors quickly.
+        # Restart the averages, or the next update would undo it; a low count follows quickly.
         count = 2 * self.restart_below * mean_count
         self.ema_count.copy_(torch.where(dead, count, self.ema_count))
         self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
@@ -292,9 +273,8 @@ class ResidualVectorQuantizer(nn.Module):
     def __init__(self, num_codebooks, num_embeddings, embedding_dim, *options):
         super().__init__()
         self.num_codebooks, self.num_embeddings = num_codebooks, num_embeddings
-        self.quantizers = nn.ModuleList(
-            VectorQuantizer(num_embeddings, embedding_dim, *options) for _ in range(num_codebooks)
-        )
+        options = (num_embeddings, embedding_dim, *options)
+        self.quantizers = nn.ModuleList(VectorQuantizer(*options) for _ in range(num_codebooks))
 
     def forward(self, z: Tensor) -> Quantized:  # (B, D, h, w) of any float dtype
         with torch.autocast(z.device.type, enabled=False):
@@ -308,8 +288,7 @@ class ResidualVectorQuantizer(nn.Module):
             # Sums run from the last codebook to the first; another order would round differently.
             quantized = torch.zeros_like(residual)
             for vectors, result in zip(reversed(residuals), reversed(results), strict=True):
-                total = result.quantized + quantized  # (N, D)
-                quantized = vectors + (total - vectors).detach()  # straight through
+                quantized = vectors + (result.quantized + quantized - vectors).detach()
             codebook_loss = sum(result.codebook_loss for result in reversed(results))
             commitment_loss = sum(result.commitment_loss for result in reversed(results))
         quantized = quantized.view_as(z).movedim(-1, 1)  # (B, D, h, w)
@@ -329,19 +308,14 @@ class ResidualVectorQuantizer(nn.Module):
             vectors = quantizer.init_codebook(vectors, generator)
 
 
-def _rank() -> int | None:
-    """Return the rank of this process, or None if there are no others."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
-
-
-# ---------------------------------------------------------------- loss and model
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Return 1 - SSIM (Wang et al. 2004): (B, 1, H, W) twice, H and W at least 11 -> ().
+    """Return 1 - SSIM (Wang et al. 2004) with a Gaussian window, 11 x 11, sigma 1.5.
 
-    The mean is over the windows inside the slices: Gaussian, 11 x 11, sigma 1.5. Both slices are
-    scaled by the original's minimum and maximum; a random crop counts as a slice.
+    Both (B, 1, H, W) are scaled by the minimum and maximum of `images`, which may be crops.
     """
     if min(images.shape[-2:]) < 11:
         raise ValueError(f"slices of {tuple(images.shape[-2:])} are smaller than SSIM's window, 11")
@@ -371,8 +345,7 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
 class VQVAE(nn.Module):
     """Encoder, vector quantiser and decoder; `VQVAE()` is the source document's model.
 
-    `hidden_channels` is twice the width of the residual stacks, `commitment_cost` is beta, and
-    `ssim_weight` multiplies `ssim_loss`. The other arguments are those of the parts.
+    `hidden_channels` is twice the width of the residual stacks; `commitment_cost` is beta.
     """
 
     def __init__(
@@ -407,17 +380,12 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(*widths, stride, num_code_layers, refine_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:  # (B, 1, H, W)
-        z = self.encoder(images)  # (B, D, h, w); H and W must be divisible by the stride
-        quantized = self.vector_quantization(z)
+        quantized = self.vector_quantization(self.encoder(images))  # (B, D, h, w)
         return self.decoder(quantized.quantized), quantized  # (B, 1, H, W)
 
-    def loss(
-        self, images: Tensor, reconstruction: Tensor, quantized: Quantized
-    ) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction and quantisation losses, (); their sum is minimised.
-
-        This is equation 3 of arXiv 1711.00937. Beta is on the term that trains the encoder.
-        """
+    def loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> tuple:
+        """Return reconstruction and quantisation loss, both () (arXiv 1711.00937, equation 3)."""
+        # Beta multiplies the term whose gradient reaches the encoder.
         beta = self.commitment_cost
         quantization_loss = quantized.codebook_loss + beta * quantized.commitment_loss
         return self.reconstruction_loss(reconstruction, images), quantization_loss
@@ -442,11 +410,3 @@ class VQVAE(nn.Module):
         """The rate of fixed-length codes."""
         quantizer = self.vector_quantization
         return quantizer.num_codebooks * math.log2(quantizer.num_embeddings) / self.stride**2
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all weights, which tells code files of different models apart."""
-        content = hashlib.sha256()
-        for tensor in self.state_dict().values():
-            content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return content.hexdigest()[:16]

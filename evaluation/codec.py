@@ -10,6 +10,7 @@ Slices keep their own size: they are padded to a multiple of the stride, not res
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import zipfile
@@ -99,6 +100,14 @@ def split_batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
 # ---------------------------------------------------------------- codes as files
 
 
+def fingerprint(model: VQVAE) -> str:
+    """Return a hash of all weights; codes can only be decoded by the model that made them."""
+    content = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int:
     """Write codes as .npz and return the number of bytes.
 
@@ -110,7 +119,7 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
     np.savez_compressed(
         content,
         format=CODES_FORMAT,
-        model=model.fingerprint,
+        model=fingerprint(model),
         codes=coded.codes,
         mean=coded.mean,
         std=coded.std,
@@ -143,10 +152,10 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     if number != CODES_FORMAT:
         raise DataError(f"{path} has format {number}; expected {CODES_FORMAT}")
     try:
-        if str(content["model"]) != model.fingerprint:
+        if str(content["model"]) != fingerprint(model):
             raise DataError(
                 f"{path} is of the model {content['model']}, and this model is "
-                f"{model.fingerprint}; name the run that made it with --run"
+                f"{fingerprint(model)}; name the run that made it with --run"
             )
         rows, columns = map(int, content["size"])
         coded = Coded(

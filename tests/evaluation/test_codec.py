@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.codec import decode_planes, encode_planes, read_codes
+from evaluation.codec import decode_planes, encode_planes, fingerprint, read_codes
 from modules import VQVAE
 from mri import nifti
 from training.checkpoint import load_model
@@ -113,7 +113,7 @@ def test_damaged_codes_are_reported(codes_path, untrained_run):
             damaged(turn=np.zeros((3, 2))),
         ],
         "has format 9": [damaged(format=9)],
-        "is of the model": [damaged(model=other.fingerprint)],
+        "is of the model": [damaged(model=fingerprint(other))],
         "unpacks to": [bomb.getvalue()],
         "pickle": [damaged(codes=np.array([Exception()], object))],
     }

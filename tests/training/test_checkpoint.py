@@ -47,7 +47,6 @@ def test_a_loaded_model_equals_the_saved_one(tmp_path):
     write_checkpoint(tmp_path / "best.pt", make_checkpoint(model))
     loaded = load_model(VQVAE, tmp_path / "best.pt")
     assert not loaded.training and loaded.arguments == model.arguments
-    assert loaded.fingerprint == model.fingerprint
     images = torch.randn(2, 1, 32, 32)
     assert torch.equal(loaded(images)[0], model.eval()(images)[0])
 
@@ -70,7 +69,6 @@ def test_nested_codebooks_of_earlier_versions_load(tmp_path, num_codebooks, code
     torch.save(make_checkpoint(model, model=nested), tmp_path / "best.pt")
     loaded = load_model(VQVAE, tmp_path / "best.pt")
     assert_equal_states(loaded.state_dict(), model.state_dict())
-    assert loaded.fingerprint == model.fingerprint
     state = read_checkpoint(tmp_path / "best.pt")["model"]  # as a resumed run reads it
     assert_equal_states(state, model.state_dict())
 
