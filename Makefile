@@ -1,89 +1,119 @@
-# Each target works on a fresh clone and needs only python3 (3.10 or later). The environment is in .venv.
+# Each target works on a fresh clone and needs only python3 (3.10 or later). The environment is in
+# .venv. "make pelvis" and "make brain" also need real scans, which are not in the repository.
 PYTHON ?= python3
 BIN := .venv/bin
-# Copy the test scores of a run to benchmarks/results, without the path of the data folder.
-keep_scores = sed 's|"data": ".*/|"data": "|' runs/$(1)/test/metrics.json > runs/$(1)/kept && mv runs/$(1)/kept benchmarks/results/test_$(1).json
 
-.PHONY: train test lint figures drawings pelvis brain faults fuzz test-pythons speed clean
+.PHONY: train test lint figures drawings pelvis brain faults fuzz speed test-pythons clean
+
+# The README's commands run first, in their order, in one process: later ones need earlier ones.
+run_tests = OMP_NUM_THREADS=1 $(1) -m pytest tests/test_readme.py && \
+    OMP_NUM_THREADS=1 $(1) -m pytest -n 2 --ignore tests/test_readme.py
 
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
 
-test: .venv/dev            ## all tests, in two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_readme.py && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/test_readme.py
+test: .venv/dev            ## run all tests, in two processes of one thread each
+	$(call run_tests,$(BIN)/python)
 
-lint: .venv/dev            ## style
+lint: .venv/dev            ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --diff .
 
-figures: .venv/runtime     ## the diagrams and the sample's pictures in resources/
+# ---------------------------------------------------------------- figures and models
+
+# Copy a run's test scores to benchmarks/results, without the path of its data folder.
+copy_scores = sed 's|"data": ".*/|"data": "|' runs/$(1)/test/metrics.json \
+    > benchmarks/results/test_$(1).json
+
+FIGURES := runs/figures
+figures: .venv/runtime     ## draw the diagrams and the sample's pictures in resources/
 	$(BIN)/python resources/draw_figures.py
 	test -d sample_data || $(BIN)/python -m mri.phantom
-	rm -rf runs/figures
+	rm -rf $(FIGURES)
 	$(BIN)/python train.py --data sample_data --epochs 10 --plot-every 3 --name figures
-	$(BIN)/python predict.py --run runs/figures
-	for n in 1 3 6 10; do cp runs/figures/plots/epoch_$$n/epoch_$${n}_images.png resources/sample_epoch_$$n.png; done
-	cp runs/figures/loss_ssim_plot.png resources/sample_curves.png
-	cp runs/figures/test/code_map.png resources/sample_code_map.png
+	$(BIN)/python predict.py --run $(FIGURES)
+	for n in 1 3 6 10; do \
+	    cp $(FIGURES)/plots/epoch_$$n/epoch_$${n}_images.png resources/sample_epoch_$$n.png; \
+	done
+	cp $(FIGURES)/loss_ssim_plot.png resources/sample_curves.png
+	cp $(FIGURES)/test/code_map.png resources/sample_code_map.png
 
-drawings: .venv/dev        ## the sample with and without --gan, its prior, and new slices: half an hour
+GAN := runs/sample_gan
+TEST_SLICE := sample_data/keras_slices_test/case_040_week_0_slice_10.nii.gz
+drawings: .venv/dev        ## train on the sample with and without --gan, and generate slices: 30 min
 	test -d sample_data || $(BIN)/python -m mri.phantom
-	rm -rf runs/sample_plain runs/sample_gan
+	rm -rf runs/sample_plain $(GAN)
 	$(BIN)/python train.py --data sample_data --epochs 40 --name sample_plain
 	$(BIN)/python train.py --data sample_data --epochs 40 --gan --name sample_gan
-	$(BIN)/python benchmarks/sharpness.py --runs runs/sample_plain runs/sample_gan
-	for run in sample_plain sample_gan; do $(BIN)/python predict.py --run runs/$$run || exit 1; done
-	$(call keep_scores,sample_plain)
-	$(call keep_scores,sample_gan)
-	$(BIN)/python train_prior.py --run runs/sample_gan
-	$(BIN)/python generate.py --run runs/sample_gan --evaluate
-	$(BIN)/python generate.py --run runs/sample_gan --temperature 0.8
-	$(BIN)/python generate.py --run runs/sample_gan --temperature 0.8 --complete sample_data/keras_slices_test/case_040_week_0_slice_10.nii.gz
-	for f in slices closest completion; do cp runs/sample_gan/generated/$$f.png resources/sample_drawn_$$f.png; done
-	cp runs/sample_gan/prior/metrics.json benchmarks/results/prior_sample_data.json
-	cp runs/sample_gan/generated/evaluation.json benchmarks/results/drawn_sample_data.json
+	$(BIN)/python benchmarks/sharpness.py --runs runs/sample_plain $(GAN)
+	$(BIN)/python predict.py --run runs/sample_plain
+	$(BIN)/python predict.py --run $(GAN)
+	$(call copy_scores,sample_plain)
+	$(call copy_scores,sample_gan)
+	$(BIN)/python train_prior.py --run $(GAN)
+	$(BIN)/python generate.py --run $(GAN) --evaluate
+	$(BIN)/python generate.py --run $(GAN) --temperature 0.8
+	$(BIN)/python generate.py --run $(GAN) --temperature 0.8 --complete $(TEST_SLICE)
+	for name in slices closest completion; do \
+	    cp $(GAN)/generated/$$name.png resources/sample_drawn_$$name.png; \
+	done
+	cp $(GAN)/prior/metrics.json benchmarks/results/prior_sample_data.json
+	cp $(GAN)/generated/evaluation.json benchmarks/results/drawn_sample_data.json
 
-have_real_data = test -d "$$HIPMRI_REAL_DATA" || { echo 'set $$HIPMRI_REAL_DATA: real scans are not in the repository'; exit 1; }
+need_real_data = @test -d "$$HIPMRI_REAL_DATA" || \
+    { echo 'set $$HIPMRI_REAL_DATA to a folder of real scans'; exit 1; }
 
-pelvis: .venv/runtime      ## resources/pelvis.pt, the bundled model; needs $$HIPMRI_REAL_DATA; half an hour
-	@$(have_real_data)
+pelvis: .venv/runtime      ## train resources/pelvis.pt, the bundled model: 30 min
+	$(need_real_data)
 	rm -rf runs/pelvis
 	$(BIN)/python resources/make_pelvis.py
-	$(call keep_scores,pelvis)
+	$(call copy_scores,pelvis)
 
 BRAIN = $$HIPMRI_REAL_DATA/brain_volume/anat-T1w.nii.gz
-brain: .venv/runtime       ## a model of one brain, compared with pelvis.pt; needs $$HIPMRI_REAL_DATA; half an hour
-	@$(have_real_data)
-	rm -rf runs/brain runs/brain_out
+BRAIN_OUT := runs/brain_out
+# Copy a table of scores to benchmarks/results, without the path of the scan's folder.
+copy_table = sed 's|,[^,]*/brain_volume/|,brain_volume/|' $(1) > benchmarks/results/$(2)
+brain: .venv/runtime       ## train a model of one brain and compare it with pelvis.pt: 30 min
+	$(need_real_data)
+	rm -rf runs/brain $(BRAIN_OUT)
 	$(BIN)/python train.py --data $(BRAIN) --axis coronal --name brain
-	$(BIN)/python predict.py $(BRAIN) --run runs/brain -o runs/brain_out --export-codes
-	$(BIN)/python predict.py $(BRAIN) --runs-dir resources -o runs/brain_out/pelvis --export-codes
-	cp runs/brain_out/anat-T1w.png resources/brain.png
-	sed "s|,[^,]*/brain_volume/|,brain_volume/|" runs/brain_out/scores.csv > benchmarks/results/brain.csv
-	sed "s|,[^,]*/brain_volume/|,brain_volume/|" runs/brain_out/pelvis/scores.csv > benchmarks/results/brain_by_pelvis.csv
+	$(BIN)/python predict.py $(BRAIN) --run runs/brain -o $(BRAIN_OUT) --export-codes
+	$(BIN)/python predict.py $(BRAIN) --runs-dir resources -o $(BRAIN_OUT)/pelvis --export-codes
+	cp $(BRAIN_OUT)/anat-T1w.png resources/brain.png
+	$(call copy_table,$(BRAIN_OUT)/scores.csv,brain.csv)
+	$(call copy_table,$(BRAIN_OUT)/pelvis/scores.csv,brain_by_pelvis.csv)
 
-faults: .venv/dev          ## 50 kills at random moments, and the losses: ten minutes
+# ---------------------------------------------------------------- long tests
+
+faults: .venv/dev          ## kill scripts 50 times at random moments and count losses: 10 min
 	$(BIN)/python tests/stress/faults.py
 
-fuzz: .venv/dev            ## 28,000 damaged files, each must end in a slice or the one error: two minutes
+fuzz: .venv/dev            ## read 28,000 damaged files and count crashes: 2 min
 	$(BIN)/python tests/stress/fuzz.py
 
-test-pythons:              ## the tests on every installed Python from 3.10 to 3.13, each in its own environment
-	for version in 3.10 3.11 3.12 3.13; do \
-	    python$$version -c "" 2> /dev/null || { echo "python$$version is not installed"; continue; }; \
-	    python$$version -m venv .venv-$$version && .venv-$$version/bin/pip install --quiet -r requirements-dev.txt || exit 1; \
-	    echo "python$$version" && OMP_NUM_THREADS=1 .venv-$$version/bin/python -m pytest tests/test_readme.py && OMP_NUM_THREADS=1 .venv-$$version/bin/python -m pytest -n 2 --ignore tests/test_readme.py || exit 1; \
-	done
-
-speed: .venv/dev           ## speed of this project, a typical script and other libraries: ten minutes on a CPU
+speed: .venv/dev           ## measure the speed of this project and of others: 10 min on a CPU
 	$(BIN)/python benchmarks/speed.py
 
-clean:                     ## remove the environments, the sample and caches; runs/ is kept
+test-pythons:              ## run the tests on every installed Python from 3.10 to 3.13
+	for version in 3.10 3.11 3.12 3.13; do \
+	    python$$version -c "" 2> /dev/null || { echo "no python$$version"; continue; }; \
+	    echo "python$$version"; \
+	    python$$version -m venv .venv-$$version || exit 1; \
+	    .venv-$$version/bin/pip install --quiet -r requirements-dev.txt || exit 1; \
+	    { $(call run_tests,.venv-$$version/bin/python); } || exit 1; \
+	done
+
+# ---------------------------------------------------------------- environment
+
+clean:                     ## delete the environments, the sample and caches; keep runs/
 	rm -rf .venv .venv-3.* sample_data .sample_data-* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+CHECK_VERSION = import sys; sys.version_info < (3, 10) and sys.exit( \
+    "This is Python %s; expected 3.10 or later: make PYTHON=python3.12" % sys.version.split()[0])
+
 .venv/runtime: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("This is Python %s; expected 3.10 or later: make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -c '$(CHECK_VERSION)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@

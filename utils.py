@@ -75,7 +75,7 @@ def first_line(error: BaseException) -> str:
 
 
 def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
-    """Return the device that `--device` names.
+    """Return the device that `--device` names, and make it the current one if it is a GPU.
 
     Args:
         name: "auto" (the first available of cuda, mps, cpu), "cuda", "cuda:1", "mps" or "cpu".
@@ -115,6 +115,8 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
             f"--device {name} is not usable here; torch {torch.__version__} can use: "
             f"{', '.join(usable)}"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else several processes would use memory of the first GPU
     return device
 
 

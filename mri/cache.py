@@ -124,7 +124,7 @@ def load_cached_split(
             if cached is not None:  # another run built it while this one waited
                 return cached
             temporary.mkdir()
-            _build(temporary, source, split, preprocessing, workers, progress)
+            build(temporary, source, split, preprocessing, workers, progress)
             _publish(temporary, folder, preprocessing.size)
     except OSError as error:
         raise DataError(
@@ -203,7 +203,7 @@ class _Job(NamedTuple):
     rows: range
 
 
-def _build(
+def build(
     folder: Path,
     source: Source,
     split: str,

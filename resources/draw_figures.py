@@ -136,7 +136,7 @@ def volume(axes: Axes, x: float, y: float, color: str) -> None:
 
 
 def draw_architecture(path: Path) -> None:
-    """Draw the way of a slice through the model, with the size of everything on it."""
+    """Draw the path of a slice through the model, with the size of each step."""
     image, codes, reconstruction, codebook = phantom_example()
     figure, axes = new_figure(3.0)
     y = 2.3
@@ -165,7 +165,7 @@ def draw_architecture(path: Path) -> None:
         label(axes, x, y + 0.53, name, size=10, va="baseline")
         label(axes, x, y - 0.66, size.replace("x", TIMES), color=GREY, va="baseline")
 
-    # From z to the codebook, and from the codebook to e.
+    # Arrows from z to the codebook, and from the codebook to e
     middle = 0.87
     lookup = {"color": GREY, "linewidth": 1.0, "snap": False}
     draw_codebook(axes, codebook, x=3.94, y=middle)

@@ -1,10 +1,13 @@
-"""Make resources/pelvis.pt, the model that predict.py uses before any training: the weights alone of a `tuned` run.
+"""Make resources/pelvis.pt, the model that predict.py uses before any training.
 
     HIPMRI_REAL_DATA=... python resources/make_pelvis.py       # about half an hour on two CPU cores
 
-It is trained on the sample (phantom.py) and on the training slices of prostatex/ in $HIPMRI_REAL_DATA, 86 T2 slices of
-PROSTATEx patient 0218 (doi 10.7937/K9TCIA.2017.MURS5CL, CC BY 3.0; converted from DICOM to NIfTI, resampled and cut).
+It has only the weights of a `tuned` run, which is trained on the sample (mri/phantom.py) and on the
+training slices of prostatex/ in $HIPMRI_REAL_DATA: 86 T2 slices of PROSTATEx patient 0218
+(doi 10.7937/K9TCIA.2017.MURS5CL, CC BY 3.0), converted from DICOM to NIfTI, resampled and cropped.
 """
+
+from __future__ import annotations
 
 import os
 import sys
@@ -19,45 +22,76 @@ import train
 import utils
 from modules import VQVAE
 from mri import hipmri, phantom
+from mri.files import SPLITS
 from training.checkpoint import load_model, read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
-NAME, EPOCHS = "pelvis", 120
-DATA = "the phantom (240 slices) and PROSTATEx patient 0218 (86 slices, CC BY 3.0, doi 10.7937/K9TCIA.2017.MURS5CL)"
+NAME = "pelvis"
+EPOCHS = 120
+TRAINED_ON = (
+    "the phantom (240 slices) and PROSTATEx patient 0218 (86 slices, CC BY 3.0, "
+    "doi 10.7937/K9TCIA.2017.MURS5CL)"
+)
 
 
 def main() -> int:
     real = Path(os.environ.get("HIPMRI_REAL_DATA", "not set")) / "prostatex"
     if not real.is_dir():
         raise utils.UserError(
-            f"$HIPMRI_REAL_DATA holds no prostatex/ ({real}); it is not shipped with the repository"
+            f"{real} is not a folder; set $HIPMRI_REAL_DATA to the folder that contains "
+            "prostatex/, which is not part of the repository"
         )
-    sample, both = ROOT / "sample_data", ROOT / "runs" / f"{NAME}_data"
+    sample = ROOT / "sample_data"
     if not sample.exists():
         phantom.write_phantom(sample)
-    for split in ("train", "validate", "test"):
-        folder = both / f"keras_slices_{split}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(
-            path for source in (sample, real) for path in (source / folder.name).iterdir()
-        ):
-            if not (folder / file.name).exists():
-                (folder / file.name).symlink_to(file.resolve())
+    data = ROOT / "runs" / f"{NAME}_data"
+    link_slices([sample, real], data)
+
     run = Path(os.path.relpath(ROOT / "runs" / NAME))
-    where = ["--data", str(both), "--runs-dir", str(run.parent), "--name", NAME]
-    if code := train.main([*where, "--epochs", str(EPOCHS), "--precision", "bfloat16"]):
+    flags = ["--data", str(data), "--runs-dir", str(run.parent), "--name", NAME]
+    code = train.main([*flags, "--epochs", str(EPOCHS), "--precision", "bfloat16"])
+    if code:
         return code
     predict.main(["--run", str(run)])
-    best, model = read_checkpoint(run / "best.pt"), load_model(VQVAE, run / "best.pt")
-    kept = {"format": best["format"], "model_args": best["model_args"], "model": model.state_dict()}
-    # Voxels of both kinds are as in training: the geometric mean is within a factor of 1.5 of each.
-    parts = [dataset.load_split(hipmri.find_hipmri(folder), "train") for folder in (sample, real)]
-    spacing = np.sqrt(np.prod([part.description["spacing"] for part in parts], 0)).tolist()
-    kept |= {"slices": best["slices"] | {"spacing": spacing}, "trained_on": DATA}
-    kept |= {"versions": utils.read_json(run / "config.json")["versions"]}
-    write_checkpoint(ROOT / "resources" / f"{NAME}.pt", kept)
-    print(f"written: resources/{NAME}.pt")
+    path = ROOT / "resources" / f"{NAME}.pt"
+    write_weights(run, [sample, real], path)
+    print(f"written: resources/{path.name}")
     return 0
+
+
+def link_slices(sources: list[Path], data: Path) -> None:
+    """Link the slices of several data sets into one, in HipMRI's 2D form."""
+    for split in SPLITS:
+        folder = data / f"keras_slices_{split}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            for file in (source / folder.name).iterdir():
+                if not (folder / file.name).exists():
+                    (folder / file.name).symlink_to(file.resolve())
+
+
+def write_weights(run: Path, sources: list[Path], path: Path) -> None:
+    """Write the weights of a run's best checkpoint, without the state of its training.
+
+    The stored voxel spacing is the geometric mean of the sources, which is within a factor of 1.5
+    of each.
+    """
+    best = read_checkpoint(run / "best.pt")
+    model = load_model(VQVAE, run / "best.pt")
+    spacings = []
+    for source in sources:
+        slices = dataset.load_split(hipmri.find_hipmri(source), "train")
+        spacings.append(slices.description["spacing"])
+    spacing = np.sqrt(np.prod(spacings, axis=0)).tolist()  # of two sources
+    checkpoint = {
+        "format": best["format"],
+        "model_args": best["model_args"],
+        "model": model.state_dict(),
+        "slices": best["slices"] | {"spacing": spacing},
+        "trained_on": TRAINED_ON,
+        "versions": utils.read_json(run / "config.json")["versions"],
+    }
+    write_checkpoint(path, checkpoint)
 
 
 if __name__ == "__main__":

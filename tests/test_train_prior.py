@@ -18,7 +18,6 @@ from training_runs import (
     read_weights,
     rows_without_seconds,
     start_process,
-    wait_until,
 )
 
 import train
@@ -43,7 +42,7 @@ def vqvae_runs(tmp_path_factory, small, write_slices) -> Path:
     folder = tmp_path_factory.mktemp("vqvae")
     data = write_slices(folder / "data", train=6, validate=3)
     flags = ["--data", data, "--cache-dir", folder / "cache", "--runs-dir", folder / "runs"]
-    flags += [*small, "--epochs", "1", "--name", "a"]
+    flags += [*small, "--stride", "8", "--epochs", "1", "--name", "a"]  # 32 x 16 codes
     assert train.main(list(map(str, flags))) == 0
     return folder
 
@@ -80,7 +79,7 @@ def encode(run: Path, split: str, mirrors):
 
 def test_a_run_writes_its_files(vqvae_runs, tmp_path, capsys):
     run = shutil.copytree(vqvae_runs / "runs", tmp_path / "runs") / "a"
-    assert start(run, "--epochs 3 --plot-every 2 --mirrored 0.75") == 0
+    assert start(run, "--epochs 3 --mirrored 0.75") == 0
     folder = run / "prior"
     rows = read_rows(folder)
     assert [int(row["step"]) for row in rows] == [2, 4, 6]
@@ -94,7 +93,7 @@ def test_a_run_writes_its_files(vqvae_runs, tmp_path, capsys):
     best = read_checkpoint(folder / "best.pt")["best"]
     assert best == min(float(row["val_bits"]) for row in rows)
     plots = sorted(path.name for path in folder.glob("plots/*/*.png"))
-    assert plots == [f"epoch_{n}_samples.png" for n in (1, 2, 3)]
+    assert plots == [f"epoch_{n}_samples.png" for n in (1, 3)]
     assert (folder / "bits_plot.png").stat().st_size > 5000
     config = json.loads((folder / "config.json").read_text())
     assert config["arguments"]["mirrored"] == 0.75
@@ -102,9 +101,9 @@ def test_a_run_writes_its_files(vqvae_runs, tmp_path, capsys):
 
     bits = json.loads((folder / "metrics.json").read_text())["validation"]
     assert set(bits) == {"prior", "fixed_length", "empirical_entropy", "gzip"}
-    assert bits["fixed_length"] == {"bits_per_code": 4.0, "bits_per_pixel": 0.25}
+    assert bits["fixed_length"] == {"bits_per_code": 4.0, "bits_per_pixel": 4 / 64}
     assert bits["prior"]["bits_per_code"] == pytest.approx(best, rel=1e-5)
-    assert bits["prior"]["bits_per_pixel"] == pytest.approx(best / 16, rel=1e-5)
+    assert bits["prior"]["bits_per_pixel"] == pytest.approx(best / 64, rel=1e-5)
     printed = capsys.readouterr().out
     for text in ("bits per code", "empirical entropy", "gzip", "generate.py --run"):
         assert text in printed
@@ -128,11 +127,10 @@ def test_validation_counts_the_bits_of_all_grids_per_code(run, num_grids):
     logits = prior(grids, codes.positions, torch.zeros(3, dtype=torch.long))
     nats = []
     for grid_logits, grid in zip(logits, grids, strict=True):
-        nats.append(
-            float(cross_entropy(grid_logits.flatten(0, 2), grid.flatten(), reduction="sum"))
-        )
+        loss = cross_entropy(grid_logits.flatten(0, 2), grid.flatten(), reduction="sum")
+        nats.append(loss.item())
     scores = train_prior.validate(prior, codes, config, CPU)
-    bits = 1 / math.log(2) / (3 * 2048)  # per code, of one nat
+    bits = 1 / math.log(2) / (3 * 512)  # per code, of one nat
     assert scores["val_bits"] == pytest.approx(sum(nats) * bits, rel=1e-4)
     assert scores["val_outline_bits"] == pytest.approx(sum(nats[:-1]) * bits, rel=1e-4)
 
@@ -145,7 +143,7 @@ def test_codes_of_mirrored_slices_are_those_of_the_mirrored_images(run):
             assert torch.equal(codes.codes[:, view].long(), vqvae.encode(images.flip(axes)))
     torch.testing.assert_close(codes.positions, torch.linspace(0, 1, 6))
     code = codes.codes[0, 0].flatten().mode().values.long()
-    pixels = avg_pool2d(images, 4)[:, 0][codes.codes[:, 0] == code]
+    pixels = avg_pool2d(images, 8)[:, 0][codes.codes[:, 0] == code]
     assert codes.brightness[code] == pytest.approx(float(torch.asinh(pixels).mean()), abs=1e-4)
 
 
@@ -200,15 +198,21 @@ def test_a_signal_saves_at_the_step_and_resume_gives_the_same_prior(
     assert_same_priors(run / "prior", tmp_path / "uninterrupted")
 
 
-def test_a_killed_process_can_be_resumed_to_the_same_prior(tmp_path, run):
-    flags = [*FLAGS, "--epochs", "12", "--plot-every", "100"]
-    assert train_prior.main(["--run", str(run), *flags]) == 0
+def test_an_epoch_that_ended_in_a_crash_is_repeated_by_resume(tmp_path, run, monkeypatch):
+    assert start(run, "--epochs 3") == 0
     (run / "prior").rename(tmp_path / "uninterrupted")
-    process = start_process(tmp_path, "train_prior.py", "--run", run, *flags)
-    wait_until(lambda: len(read_rows(run / "prior")) >= 2, process, tmp_path)
-    process.kill()
-    process.wait()
-    assert len(read_rows(run / "prior")) < 12
+    real, count = train_prior.compute_losses, 0
+
+    def compute_losses(*arguments):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise RuntimeError("crash in the second step of epoch 2")
+        return real(*arguments)
+
+    monkeypatch.setattr(train_prior, "compute_losses", compute_losses)
+    with pytest.raises(RuntimeError, match="crash"):
+        start(run, "--epochs 3")
     assert train_prior.main(["--run", str(run), "--resume"]) == 0
     assert_same_priors(run / "prior", tmp_path / "uninterrupted")
 

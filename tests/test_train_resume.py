@@ -64,17 +64,14 @@ def test_a_signal_saves_at_the_step_and_resume_gives_the_same_run(
     assert_same_runs(folder, tmp_path / "runs/uninterrupted")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_is_killed_can_be_resumed_to_the_same_run(
-    tmp_path, train_here, blobs, small, number
-):
+def test_a_killed_process_can_be_resumed_to_the_same_run(tmp_path, train_here, blobs, small):
     train_here("--epochs 12 --name uninterrupted")
     flags = ["--data", blobs, *small, "--epochs", "12", "--plot-every", "100", "--name", "a"]
     process = start_process(tmp_path, "train.py", *flags)
     folder = tmp_path / "runs/a"
     wait_until(lambda: len(read_rows(folder)) >= 2, process, tmp_path)
-    process.send_signal(number)
-    assert process.wait() == (128 + number if number == signal.SIGTERM else -number)
+    process.kill()
+    process.wait()
     assert len(read_rows(folder)) < 12
     assert train_here("--resume --name a") == 0
     assert_same_runs(folder, tmp_path / "runs/uninterrupted")

@@ -275,9 +275,7 @@ def write_scan(path: Path, write_nifti) -> None:
     write_nifti(path, scan)
 
 
-def test_run_with_a_table_can_be_resumed_from_another_folder(
-    study, tmp_path, monkeypatch, small, own_signals
-):
+def test_run_with_a_table_can_be_resumed_from_another_folder(study, tmp_path, monkeypatch, small):
     (tmp_path / "splits.csv").write_text("subject,split\nA,train\nB,validate\nC,test\n")
     monkeypatch.chdir(tmp_path)
     command = ["--data", "study", "--axis", "axial", "--split", "splits.csv", *small, "--name", "a"]
@@ -289,7 +287,7 @@ def test_run_with_a_table_can_be_resumed_from_another_folder(
 
 
 def test_training_subjects_stay_out_of_the_test_split(
-    study, tmp_path, monkeypatch, small, own_signals, write_nifti
+    study, tmp_path, monkeypatch, small, write_nifti
 ):
     """Scans added or removed later move no subject to another split."""
     monkeypatch.chdir(tmp_path)
@@ -312,9 +310,7 @@ def test_training_subjects_stay_out_of_the_test_split(
     assert {name.case for name in slices.names} == {"N"}
 
 
-def test_resume_ignores_scans_added_since(
-    study, tmp_path, monkeypatch, small, own_signals, write_nifti
-):
+def test_resume_ignores_scans_added_since(study, tmp_path, monkeypatch, small, write_nifti):
     monkeypatch.chdir(tmp_path)
     command = ["--data", "study", "--axis", "axial", *small, "--name", "a", "--epochs"]
     assert train.main([*command, "1"]) == 0
@@ -325,7 +321,7 @@ def test_resume_ignores_scans_added_since(
     assert utils.read_json(tmp_path / "runs" / "a" / "config.json")["scans"] == manifest
 
 
-def test_only_the_test_split_may_be_empty(study, tmp_path, monkeypatch, small, own_signals, capsys):
+def test_only_the_test_split_may_be_empty(study, tmp_path, monkeypatch, small, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["--data", "study", "--axis", "axial", *small, "--epochs", "1", "--name", "a"]
     with pytest.raises(DataError, match="Only the last one, for test, may be 0"):
@@ -336,9 +332,7 @@ def test_only_the_test_split_may_be_empty(study, tmp_path, monkeypatch, small, o
         predict.main(["--run", "runs/a"])
 
 
-def test_results_say_which_files_were_trained_on(
-    study, tmp_path, monkeypatch, small, own_signals, capsys
-):
+def test_results_say_which_files_were_trained_on(study, tmp_path, monkeypatch, small, capsys):
     """scores.csv has a column for it, and slices.csv names the file of each slice."""
     monkeypatch.chdir(tmp_path)
     command = ["--data", "study", "--axis", "axial", *small, "--epochs", "1", "--name", "a"]

@@ -35,7 +35,7 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def run_here(tmp_path, data, small, own_signals, monkeypatch):
+def run_here(tmp_path, data, small, monkeypatch):
     """run_here("--epochs 2 ...") trains in this process; returns the exit code."""
     monkeypatch.chdir(tmp_path)
     return lambda flags: train.main(["--data", str(data), *small, *flags.split()])

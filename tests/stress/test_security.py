@@ -154,7 +154,7 @@ def private_data(tmp_path) -> list[str]:
 
 
 def test_odd_names_and_private_headers_do_not_leave_the_data(
-    tmp_path, private_data, monkeypatch, small, own_signals
+    tmp_path, private_data, monkeypatch, small
 ):
     """Run all scripts: they write only to their folders, and no header field of the input."""
     monkeypatch.chdir(tmp_path)

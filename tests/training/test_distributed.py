@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun on this CPU: they train as one, stop, and fail together."""
+"""Several processes, started by torchrun on a CPU: they train as one, stop and fail together."""
 
 import copy
 import os
