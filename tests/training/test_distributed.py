@@ -21,27 +21,32 @@ DETERMINISTIC = [
 
 
 @pytest.fixture
-def launch(tmp_path, small, write_slices):
-    """launch(2, "--name", "a"): start train.py in two processes, on 9 and 3 slices."""
-    data = write_slices(tmp_path / "data", train=9, validate=3)
+def data(tmp_path, write_slices) -> Path:
+    """9 training and 3 validation slices."""
+    return write_slices(tmp_path / "data", train=9, validate=3)
 
-    def launch(processes: int, *flags: str):
+
+@pytest.fixture
+def launch(tmp_path, small, data):
+    """launch("--name", "a"): start train.py in two processes."""
+
+    def launch(*flags: str):
         flags = ["--data", data, *small, "--plot-every", "1000", *flags]
-        return start_process(tmp_path, "train.py", *flags, processes=processes)
+        return start_process(tmp_path, "train.py", *flags, processes=2)
 
     return launch
 
 
 @pytest.mark.parametrize("gan", [[], ["--gan", "--gan-start", "0.3"]], ids=["plain", "gan"])
-def test_two_processes_train_as_one(tmp_path, launch, gan):
+def test_two_processes_train_as_one(tmp_path, train_here, data, launch, gan):
     """Without random draws, up to rounding.
 
     Of the last of 9 slices in batches of 4, the second process has none. None of the 3 validation
     slices is counted twice.
     """
-    for processes in (1, 2):
-        process = launch(processes, *DETERMINISTIC, *gan, "--name", str(processes))
-        output = finish(process, tmp_path)
+    flags = [*DETERMINISTIC, *gan]
+    train_here(f"--data {data} --name 1 {' '.join(flags)}")
+    output = finish(launch(*flags, "--name", "2"), tmp_path)
     assert output.count("9 training and 3 validation slices") == 1  # only rank 0 prints
     assert "2 processes, cpu" in output
     one, two = tmp_path / "runs/1", tmp_path / "runs/2"
@@ -54,9 +59,11 @@ def test_two_processes_train_as_one(tmp_path, launch, gan):
             torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_whose_process_dies_can_be_resumed_by_another_number_of_processes(tmp_path, launch):
+def test_a_run_whose_process_dies_can_be_resumed_by_another_number_of_processes(
+    tmp_path, train_here, launch
+):
     """The tuned recipe: EMA statistics and restarts are checked after each epoch."""
-    process = launch(2, "--epochs", "400", "--name", "a", "--restart-below", "0.5")
+    process = launch("--epochs", "400", "--name", "a", "--restart-below", "0.5")
     folder = tmp_path / "runs/a"
     wait_until(
         lambda: len(read_rows(folder)) >= 3 and (folder / "last.pt").exists(), process, tmp_path
@@ -69,7 +76,8 @@ def test_a_run_whose_process_dies_can_be_resumed_by_another_number_of_processes(
     epochs = read_checkpoint(folder / "last.pt")["epochs_done"]
     assert epochs >= 2
     assert not list(folder.glob(".*.tmp"))
-    finish(launch(1, "--resume", "--name", "a", "--epochs", str(epochs + 2)), tmp_path)
+    data = tmp_path / "data"
+    assert train_here(f"--data {data} --resume --name a --epochs {epochs + 2}") == 0
     assert [int(row["epoch"]) for row in read_rows(folder)] == list(range(1, epochs + 3))
 
 
@@ -87,7 +95,7 @@ def second_process(launcher: int) -> int:
 
 
 def test_a_signal_to_torchrun_stops_all_processes_after_the_same_step(tmp_path, launch):
-    process = launch(2, "--epochs", "400", "--name", "a")
+    process = launch("--epochs", "400", "--name", "a")
     folder = tmp_path / "runs/a"
     wait_until((folder / "last.pt").exists, process, tmp_path)
     process.terminate()
@@ -99,12 +107,12 @@ def test_a_signal_to_torchrun_stops_all_processes_after_the_same_step(tmp_path, 
     slices = min(4 * checkpoint["steps_done"], 9)
     assert checkpoint["sums"][2] == slices  # of both processes
     epochs = checkpoint["epochs_done"] + 2
-    finish(launch(2, "--resume", "--name", "a", "--epochs", str(epochs)), tmp_path)
+    finish(launch("--resume", "--name", "a", "--epochs", str(epochs)), tmp_path)
 
 
 def test_a_mistake_ends_all_processes(tmp_path, launch):
     """Only rank 0 looks at the data; the others end with it and print no traceback of ours."""
-    process = launch(2, "--name", "a", "--data", str(tmp_path / "nowhere"))
+    process = launch("--name", "a", "--data", str(tmp_path / "nowhere"))
     assert process.wait() != 0
     output = (tmp_path / "log").read_text()
     assert "error: cannot open the data that --data names" in output
