@@ -9,8 +9,6 @@ Shapes: B slices of H x W pixels; h x w code positions, h = H / stride; N = B h 
 numbers (`embedding_dim`); codebooks of K embeddings (`num_embeddings`).
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -64,10 +62,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Map quantised vectors to slices; the output is unbounded, as z-scores are.
-
-    `num_code_layers`: residual layers before conv1. `refine_channels`: channels before conv3.
-    """
+    """Map quantised vectors to slices; the output is unbounded, as z-scores are."""
 
     def __init__(
         self,
@@ -76,8 +71,8 @@ class Decoder(nn.Module):
         num_layers,
         embedding_dim,
         stride=4,
-        num_code_layers=0,
-        refine_channels=0,
+        num_code_layers=0,  # residual layers before conv1
+        refine_channels=0,  # channels of conv3's input; 0: no conv3
     ):
         super().__init__()
         self.code_stack = self.conv3 = None
@@ -86,8 +81,7 @@ class Decoder(nn.Module):
         self.conv1 = nn.ConvTranspose2d(embedding_dim, channels, kernel_size=4, stride=2, padding=1)
         self.up = _convs_beyond_stride_4(nn.ConvTranspose2d, channels, stride)
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
-        outputs = refine_channels or 1
-        self.conv2 = nn.ConvTranspose2d(channels, outputs, kernel_size=4, stride=2, padding=1)
+        self.conv2 = nn.ConvTranspose2d(channels, refine_channels or 1, 4, stride=2, padding=1)
         if refine_channels:
             self.conv3 = nn.Conv2d(refine_channels, 1, kernel_size=3, padding=1)
 
@@ -115,8 +109,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of each vector's nearest embedding: (N, D), (K, D) -> (N,) int64."""
     # argmin ||z - e||^2 = argmin ||e||^2 - 2 z.e; blocks bound the memory of the distances.
     norms = codebook.square().sum(1)  # (K,)
-    blocks = vectors.split(8192)
-    indices = [torch.addmm(norms, block, codebook.T, alpha=-2).argmin(1) for block in blocks]
+    indices = [torch.addmm(norms, v, codebook.T, alpha=-2).argmin(1) for v in vectors.split(8192)]
     return torch.cat(indices)
 
 
@@ -127,7 +120,7 @@ def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
 
 @torch.no_grad()
 def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, Tensor]:
-    """Cluster up to M = 32 K of (N, D) vectors; return centres (K, D) and residuals (M, D)."""
+    """Cluster vectors (N, D); return centres (K, D) and residuals (M, D) of the M <= 32 K used."""
     if len(vectors) < num_clusters:
         raise ValueError(f"{len(vectors)} vectors can't start {num_clusters} codes")
     order = torch.randperm(len(vectors), generator=generator)[: 32 * num_clusters]
@@ -169,8 +162,6 @@ class VectorQuantizer(nn.Module):
     restart_below: with "ema", codes used less than this fraction of the mean restart; 0: never.
     """
 
-    num_codebooks = 1
-
     def __init__(
         self, num_embeddings, embedding_dim, codebook="gradient", decay=0.99, restart_below=0.0
     ):
@@ -179,6 +170,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"codebook is {codebook!r}; expected 'gradient' or 'ema'")
         if restart_below and codebook != "ema":
             raise ValueError("restart_below needs codebook 'ema', as only it counts uses")
+        self.num_codebooks = 1
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.codebook, self.decay, self.restart_below = codebook, decay, restart_below
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
@@ -205,12 +197,11 @@ class VectorQuantizer(nn.Module):
         quantized = F.embedding(indices, self.embedding.weight)  # (N, D)
         counts = sum_by_code(torch.ones_like(vectors[:, 0]), indices, self.num_embeddings)  # (K,)
         commitment_loss = F.mse_loss(vectors, quantized.detach())
+        codebook_loss = torch.zeros_like(commitment_loss)
         if self.codebook == "gradient":
             codebook_loss = F.mse_loss(quantized, vectors.detach())
-        else:
-            codebook_loss = torch.zeros_like(commitment_loss)
-            if self.training:
-                self.update_codebook(vectors.detach(), indices, counts)
+        elif self.training:
+            self.update_codebook(vectors.detach(), indices, counts)
         return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
 
     def embed(self, indices: Tensor) -> Tensor:
@@ -227,14 +218,13 @@ class VectorQuantizer(nn.Module):
             self.ema_sum.copy_(centres)
         return residuals
 
-    # Not compiled: compiled by torch 2.5 to 2.9, `quantize` would read the embeddings again after
-    # this method has changed them.
+    # Not compiled: torch 2.5 to 2.9 would move reads of the embeddings behind this update.
     @torch.compiler.disable
     @torch.no_grad()
     def update_codebook(self, vectors: Tensor, indices: Tensor, counts: Tensor) -> None:
         """Update the averages from (N, D), (N,) and (K,) (equations 6 to 8); restart dead codes."""
-        sums = sum_by_code(vectors, indices, self.num_embeddings)
-        statistics = torch.cat([counts[:, None], sums], 1)  # (K, 1 + D)
+        # Counts and sums of the vectors of each code, (K, 1 + D).
+        statistics = torch.cat([counts[:, None], sum_by_code(vectors, indices, len(counts))], 1)
         if _is_distributed():
             dist.all_reduce(statistics)
         # If a vector of any process is not finite, nothing changes. A Python `if` would wait.
@@ -252,8 +242,8 @@ class VectorQuantizer(nn.Module):
 
     def _restart_dead_codes(self, vectors: Tensor, indices: Tensor, finite: Tensor) -> None:
         """Restart dead codes at vectors of rank 0, drawn in proportion to their squared errors."""
-        candidates = torch.zeros_like(self.ema_sum)  # (K, D)
-        if not _is_distributed() or dist.get_rank() == 0:  # others may have no slice
+        candidates = torch.zeros_like(self.ema_sum)  # (K, D), one for each code
+        if not _is_distributed() or dist.get_rank() == 0:  # other ranks may have no slices
             errors = (vectors - self.embedding(indices)).square().sum(1)  # (N,)
             errors = errors.nan_to_num(0, 0, 0).clamp_min(1e-12)
             candidates = vectors[torch.multinomial(errors, self.num_embeddings, replacement=True)]
@@ -261,7 +251,8 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(candidates)  # the others add zeros
         mean_count = self.ema_count.mean()
         dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
-        # Restart the averages, or the next update would undo it; a low count follows quickly.
+        # Restart the averages too, or the next update would move the embedding back. The count is
+        # twice the threshold: too high to be dead at once, low enough for its vectors to move it.
         count = 2 * self.restart_below * mean_count
         self.ema_count.copy_(torch.where(dead, count, self.ema_count))
         self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
@@ -292,8 +283,7 @@ class ResidualVectorQuantizer(nn.Module):
             codebook_loss = sum(result.codebook_loss for result in reversed(results))
             commitment_loss = sum(result.commitment_loss for result in reversed(results))
         quantized = quantized.view_as(z).movedim(-1, 1)  # (B, D, h, w)
-        indices = torch.stack([result.indices for result in results], -1)  # (N, R)
-        indices = indices.view(*z.shape[:-1], self.num_codebooks)  # (B, h, w, R)
+        indices = torch.stack([result.indices.view(z.shape[:-1]) for result in results], -1)
         counts = torch.cat([result.counts for result in results])  # (R K,)
         return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
 
@@ -315,7 +305,8 @@ def _is_distributed() -> bool:
 def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     """Return 1 - SSIM (Wang et al. 2004) with a Gaussian window, 11 x 11, sigma 1.5.
 
-    Both (B, 1, H, W) are scaled by the minimum and maximum of `images`, which may be crops.
+    Both (B, 1, H, W) are scaled by the minimum and maximum of `images`, which may be crops. Unlike
+    in the score `ssim` of evaluation/metrics.py, reconstructions are not clipped.
     """
     if min(images.shape[-2:]) < 11:
         raise ValueError(f"slices of {tuple(images.shape[-2:])} are smaller than SSIM's window, 11")
@@ -328,11 +319,9 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     # In float32, as variances are differences of nearly equal numbers. On a CPU, products with
     # banded matrices, (H - 10, H) and (W - 10, W), are faster than convolutions.
     with torch.autocast(images.device.type, enabled=False):
-        identities = [torch.eye(side, device=images.device) for side in images.shape[-2:]]
-        rows, columns = [identity.unfold(0, 11, 1) @ taps for identity in identities]
-        products = torch.stack([x, y, x * x, y * y, x * y])  # (5, B, 1, H, W)
-        means = rows @ products @ columns.T  # (5, B, 1, H - 10, W - 10)
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = means.unbind()
+        rows, columns = [torch.eye(n, device=x.device).unfold(0, 11, 1) @ taps for n in x.shape[2:]]
+        means = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = means.unbind()  # (B, 1, H - 10, W - 10) each
     c1, c2 = 0.01**2, 0.03**2  # for a data range of 1
     # Rounding can make the variance of a nearly constant window negative.
     variance_x = (mean_xx - mean_x**2).clamp_min(0)
@@ -365,10 +354,9 @@ class VQVAE(nn.Module):
         ema_decay: float = 0.99,
         restart_below: float = 0.0,
     ):
-        arguments = {**locals()}
+        # Saved in checkpoints.
+        self.arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        del arguments["self"], arguments["__class__"]
-        self.arguments = arguments  # saved in checkpoints
         self.stride, self.commitment_cost, self.ssim_weight = stride, commitment_cost, ssim_weight
         widths = (hidden_channels // 2, residual_channels, num_residual_layers, embedding_dim)
         self.encoder = Encoder(*widths, stride)
