@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train", "predict", "train_prior", "generate"}
 LIBRARIES = {"utils", "modules", "dataset"}
-# What each module or package may import of this repository, besides itself.
+# The parts of this repository that each module or package may import, apart from itself.
 ALLOWED = {
     "utils": set(),
     "modules": set(),

@@ -214,10 +214,10 @@ def test_steps_crop_flip_and_clip_as_configured(train_here, monkeypatch, at_step
     assert len(flips) == 3
 
 
-def test_the_document_recipe_changes_no_slice(train_here, at_step, blobs):
+def test_the_document_recipe_does_not_flip_slices(train_here, at_step, blobs):
     batches = []
     at_step({1}, batches.append)
-    train_here("--epochs 1 --name a --recipe document --batch-size 10")
+    train_here("--epochs 1 --name a --recipe document --crop 0 --batch-size 10")
     slices = dataset.load_split(hipmri.find_hipmri(blobs), "train", progress=False)
     for image in batches[0]:
         assert any(torch.equal(image, slices[i]) for i in range(10))
@@ -307,7 +307,7 @@ def test_a_run_that_cannot_be_compiled_equals_an_eager_run(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_no_step_waits_for_the_gpu(train_here, monkeypatch):
-    """Of the second epoch's 10 steps; the first epoch may wait for what is set up once."""
+    """Check the second epoch's 10 steps: the first epoch may wait while it sets things up."""
     real_augment, real_record = dataset.augment, Run.record_step
     steps = 0
 

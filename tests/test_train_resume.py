@@ -133,7 +133,7 @@ def test_resume_rejects_other_data(run_copy, train_here, write_slices, tmp_path)
 
 
 def test_resume_rejects_another_model(run_copy, train_here):
-    """As after a recipe has changed between two versions."""
+    """A recipe that changed between two versions makes another model."""
     path = run_copy / "config.json"
     path.write_text(path.read_text().replace('"num_code_layers": 1', '"num_code_layers": 2'))
     with pytest.raises(UserError, match="was created by another version"):
@@ -220,7 +220,7 @@ def test_a_step_with_non_finite_gradients_is_skipped_with_a_warning(
 
 
 def test_a_non_finite_loss_ends_the_run_and_names_its_slices(tmp_path, train_here, at_step, blobs):
-    """In step 5, the second of epoch 2; last.pt is that of the first epoch."""
+    """Spoil step 5, the second of epoch 2; last.pt is that of the first epoch."""
     batches = []
 
     def spoil(images):

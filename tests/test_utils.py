@@ -16,7 +16,7 @@ from utils import CheckpointError, DataError, UserError
 
 
 def run_script(action) -> int:
-    """Return the exit code of a script whose main function is `action`."""
+    """Return the exit code of a script with this main function."""
     with pytest.raises(SystemExit) as error:
         utils.run_script(action)
     return error.value.code

@@ -41,7 +41,7 @@ def launch(tmp_path, small, data):
 def test_two_processes_train_as_one(tmp_path, train_here, data, launch, gan):
     """Without random draws, up to rounding.
 
-    Of the last of 9 slices in batches of 4, the second process has none. None of the 3 validation
+    The last batch has one of the 9 slices, and the second process none. None of the 3 validation
     slices is counted twice.
     """
     flags = [*DETERMINISTIC, *gan]
