@@ -136,7 +136,7 @@ def train(flags: dict) -> int:
     def eager_losses(codes: Tensor, position: Tensor) -> Tensor:
         return compute_losses(parallel_model, codes, position, precision, config)
 
-    losses_of_full_batch = compile_if_enabled(eager_losses, model, config, device)
+    full_batch_losses = compile_if_enabled(eager_losses, model, config, device)
 
     # Not a hash of the codes: another device may round one code in a million differently.
     codebook_hash = hash_codebook(vqvae)
@@ -175,8 +175,8 @@ def train(flags: dict) -> int:
             for step in run.steps(train_codes):
                 rate = learning_rate(config, step.number, run.total_steps)
                 set_learning_rate(optimizer, rate)
-                compute = losses_of_full_batch if step.is_full else eager_losses
-                losses = compute(*step.batch)  # (num_grids,), nats per code
+                batch_losses = full_batch_losses if step.is_full else eager_losses
+                losses = batch_losses(*step.batch)  # (num_grids,), nats per code
                 if step.size == 0:
                     losses = losses.nan_to_num()  # means over no slices
 
