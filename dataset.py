@@ -99,7 +99,7 @@ class SliceDataset(torch.utils.data.Dataset):
         return self.batch(torch.tensor([index]))[0]
 
     def batch(self, indices: Tensor) -> Tensor:
-        """Return the z-scored slices at `indices` (B,), in that order: (B, 1, 256, 128) on the CPU."""
+        """Return the z-scored slices at `indices` (B,), in order: (B, 1, 256, 128) on the CPU."""
         return _zscore(*self._read(torch.as_tensor(indices, device="cpu")))
 
     def batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -205,7 +205,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @property
     def positions(self) -> Tensor:
-        """Position of each slice in its volume, (N,): 0 is the first, 1 the last, NaN unknown.
+        """Position of each slice in its volume, (N,): 0 (first) to 1 (last), or NaN if unknown.
 
         A volume is a file with several slices, or the 2D files of one case and week.
         """
@@ -240,7 +240,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the means and standard deviations of all slices, in order; paths do not matter."""
+        """Hash of the mean and standard deviation of each slice, in order; paths do not matter."""
         statistics = torch.stack([self.mean, self.std])
         return hashlib.sha256(statistics.numpy().tobytes()).hexdigest()[:16]
 
