@@ -75,8 +75,8 @@ def describe_split(
         bad: table of the unusable files.
 
     Returns:
-        Lines on unusable files, slices taken from volumes, slices that are fitted, and constant
-        slices.
+        Lines on unusable files, slices taken from volumes, slices that are cropped or resized, and
+        constant slices.
     """
     notes = []
     if len(bad):

@@ -45,7 +45,7 @@ _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 _MAX_GZIP_RATIO = 1032  # the best that deflate can achieve
 _HEADER_BYTES = 1024  # more than a NIfTI-1 header (348) or a NIfTI-2 header (540)
 
-# nibabel logs every odd but harmless header field: thousands of lines for one data set.
+# nibabel logs every odd but harmless header field, thousands of lines for one data set.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 

@@ -41,7 +41,7 @@ class Preprocessing:
     form: str  # what files are: "2D", "3D" or "scans" (see `mri.files.Source`)
     size: tuple[int, int] = SIZE  # (rows, columns) of every slice
     fit: str = "resize"  # how to change sizes: "resize", "crop" or "trim" (see `crop_box`)
-    axis: str | int = "coronal"  # along which volumes are cut (see `nifti.stored_planes`)
+    axis: str | int = "coronal"  # axis along which volumes are cut (see `nifti.stored_planes`)
     planes: int = 1  # at most this many slices are taken from a volume, the central ones
 
     @property
@@ -181,7 +181,7 @@ def fit_slice(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         image: (rows, columns) of any real data type.
-        fit: see `crop_box`.
+        fit: "resize", "crop" or "trim" (see `crop_box`).
         size: (rows, columns) of the result.
 
     Returns:

@@ -187,7 +187,7 @@ def volume(seed: int = 0, shape: tuple[int, ...] = (24, 20, 16)) -> np.ndarray:
 
 
 def write_volumes(root: Path, write_nifti, cases: tuple[int, ...] = (4, 36, 42)) -> Path:
-    """Write volumes and segmentations in HipMRI's 3D layout, stored as left, superior, posterior."""
+    """Write volumes and segmentations in HipMRI's layout, stored as left, superior, posterior."""
     affine = np.array([[-2.0, 0, 0, 40], [0, 0, -2, 30], [0, 2, 0, -10], [0, 0, 0, 1]])
     labels = root / "semantic_labels_anon"
     for case in cases:

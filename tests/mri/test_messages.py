@@ -85,7 +85,7 @@ def test_missing_splits_are_described(tmp_path, write_nifti, split):
     assert "keras_slices_train" in message
     source = Source(tmp_path, "3D", {}, [])
     cases = {"validate": "036 to 039", "test": "040 to 042"}[split]
-    assert f"Add volumes of the cases {cases}" in str(missing_split_error(source, split))
+    assert f"Add volumes of the {split} cases, {cases}" in str(missing_split_error(source, split))
     source = Source(tmp_path, "scans", {"train": [tmp_path / "a.nii"]}, [])
     assert "(train 1)" in str(missing_split_error(source, split))
     assert "--split" in str(missing_split_error(source, split))
