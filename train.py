@@ -9,9 +9,9 @@
     torchrun --nproc-per-node 4 train.py --data ...     # several processes, one per GPU or on a CPU
 
 A run is saved in runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png and
-plots/. It can be killed at any moment: --resume continues after the last finished epoch or, if the
-run was stopped by SIGTERM, SIGUSR1 or Ctrl-C, at the interrupted step. Its final weights are those
-of an uninterrupted run.
+plots/. It can be killed at any moment: --resume continues from last.pt, which is saved after every
+epoch and, on SIGTERM, SIGUSR1 or Ctrl-C, after the current step. The final weights are those of an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ from dataset import SliceDataset
 from evaluation import metrics, plots, report
 from modules import VQVAE
 from mri import phantom, splits
-from mri.preprocessing import Preprocessing
+from mri.files import Source
 from training import distributed
 from training.adversarial import PatchDiscriminator, adversarial_losses
 from training.config import TrainConfig, check_config, parse_train_flags
 from training.run import Run, epoch_order
-from training.run_folder import open_run, read_manifest, read_preprocessing
+from training.run_folder import load_training_data, open_run, read_manifest
 from training.schedule import learning_rate, set_learning_rate
 from training.step import clip_gradients, compile_if_enabled, skip_step_unless
-from utils import DataError, UserError
+from utils import UserError
 
 SAMPLE_FOLDER = Path("sample_data")
 SAMPLE_EPOCHS = 10
 
-# The results of `compute_losses`; each is a column of metrics.csv.
+# The results of `compute_losses`, which are columns of metrics.csv. The sum of the first four is
+# minimised; the adaptive weight of the adversarial loss is only recorded.
 LOSSES = ("train_recon", "train_vq")
 GAN_LOSSES = (*LOSSES, "train_adversarial", "train_discriminator", "adaptive_weight")
+NUM_MINIMISED = 4
 
 # ---------------------------------------------------------------- the story of a run
 
@@ -70,13 +72,15 @@ def train(flags: dict) -> int:
 
     # Data
     with distributed.rank_zero_first():
-        train_slices, val_slices, config, scans = load_data(config, flags, folder)
+        config, source, manifest = resolve_data(config, flags, folder)
+        train_slices, val_slices = load_training_data(config, source, folder)
     if device.type != "cpu":
         print(train_slices.cache_on_device(device))
         print(val_slices.cache_on_device(device))
 
     # Model and optimizer
     torch.manual_seed(config.seed)
+    # The configuration has a field for each argument of VQVAE.
     arguments = {name: getattr(config, name) for name in inspect.signature(VQVAE).parameters}
     modules: dict[str, nn.Module] = {"model": VQVAE(**arguments)}
     if config.gan:
@@ -92,7 +96,7 @@ def train(flags: dict) -> int:
     def eager_losses(images: Tensor, adversary: nn.Module | None) -> Tensor:
         return compute_losses(parallel_model, adversary, images, precision, config)
 
-    losses_of_full_batch = compile_if_enabled(eager_losses, model, config, device)
+    full_batch_losses = compile_if_enabled(eager_losses, model, config, device)
 
     run = Run(
         folder=folder,
@@ -111,7 +115,7 @@ def train(flags: dict) -> int:
             "slices": {"train": len(train_slices), "validate": len(val_slices)},
             "bits_per_pixel": model.bits_per_pixel,
             "preprocessing": dataclasses.asdict(train_slices.preprocessing),
-            **scans,
+            **({"scans": manifest} if manifest else {}),
         },
         extra_state={"slices": train_slices.description},
         resume_command=utils.format_command(
@@ -131,13 +135,14 @@ def train(flags: dict) -> int:
                 set_learning_rate(optimizer, rate)
                 images = dataset.augment(step.batch, config.crop, config.augment)
                 adversary = discriminator if step.progress >= config.gan_start else None
-                compute = losses_of_full_batch if step.is_full else eager_losses
-                losses = compute(images, adversary)  # (number of losses,)
+                batch_losses = full_batch_losses if step.is_full else eager_losses
+                losses = batch_losses(images, adversary)  # (2,) or (5,), named by LOSSES
                 if step.size == 0:
                     losses = losses.nan_to_num()  # means over no slices
 
                 optimizer.zero_grad(set_to_none=True)
-                (losses.sum() * step.weight).backward()
+                total = losses[:NUM_MINIMISED].sum()
+                (total * step.weight).backward()  # weight: see training.step.Step
                 if discriminator is not None:
                     distributed.average_gradients(discriminator)  # the model's are averaged already
                 finite = clip_gradients(modules.values(), config.clip_grad_norm)
@@ -166,7 +171,7 @@ def train(flags: dict) -> int:
     if rank == 0:
         page = report.write_report(folder)
         print(f"best validation ssim {run.best:.4f}; report: {page}; to evaluate the run:")
-        has_test_split = not scans or "test" in scans["scans"]
+        has_test_split = manifest is None or "test" in manifest
         split = [] if has_test_split else ["--split", "validate"]
         print("    " + utils.format_command("predict.py", "--run", folder, *split))
     return 0
@@ -175,20 +180,19 @@ def train(flags: dict) -> int:
 # ---------------------------------------------------------------- data
 
 
-def load_data(
+def resolve_data(
     config: TrainConfig, flags: dict, folder: Path
-) -> tuple[SliceDataset, SliceDataset, TrainConfig, dict]:
-    """Load the training and validation splits, and print notes about them.
+) -> tuple[TrainConfig, Source, dict | None]:
+    """Find the files of each split, and complete the configuration.
 
-    Without `--data` and $HIPMRI_DATA, the sample data is used, and made if necessary.
+    If neither `--data` nor $HIPMRI_DATA is set, use the sample data, and make it if necessary.
 
     Returns:
-        Both splits; the configuration with the path of the data and, on the sample, fewer epochs;
-        and {"scans": manifest}, which records the split of every scan, or {} for HipMRI's forms.
+        The configuration with the path of the data and, on the sample, fewer epochs; the files;
+        and, for scans, the manifest of which scan is in which split, otherwise None.
 
     Raises:
-        DataError: if the data cannot be found or read.
-        UserError: if all validation slices are constant.
+        DataError: if the data cannot be found.
     """
     root, description = splits.find_data(config.data)
     print(description)
@@ -209,38 +213,10 @@ def load_data(
         manifest,
         include_new_subjects=False,
     )
-    if config.resume:
-        preprocessing = read_preprocessing(folder, source)
-    else:
-        preprocessing = Preprocessing.resolve(
-            source, config.size, config.fit, config.axis, config.planes
-        )
-    slices, errors = {}, {}
-    for split in ("train", "validate"):
-        try:
-            slices[split] = dataset.load_split(
-                source,
-                split,
-                preprocessing,
-                cache_dir=config.cache_dir,
-                skip_bad_files=config.skip_bad_files,
-            )
-        except DataError as error:
-            errors[str(error)] = None  # a dict, as both splits may have the same error
-    if errors:
-        raise DataError("\n".join(errors))
-    for note in [*source.notes, *slices["train"].notes, *slices["validate"].notes]:
-        print(f"note: {note}")
-    if slices["validate"].constant.all():
-        raise UserError(
-            f"all {len(slices['validate'])} validation slices are constant, so no best checkpoint "
-            "can be selected"
-        )
-    is_scans = source.form == "scans"
-    path = Path(root if is_scans else source.root).resolve()
-    config = dataclasses.replace(config, data=str(path))
-    scans = {"scans": manifest or splits.to_manifest(source)} if is_scans else {}
-    return slices["train"], slices["validate"], config, scans
+    if source.form != "scans":
+        return dataclasses.replace(config, data=str(Path(source.root).resolve())), source, None
+    config = dataclasses.replace(config, data=str(Path(root).resolve()))
+    return config, source, manifest or splits.to_manifest(source)
 
 
 # ---------------------------------------------------------------- model, losses, optimizer
@@ -286,7 +262,7 @@ def compute_losses(
     precision: str,
     config: TrainConfig,
 ) -> Tensor:
-    """Return the losses of a batch, as `LOSSES` or `GAN_LOSSES`; their sum is minimised.
+    """Return the losses of a batch, in the order of `LOSSES` or `GAN_LOSSES`.
 
     Args:
         parallel_model: the VQ-VAE, wrapped if there are several processes.
@@ -332,10 +308,10 @@ def validate(
 
 
 def may_be_best(epoch: int, run: Run) -> bool:
-    """Return whether an epoch may give best.pt.
+    """Return whether best.pt may be of this epoch.
 
-    With --gan, only epochs after the discriminator has started count: earlier ones score a higher
-    SSIM but are not adversarially trained.
+    With --gan, only epochs in which the discriminator took part qualify, and the last epoch, so
+    that every run has a best.pt. Earlier epochs score a higher SSIM but are not what --gan is for.
     """
     if not run.config.gan or epoch == run.config.epochs:
         return True
@@ -356,7 +332,8 @@ def print_plan(run: Run, train_slices: SliceDataset, val_slices: SliceDataset) -
     print(
         f"model: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{config.num_codebooks} x {config.num_embeddings} codes, {model.bits_per_pixel:.4f} bits "
-        "per pixel (plus 0.001 for each slice's mean and standard deviation)"
+        f"per pixel (plus {32 / math.prod(train_slices.size):.3f} for each slice's mean and "
+        "standard deviation in float16)"
     )
     gan = ", with a discriminator" if config.gan else ""
     print(f"recipe: {config.recipe}{gan}")

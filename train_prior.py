@@ -3,12 +3,13 @@
     python train_prior.py                            # for the newest run of train.py
     python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # for a GPU
     python train_prior.py --resume                   # continue an interrupted prior
-    torchrun --nproc-per-node 2 train_prior.py ...   # several processes
+    torchrun --nproc-per-node 2 train_prior.py       # data-parallel, several processes
 
 The run's training slices are encoded once, together with their mirror images. A causal transformer
-(`prior.model.CodePrior`) learns the probability of each code given those before it. It is saved in
-<run>/prior/: config.json, metrics.csv, best.pt (by bits per code on the validation split), last.pt,
-metrics.json (bits per code, compared with log2 K, entropy and gzip), bits_plot.png and plots/.
+(`prior.model.CodePrior`) learns the probability of each code given the previous codes. Everything
+is saved in <run>/prior/: config.json, metrics.csv, best.pt (lowest bits per code on the validation
+split), last.pt, metrics.json (bits per code, compared with log2 K, entropy and gzip), bits_plot.png
+and plots/.
 """
 
 from __future__ import annotations
@@ -60,33 +61,32 @@ class PriorConfig(RunConfig):
         metavar="DIR",
         resumable=True,
     )
-    epochs: int = _prior(30, "passes over the training split (30)", low=1, resumable=True)
-    batch_size: int = _prior(2, "slices per step (2)", low=1)
-    learning_rate: float = _prior(
-        2e-3,
-        "AdamW's peak learning rate, after a warm-up and before a cosine (0.002)",
-        low=0,
-        high=1,
+    epochs: int = _prior(30, "passes over the training split (default: 30)", low=1, resumable=True)
+    batch_size: int = _prior(2, "slices per step (default: 2)", low=1)
+    learning_rate: float = _prior(2e-3, "peak learning rate (default: 0.002)", low=0, high=1)
+    weight_decay: float = _prior(
+        0.05, "weight decay of all matrices (default: 0.05)", low=0, high=10
     )
-    weight_decay: float = _prior(0.05, "AdamW's, of all matrices (0.05)", low=0, high=10)
-    dropout: float = _prior(0.0, "fraction of dropped activations (0)", low=0, high=0.99)
+    dropout: float = _prior(0.0, "fraction of dropped activations (default: 0)", low=0, high=0.99)
     mirrored: float = _prior(
-        0.5, "fraction of mirrored training slices, marked as such (0.5)", low=0, high=1
+        0.5, "fraction of training slices that are mirrored (default: 0.5)", low=0, high=1
     )
     num_grids: int = _prior(
         2,
-        "1: codes alone, fewest bits; 2: an outline first; 3: two outlines first (2)",
+        "grids: 1: the codes; 2: an outline, then the codes; 3: two outlines (default: 2)",
         low=1,
         high=3,
     )
-    num_outlines: int = _prior(32, "brightness levels of an outline (32)", low=2, high=1024)
-    channels: int = _prior(
-        128, "width of the transformer; 512 for a GPU and thousands of slices (128)", low=1
+    num_outlines: int = _prior(
+        32, "brightness levels of an outline (default: 32)", low=2, high=1024
     )
-    num_layers: int = _prior(4, "layers of the transformer; 12 for a GPU (4)", low=1)
-    num_heads: int = _prior(4, "attention heads; 8 for a GPU (4)", low=1)
+    channels: int = _prior(
+        128, "width of the transformer, 512 for a GPU and thousands of slices (default: 128)", low=1
+    )
+    num_layers: int = _prior(4, "layers of the transformer, 12 for a GPU (default: 4)", low=1)
+    num_heads: int = _prior(4, "attention heads, 8 for a GPU (default: 4)", low=1)
 
-    # Fixed, not flags
+    # Fixed values, which are not flags
     warmup = 0.05
     schedule = "cosine"
     clip_grad_norm = 1.0
@@ -136,7 +136,7 @@ def train(flags: dict) -> int:
     def eager_losses(codes: Tensor, position: Tensor) -> Tensor:
         return compute_losses(parallel_model, codes, position, precision, config)
 
-    losses_of_full_batch = compile_if_enabled(eager_losses, model, config, device)
+    full_batch_losses = compile_if_enabled(eager_losses, model, config, device)
 
     # Not a hash of the codes: another device may round one code in a million differently.
     codebook_hash = hash_codebook(vqvae)
@@ -175,8 +175,8 @@ def train(flags: dict) -> int:
             for step in run.steps(train_codes):
                 rate = learning_rate(config, step.number, run.total_steps)
                 set_learning_rate(optimizer, rate)
-                compute = losses_of_full_batch if step.is_full else eager_losses
-                losses = compute(*step.batch)  # (num_grids,), nats per code
+                batch_losses = full_batch_losses if step.is_full else eager_losses
+                losses = batch_losses(*step.batch)  # (num_grids,), nats per code
                 if step.size == 0:
                     losses = losses.nan_to_num()  # means over no slices
 
@@ -277,7 +277,7 @@ def make_prior(vqvae: VQVAE, train_codes: CodeDataset, config: PriorConfig) -> C
 
 
 def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimizer:
-    """Return AdamW. Only matrices decay, not biases, some of which are tables of frequencies."""
+    """Return AdamW, with weight decay of matrices only; some biases are tables of frequencies."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith("bias")
@@ -292,9 +292,9 @@ def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimiz
 def compute_losses(
     parallel_model: nn.Module, codes: Tensor, position: Tensor, precision: str, config: PriorConfig
 ) -> Tensor:
-    """Return the mean -ln p of a code, for each grid, (num_grids,), of one random view per slice.
+    """Return the mean -ln p of a code of each grid, (num_grids,), in one random view per slice.
 
-    All grids have the same weight: the outlines are few, but decide most.
+    All grids have the same weight: outlines have few codes, which decide most of the layout.
 
     Args:
         parallel_model: the prior, wrapped if there are several processes.
@@ -316,7 +316,7 @@ def compute_losses(
 def negative_log_likelihood(
     parallel_model: nn.Module, codes: Tensor, position: Tensor, view: Tensor
 ) -> Tensor:
-    """Return the mean -ln p of a code given the grids before, for each grid, (num_grids,)."""
+    """Return the mean -ln p of a code of each grid, given the coarser grids: (num_grids,)."""
     grids = distributed.unwrap_model(parallel_model).to_grids(codes)
     logits = parallel_model(grids, position, view)
     losses = []

@@ -43,6 +43,7 @@ from evaluation.metrics import SCORE_NAMES
 from modules import VQVAE
 from training.checkpoint import load_model
 from training.config import RECIPE_GROUP, TrainConfig, parse_train_flags, resolve_config
+from training.run_folder import load_training_data
 from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -195,7 +196,8 @@ def load_training_split(data: Path):
     """Load the training split as train.py does, without printing."""
     config = resolve_config({"data": str(data)})
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        slices, *_ = train.load_data(config, {"epochs": 1}, Path())
+        config, source, _ = train.resolve_data(config, {"epochs": 1}, Path())
+        slices, _ = load_training_data(config, source, Path())
     return slices
 
 

@@ -13,8 +13,12 @@
             run.end_epoch({"val_loss": ...})
             run.save("last.pt")
 
-All randomness depends on the seed and the step's number only, so a resumed run ends with the same
-weights as an uninterrupted one.
+How a killed run resumes: last.pt is written at the end of every epoch and, after a signal, at the
+end of the current step. A process that is killed outright writes nothing. `--resume` reads last.pt
+(`training.run_folder.open_run`), `restore` loads weights, optimizer and counters from it, and
+`steps` continues with the next step. Without a last.pt, the run starts again. All randomness
+depends on the seed and the number of the step, so the final weights are those of an uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ class Run:
     num_examples: int  # in the training set
     losses: tuple[str, ...]  # names of the recorded losses, which are columns of metrics.csv
     num_shown: int  # `train_loss` is the sum of the first so many losses
-    best_column: str  # the validation column that selects best.pt
+    best_column: str  # the validation column of which `best` is a value
     best: float  # its best value so far; at first, the worst possible one
     fingerprint: str  # of the data; a run can only be resumed on the same
     info: dict  # further content of config.json
@@ -279,7 +283,7 @@ class Run:
                 f"because of non-finite gradients, the last at step {last_skipped:.0f}"
             )
         losses = [value / examples for value in sums]
-        row = {"epoch": epoch, "step": epoch * self.steps_done}
+        row = {"epoch": epoch, "step": epoch * self.steps_per_epoch}
         row["train_loss"] = sum(losses[: self.num_shown])
         if len(losses) > 1:
             row |= dict(zip(self.losses, losses, strict=True))

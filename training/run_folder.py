@@ -20,7 +20,7 @@ from mri.preprocessing import Preprocessing
 from training.checkpoint import read_checkpoint
 from training.config import TrainConfig, resolve_config
 from training.options import check_types, flag_name
-from utils import CheckpointError, UserError
+from utils import CheckpointError, DataError, UserError
 
 # ---------------------------------------------------------------- start or resume a run
 
@@ -114,6 +114,56 @@ def newest_unfinished_run(runs_dir: Path) -> Path:
     raise UserError(
         f"{runs_dir} contains no unfinished run ({len(configs)} runs); omit --resume to start one"
     )
+
+
+# ---------------------------------------------------------------- training data
+
+
+def load_training_data(
+    config: TrainConfig, source: Source, folder: Path
+) -> tuple[dataset.SliceDataset, dataset.SliceDataset]:
+    """Load the training and validation splits of a run of train.py, and print notes about them.
+
+    Args:
+        config: the run's configuration.
+        source: the files of each split.
+        folder: the run's folder; a resumed run uses the preprocessing that is stored there.
+
+    Raises:
+        DataError: if files cannot be used; one error lists those of both splits.
+        UserError: if all validation slices are constant.
+    """
+    if config.resume:
+        preprocessing = read_preprocessing(folder, source)
+    else:
+        preprocessing = Preprocessing.resolve(
+            source, config.size, config.fit, config.axis, config.planes
+        )
+    slices, errors = [], {}
+    for split in ("train", "validate"):
+        try:
+            slices.append(
+                dataset.load_split(
+                    source,
+                    split,
+                    preprocessing,
+                    cache_dir=config.cache_dir,
+                    skip_bad_files=config.skip_bad_files,
+                )
+            )
+        except DataError as error:
+            errors[str(error)] = None  # a dict, as both splits may have the same error
+    if errors:
+        raise DataError("\n".join(errors))
+    train_slices, val_slices = slices
+    for note in [*source.notes, *train_slices.notes, *val_slices.notes]:
+        print(f"note: {note}")
+    if val_slices.constant.all():
+        raise UserError(
+            f"all {len(val_slices)} validation slices are constant, so no best checkpoint can be "
+            "selected"
+        )
+    return train_slices, val_slices
 
 
 # ---------------------------------------------------------------- a trained run
