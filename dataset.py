@@ -4,13 +4,13 @@
     train = load_split(source, "train")                        # decoded once, then memory-mapped
     image = train[0]                                           # (1, 256, 128) float32
 
-    train.cache_on_device(device)                              # optional: into a GPU's memory
+    train.cache_on_device(device)                              # optional: copy pixels to the GPU
     order = torch.randperm(len(train))
     for images in train.batches(order.split(16), device):      # (16, 1, 256, 128) on the device
         images = augment(images, crop=96, flip=True)           # (16, 1, 96, 96)
 
 Files are read in mri/nifti.py, cut and resized in mri/preprocessing.py, and stored as int16 in
-mri/cache.py. Data that cannot be used raises `DataError`; `SliceDataset.notes` are for the user.
+mri/cache.py. `DataError` is raised for unusable data; `SliceDataset.notes` are lines to print.
 """
 
 import functools
@@ -28,8 +28,7 @@ from torch import Tensor
 
 from mri.cache import CachedSplit, cache_root, load_cached_split
 from mri.encoding import decode_file
-from mri.files import SliceName, Source, find_segmentation, parse_name
-from mri.hipmri import HIPMRI_CASES
+from mri.files import SPLITS, SliceName, Source, find_segmentation, parse_name
 from mri.messages import bad_files_error, describe_split, missing_split_error
 from mri.preprocessing import (
     Preprocessing,
@@ -42,17 +41,18 @@ from utils import DataError
 
 
 class SliceDataset(torch.utils.data.Dataset):
-    """One split of a data set: N slices, each z-scored by its own mean and standard deviation.
+    """One split of a data set: N slices, each z-scored with its own mean and standard deviation.
 
     Attributes:
         split: "train", "validate" or "test".
-        names: N SliceName.
+        names: N SliceName, the parsed file name of each slice.
         files: N paths, the file of each slice.
         preprocessing: how the files became slices.
-        size, fit: its size (rows, columns), 256 x 128 below, and its fit.
-        mean: (N,) float32, in the scanner's intensities.
-        std: (N,) float32, at least 5 % of the split's median, see `floor_std`.
-        constant: (N,) bool, slices with a single value; all their z-scores are 0.
+        size: (rows, columns) of every slice; shapes below assume 256 x 128.
+        fit: how slices of another size are fitted (see `Preprocessing`).
+        mean: (N,) float32, mean of each slice, in the scanner's intensities.
+        std: (N,) float32, standard deviation of each slice, raised by `floor_std` if too small.
+        constant: (N,) bool, true for slices with a single value; all their z-scores are 0.
         notes: lines to print for the user.
     """
 
@@ -77,7 +77,7 @@ class SliceDataset(torch.utils.data.Dataset):
         self._pixels = cached.pixels  # (rows of the cache, 256, 128) int16, memory-mapped
         self._rows = records["row"]
         self._planes = records["plane"]
-        # Pixels, gain and bias in a GPU's memory, see `cache_on_device`.
+        # Pixels, gain and bias on the device, once `cache_on_device` has copied them.
         self._on_device: tuple[Tensor, Tensor, Tensor] | None = None
 
         std = floor_std(records["std"], records["constant"])
@@ -95,25 +95,25 @@ class SliceDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return a slice, (1, 256, 128) float32, z-scored."""
+        """Return a z-scored slice, (1, 256, 128) float32."""
         return self.batch(torch.tensor([index]))[0]
 
     def batch(self, indices: Tensor) -> Tensor:
-        """Return the slices at `indices` (B,), in that order: (B, 1, 256, 128), z-scored, CPU."""
+        """Return the z-scored slices at `indices` (B,), in order: (B, 1, 256, 128) on the CPU."""
         return _zscore(*self._read(torch.as_tensor(indices, device="cpu")))
 
     def batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """Yield the slices of each group of indices, z-scored, on the device.
+        """Yield the z-scored slices of each group of indices, on the device.
 
-        If `cache_on_device` copied the pixels, they are gathered there. Otherwise a thread reads
-        ahead for a GPU, and the CPU reads each group when it is needed.
+        If `cache_on_device` has copied the pixels, they are gathered on the device. Otherwise they
+        are read from the cache: by a thread that reads ahead for a GPU, on demand for the CPU.
 
         Args:
-            groups: indices (B,) of each batch; B may differ.
-            device: where the batches are needed.
+            groups: indices (B,) of each batch; B may differ between batches.
+            device: the device on which the batches are needed.
 
         Yields:
-            (B, 1, 256, 128) float32, in the order of the group.
+            (B, 1, 256, 128) float32, in the order of the group's indices.
         """
         if self._on_device and groups:
             yield from self._gather_batches(groups, device)
@@ -123,7 +123,7 @@ class SliceDataset(torch.utils.data.Dataset):
             yield from self._prefetch_batches(groups, device)
 
     def cache_on_device(self, device: torch.device, max_fraction: float = 0.5) -> str:
-        """Copy the pixels into the device's memory, for `batches`, if there is room.
+        """Copy the pixels to the device's memory, where `batches` then reads them, if they fit.
 
         Args:
             device: a GPU.
@@ -136,17 +136,17 @@ class SliceDataset(torch.utils.data.Dataset):
         gigabytes = f"{self.split}: {needed / 1e9:.2f} GB"
         if needed > max_fraction * free_memory(device):
             return (
-                f"{gigabytes} are more than {max_fraction:.0%} of the free memory of {device}: "
-                "read from disk for each batch"
+                f"{gigabytes} are more than {max_fraction:.0%} of the free memory of {device}, "
+                "so they are read from disk for each batch"
             )
         pixels = torch.empty(len(self), *self.size, dtype=torch.int16, device=device)
-        for indices in torch.arange(len(self)).split(1024):  # bounds the memory that the copy takes
+        for indices in torch.arange(len(self)).split(1024):  # limits the copy's extra memory
             pixels[indices[0] : indices[-1] + 1] = self._read(indices)[0].to(device)
         self._on_device = (pixels, self._gain.to(device), self._bias.to(device))
         return f"{gigabytes} in the memory of {device}"
 
     def _gather_batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """Yield batches of the pixels in the device's memory, without waiting for the device."""
+        """Yield batches of the pixels on the device, without synchronising with the device."""
         indices = torch.cat(list(groups))  # one transfer for all groups
         if device.type == "cuda":
             indices = indices.pin_memory()
@@ -156,7 +156,7 @@ class SliceDataset(torch.utils.data.Dataset):
             yield _zscore(pixels[group], gain[group], bias[group])
 
     def _prefetch_batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """Yield batches that a thread reads ahead, for CUDA through pinned memory."""
+        """Yield batches that a thread reads ahead; for CUDA, transfer them from pinned memory."""
         pin = device.type == "cuda"
 
         def read(indices: Tensor) -> list[Tensor]:
@@ -172,11 +172,11 @@ class SliceDataset(torch.utils.data.Dataset):
         return pixels, self._gain[indices], self._bias[indices]
 
     def denormalise(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Return z-scored images in the scanner's intensities.
+        """Convert z-scored images back to the scanner's intensities.
 
         Args:
             images: (B, 1, 256, 128), originals or reconstructions.
-            indices: (B,), the slices that they show.
+            indices: (B,), index of the slice that each image shows.
         """
         indices = torch.as_tensor(indices, device="cpu")
         mean = self.mean[indices].to(images.device).view(-1, 1, 1, 1)
@@ -184,10 +184,10 @@ class SliceDataset(torch.utils.data.Dataset):
         return images * std + mean
 
     def labels(self) -> Tensor | None:
-        """Read the segmentations next to the images; only evaluation uses them.
+        """Read the segmentations of the slices; only the evaluation uses them.
 
         Returns:
-            (N, 256, 128) uint8, 0 for slices without one; None if no slice has one.
+            (N, 256, 128) uint8, zeros for slices without a segmentation; None if there are none.
         """
         indices_of: dict[Path, list[int]] = {}
         for index, file in enumerate(self.files):
@@ -205,7 +205,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @property
     def positions(self) -> Tensor:
-        """Position of each slice in its volume, (N,): 0 is the first, 1 the last, NaN unknown.
+        """Position of each slice in its volume, (N,): 0 (first) to 1 (last), or NaN if unknown.
 
         A volume is a file with several slices, or the 2D files of one case and week.
         """
@@ -226,7 +226,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def description(self) -> dict:
-        """Size, spacing in mm of rows and columns, and the axis along which volumes were cut."""
+        """Slice size, spacing of rows and columns in mm, and axis along which volumes were cut."""
         return {
             "size": list(self.size),
             "spacing": median_spacing(list(dict.fromkeys(self.files)), self.preprocessing),
@@ -235,23 +235,23 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @property
     def affine(self) -> np.ndarray:
-        """Affine of the first slice, (4, 4), see `slice_affine`."""
+        """Affine (4, 4) of the first slice (see `slice_affine`)."""
         return slice_affine(self.files[0], self.preprocessing)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the number, order and contents of the slices; their folder does not matter."""
+        """Hash of the mean and standard deviation of each slice, in order; paths do not matter."""
         statistics = torch.stack([self.mean, self.std])
         return hashlib.sha256(statistics.numpy().tobytes()).hexdigest()[:16]
 
 
 def _zscore(pixels: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """Z-score stored pixels: (B, H, W) int16 and twice (B, 1, 1, 1) -> (B, 1, H, W) float32."""
+    """Z-score stored pixels: (B, H, W) int16, both others (B, 1, 1, 1) -> (B, 1, H, W) float32."""
     return pixels[:, None].float().add_(32768).mul_(gain).add_(bias)
 
 
 def prefetch(read: Callable, groups: Iterable, depth: int = 3) -> Iterator:
-    """Yield `read(group)` for each group, in order; a thread is up to `depth` groups ahead."""
+    """Yield `read(group)` for each group, in order; a thread reads up to `depth` groups ahead."""
     with ThreadPoolExecutor(1) as thread:
         pending = deque()
         for group in groups:
@@ -263,7 +263,7 @@ def prefetch(read: Callable, groups: Iterable, depth: int = 3) -> Iterator:
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the free memory of a GPU in bytes."""
+    """Return the free memory of a GPU, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
@@ -282,22 +282,22 @@ def load_split(
     workers: int | None = None,
     progress: bool = True,
 ) -> SliceDataset:
-    """Load a split of a source; decode it into the cache if it is not there yet.
+    """Load a split of a source; if it is not cached yet, decode it into the cache.
 
     Args:
         source: the files of each split.
         split: "train", "validate" or "test".
         preprocessing: how files become slices (default: `Preprocessing.resolve(source)`).
-        cache_dir: folder of the cache (default: $HIPMRI_CACHE, else the user's cache folder).
-        skip_bad_files: leave out files that cannot be used, with a note, instead of raising.
-        workers: decoding processes (default: one per core, or none if there is little to do).
+        cache_dir: folder of all caches (default: $HIPMRI_CACHE, else the user's cache folder).
+        skip_bad_files: leave out unusable files and add a note, instead of raising an error.
+        workers: number of decoding processes (default: one per core, or 1 for few slices).
         progress: show a progress bar.
 
     Raises:
-        DataError: if the split is missing, files are bad (all are listed), or the cache cannot be
-            written.
+        DataError: if the split is missing, files are unusable (the error lists all of them), or the
+            cache cannot be written.
     """
-    if split not in HIPMRI_CASES:
+    if split not in SPLITS:
         raise DataError(f"split is {split!r}; expected train, validate or test")
     if not source.splits.get(split):
         raise missing_split_error(source, split)
@@ -314,7 +314,7 @@ def load_split(
 
 
 def read_slice(path: str | Path, preprocessing: Preprocessing) -> Tensor:
-    """Read one 2D NIfTI file as `SliceDataset` does, but without the floor of the deviation.
+    """Read one 2D NIfTI file as `SliceDataset` does, but without `floor_std`.
 
     Returns:
         (1, rows, columns) float32, z-scored.
@@ -327,13 +327,13 @@ def read_slice(path: str | Path, preprocessing: Preprocessing) -> Tensor:
         raise DataError(f"{path} {reason}; give a 2D NIfTI slice.")
     pixels, record = slices[0]
     if record.constant:
-        raise DataError(f"{path} has a single value; give a slice that shows something.")
+        raise DataError(f"{path} has a single value; give a slice whose pixels differ.")
     image = (pixels + 32768.0) * record.scale + record.low
     return torch.from_numpy((image - record.mean) / record.std).float()[None]
 
 
 def _name_slices(source: Source, files: list[Path], records: np.ndarray) -> list[SliceName]:
-    """Name slices after their files; those of volumes get the number of their plane."""
+    """Name each slice after its file; for volumes, append the plane number."""
     volumes = set(records["file"][records["plane"] > 0].tolist())
     names = []
     for path, record in zip(files, records, strict=True):
@@ -351,12 +351,12 @@ def _name_slices(source: Source, files: list[Path], records: np.ndarray) -> list
 
 
 def augment(images: Tensor, crop: int, flip: bool) -> Tensor:
-    """Crop and flip slices at random, each on its own.
+    """Crop and flip each slice at random, independently of the others.
 
     Args:
         images: (B, 1, H, W).
-        crop: side of the square to cut out, in pixels; 0 for whole slices. Squares that do not fit
-            are as large as H and W allow, in multiples of 16.
+        crop: side of the square crop in pixels, or 0 for whole slices. It is limited to the
+            largest multiple of 16 that fits into the slices.
         flip: also apply `random_flip`.
 
     Returns:
@@ -369,7 +369,7 @@ def augment(images: Tensor, crop: int, flip: bool) -> Tensor:
 
 
 def random_crop(images: Tensor, side: int) -> Tensor:
-    """Cut a square at a random place out of each slice: (B, 1, H, W) -> (B, 1, side, side)."""
+    """Cut a square crop at a random position from each slice, (B, 1, side, side)."""
     count, _, height, width = images.shape
     device = images.device
     top = torch.randint(height - side + 1, (count, 1), device=device)

@@ -1,4 +1,4 @@
-"""Basics of every script: user errors, device, precision, seeds, and atomic files."""
+"""Functions that all scripts share: user errors, device, precision, versions, atomic writes."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class CheckpointError(UserError):
 def run_script(main: Callable[[], int | None]) -> None:
     """Run `main()` and exit with its return code.
 
-    A `UserError`, or an OSError such as a full disk, prints one message on stderr and exits with
-    code 2. Any other exception is a defect of the program and keeps its traceback.
+    For a `UserError`, or an OSError such as a full disk, print one message to stderr and exit with
+    code 2. Any other exception is a bug in the program, so its traceback is shown.
     """
     if hasattr(sys.stdout, "reconfigure"):
         # File names may contain undecodable bytes. Python sets the same for stderr by default.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # torchrun sets both; after the process group has ended, torch no longer knows them.
+    # torchrun sets both. torch.distributed forgets them when the process group is destroyed.
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -58,8 +58,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     if world_size > 1:
-        # Skip the interpreter's shutdown: there, a gloo thread that still holds a tensor would
-        # abort the process, and after an error it could wait forever for the other processes.
+        # Skip the interpreter's shutdown. A gloo thread that still holds a tensor would abort the
+        # process, and after an error, the shutdown could wait forever for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -71,16 +71,16 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# ---------------------------------------------------------------- device, precision, seeds
+# ---------------------------------------------------------------- device, precision, determinism
 
 
 def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
-    """Return the device that `--device` names, and make it the current one if it is a GPU.
+    """Return the device that `--device` names; make it the current device if it is a CUDA GPU.
 
     Args:
         name: "auto" (the first available of cuda, mps, cpu), "cuda", "cuda:1", "mps" or "cpu".
-        rank: rank of this process; of several processes, each gets the GPU of its rank.
-        world_size: number of processes.
+        rank: rank of this process; if torchrun started several, process r uses GPU r.
+        world_size: number of processes that torchrun started.
 
     Raises:
         UserError: if the device is not available, or there are fewer GPUs than processes.
@@ -116,12 +116,12 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
             f"{', '.join(usable)}"
         )
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else several processes would use memory of the first GPU
+        torch.cuda.set_device(device)  # otherwise the first GPU is used too
     return device
 
 
 def describe_device(device: torch.device, world_size: int = 1) -> str:
-    """Describe the device, and the number of processes if there are several, for result files."""
+    """Describe the device, and the number of processes if more than one, for result files."""
     name = str(device)
     if device.type == "cuda":
         gpu = f"({torch.cuda.get_device_name(device)})"
@@ -134,7 +134,7 @@ def describe_device(device: torch.device, world_size: int = 1) -> str:
 def pick_precision(name: str, device: torch.device) -> str:
     """Return "float32" or "bfloat16" for `--precision`.
 
-    "auto" is bfloat16 on GPUs and CPUs with bfloat16 instructions, float32 elsewhere.
+    "auto" means bfloat16 on CUDA GPUs and CPUs with bfloat16 instructions, float32 elsewhere.
     """
     if name != "auto":
         return name
@@ -156,8 +156,8 @@ def set_deterministic(enabled: bool) -> None:
 def keep_freed_memory() -> None:
     """Let glibc reuse freed memory instead of returning each large activation to the system.
 
-    Returned pages are faulted in again at the next step; keeping them saves about a third of the
-    time of a training step on two CPU cores. Allocators other than glibc's are left alone.
+    Memory that was returned must be mapped again, page by page, in the next training step. Keeping
+    it saves about a third of the step's time on two CPU cores. Other allocators are not changed.
     """
     if sys.platform != "linux":
         return
@@ -178,7 +178,7 @@ def format_command(script: str, *arguments: object) -> str:
     """Return a command line for one of our scripts, ready to paste into the user's shell.
 
     Args:
-        script: name of a file next to this one, such as "train.py".
+        script: name of a script in the folder of this file, such as "train.py".
         arguments: its arguments, in order.
     """
     python = sys.executable
@@ -193,7 +193,7 @@ def format_command(script: str, *arguments: object) -> str:
 
 
 def _relative(path: str | Path) -> str:
-    """Return the path relative to the working directory if it is below it, else unchanged."""
+    """Return the path relative to the working directory if it is inside, otherwise unchanged."""
     try:
         relative = os.path.relpath(path)
     except ValueError:  # Windows: another drive
@@ -204,7 +204,8 @@ def _relative(path: str | Path) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Python, of the packages that affect results, and of this repository.
 
-    The key "commit" is the output of `git describe`, which ends in "-dirty" if files are changed.
+    The key "commit" holds the output of `git describe`, which ends in "-dirty" if files differ from
+    the commit.
     """
     import matplotlib
     import nibabel
@@ -216,7 +217,7 @@ def versions() -> dict[str, str]:
     numbers = {package.__name__: str(package.__version__) for package in packages}
     repository = str(Path(__file__).parent)
     describe = ["git", "-C", repository, "describe", "--always", "--dirty", "--abbrev=12"]
-    describe.append("--match=NeVeRmAtCh")  # the commit's hash, whatever tags there are
+    describe.append("--match=NeVeRmAtCh")  # no tag matches, so git prints the commit's hash
     try:
         result = subprocess.run(describe, capture_output=True, text=True, check=True)
         commit = result.stdout.strip()
@@ -231,13 +232,12 @@ def versions() -> dict[str, str]:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)` and rename the result to `path`.
 
-    After a crash, `path` is either the old file or the complete new one.
+    After a crash, `path` contains either the old file or the complete new one.
 
     Raises:
         OSError: if the file cannot be written; no temporary file is left behind.
     """
-    # The suffix is kept at the end, as `write` may look at it. The process number keeps two
-    # processes that write the same file apart.
+    # With the process number, two processes that write `path` use different temporary files.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -271,7 +271,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Return the dictionary of a JSON file; raises UserError if it cannot be read."""
+    """Return the dictionary in a JSON file; raise UserError if it cannot be read."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -287,7 +287,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows with the same keys as a CSV file with a header, atomically."""
+    """Write dictionaries that share their keys as rows of a CSV file with a header, atomically."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -302,15 +302,15 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def lock(path: Path, wait_message: str | None = None) -> Iterator[None]:
     """Hold a lock file for the duration of the block.
 
-    The lock is released when the process ends, even if it is killed. File systems without locks
-    are tolerated: there, the block runs unprotected.
+    The lock is also released if the process is killed. On a file system that does not support
+    locks, the block runs without protection.
 
     Args:
         path: the lock file.
-        wait_message: printed before waiting for another process; if None, do not wait.
+        wait_message: message to print before waiting for another process; None means do not wait.
 
     Raises:
-        Timeout: (of filelock) if another process holds the lock and `wait_message` is None.
+        filelock.Timeout: if another process holds the lock and `wait_message` is None.
     """
     file_lock = FileLock(path)
     try:

@@ -2,6 +2,6 @@
 
 `files` and `subjects` interpret file names. `hipmri` and `splits` decide which file is in which
 split. `nifti` reads files safely, `preprocessing` makes slices of one size from them, `encoding`
-rounds these to int16, and `cache` keeps them on disk. `messages` describes the result to the user.
-`phantom` simulates the scans of the sample data.
+rounds the slices to int16, and `cache` keeps them on disk. `messages` writes the errors and notes
+that the user sees. `phantom` simulates the scans of the sample data.
 """

@@ -1,22 +1,27 @@
-"""Decoded slices on disk: every file is decoded once, into an int16 memory map.
+"""Cache of decoded slices: every file is decoded once, into an int16 memory map on disk.
 
     cached = load_cached_split(source, "train", preprocessing, cache_root(cache_dir))
     cached.pixels[cached.records["row"][0]]   # (rows, columns) int16, the first slice
 
-Files. Each split has a folder below the cache's root:
+Files. Each split has a folder in the cache's root:
 
     <split>-<data set>-<files>/pixels.npy     (rows of the cache, *size) int16
-    <split>-<data set>-<files>/slices.npz     tables of slices and of unusable files
+    <split>-<data set>-<files>/slices.npz     tables of the slices and of the unusable files
 
 When is a cache stale? <data set> is a hash of the data's folder, the `Preprocessing` and
-CACHE_FORMAT. <files> is a hash of the name, size and modification time of every file. So the split
-is decoded again if a file is added, removed, renamed, resized or touched, if any field of the
-preprocessing differs, or if CACHE_FORMAT is raised; raise it whenever a change of the code changes
-what is written. Files that could not be used are tried again at every start: permissions and
-networks recover without changing the key. A damaged cache is replaced.
+CACHE_FORMAT. <files> is a hash of the name, size and modification time of every file. Hence:
 
-Several runs may use one cache. One of them builds it, the others wait for the lock. A folder gets
-its final name once it is complete; if another run was first, that run's folder is used.
+- A split is decoded again if its data folder is moved; if a file is added, removed or renamed; if
+  the size or modification time of a file changes; if a field of the preprocessing differs; or if
+  CACHE_FORMAT was raised. Raise it with every code change that affects the contents of the cache.
+- Pixels that change while the file keeps its size and modification time go unnoticed.
+- Unusable files are tried again at every start, because their permissions or the network may
+  have been repaired, which does not change the hashes. A damaged cache is replaced.
+- A new cache replaces those of the same data set with other <files>. Caches of other folders,
+  preprocessing settings or formats are not deleted.
+
+Several runs may share a cache: one run builds it while the others wait for its lock. A folder gets
+its final name when it is complete; if another run has made one by then, that one is used.
 """
 
 from __future__ import annotations
@@ -54,13 +59,13 @@ from utils import DataError, lock
 CACHE_FORMAT = 2  # see "When is a cache stale?"
 POOL_FROM = 500  # slices; decoding fewer takes less time than starting processes
 
-# A slice: its row of pixels.npy, its file's index in the split, and the fields of SliceRecord.
+# Of each slice: its row in pixels.npy, its file's index in the split, the fields of SliceRecord.
 SLICE_DTYPE = np.dtype([
     ("row", "i8"), ("file", "i8"),
     ("plane", "i8"), ("scale", "f8"), ("low", "f8"), ("mean", "f8"), ("std", "f8"),
     ("constant", "?"), ("height", "i8"), ("width", "i8"),
 ])  # fmt: skip
-# An unusable file: its index in the split, and the reason, see `mri.nifti`.
+# Of each unusable file: its index in the split, and the reason (worded as in `mri.nifti`).
 BAD_DTYPE = np.dtype([("file", "i8"), ("reason", "U200")])
 
 
@@ -76,7 +81,7 @@ class CachedSplit(NamedTuple):
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
-    """Return the folder of all caches: `cache_dir`, else $HIPMRI_CACHE, else the user's cache."""
+    """Return the folder of all caches: `cache_dir`, $HIPMRI_CACHE or the user's cache folder."""
     folder = cache_dir or os.environ.get("HIPMRI_CACHE")
     if folder:
         return Path(os.path.abspath(Path(folder).expanduser()))
@@ -102,8 +107,8 @@ def load_cached_split(
         source: the files of each split.
         split: "train", "validate" or "test".
         preprocessing: how files become slices.
-        root: folder of all caches, see `cache_root`.
-        workers: decoding processes (default: one per core; none below POOL_FROM slices).
+        root: folder of all caches (see `cache_root`).
+        workers: number of decoding processes (default: one per core, or 1 below POOL_FROM slices).
         progress: show a progress bar.
 
     Raises:
@@ -129,7 +134,7 @@ def load_cached_split(
     except OSError as error:
         raise DataError(
             f"cannot write the cache of decoded slices in {root}: {error.strerror or error}.\n"
-            "Expected a folder that can be written and has room: name one with --cache-dir or "
+            "Expected a writable folder with enough free space: choose one with --cache-dir or "
             "$HIPMRI_CACHE."
         ) from error
     finally:
@@ -139,7 +144,7 @@ def load_cached_split(
 
 
 def _data_set_prefix(source: Source, split: str, preprocessing: Preprocessing) -> str:
-    """Return the part of a cache's name that stays the same when files change."""
+    """Return `<split>-<data set>-`, the part of a cache's name that ignores the files."""
     key = os.fsencode(f"{source.root} {preprocessing} {CACHE_FORMAT}")
     return f"{split}-{hashlib.sha256(key).hexdigest()[:10]}-"
 
@@ -148,7 +153,7 @@ def _files_key(source: Source, split: str) -> str:
     """Return a hash of the names, sizes and modification times of a split's files."""
     key = hashlib.sha256()
     root_length = len(str(source.root)) + 1
-    for path in map(str, source.splits[split]):  # strings: a split may have 10,000 files
+    for path in map(str, source.splits[split]):  # strings are fast; a split may have 10,000 files
         try:
             status = os.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
@@ -179,7 +184,7 @@ def _open_cache(folder: Path, size: tuple[int, int]) -> CachedSplit | None:
 def _open_valid_cache(
     folder: Path, files: list[Path], preprocessing: Preprocessing
 ) -> CachedSplit | None:
-    """Open a cache, or delete it and return None if one of its bad files can be read again."""
+    """Open a cache; if one of its unusable files can now be read, delete it and return None."""
     cached = _open_cache(folder, preprocessing.size)
     if cached is None:
         return None
@@ -196,7 +201,7 @@ def _open_valid_cache(
 
 
 class _Job(NamedTuple):
-    """A file to decode into its rows of pixels.npy; empty slices leave some of them unused."""
+    """A file, and the rows of pixels.npy to decode it into; empty slices leave some rows unused."""
 
     file: int  # index among the split's files
     path: Path
@@ -235,7 +240,7 @@ def build(
 
 
 def _plan_jobs(files: list[Path], preprocessing: Preprocessing) -> list[_Job]:
-    """Give every file as many rows as it can have slices."""
+    """Return one job per file, with as many rows as the file can have slices."""
     jobs = []
     start = 0
     for index, path in enumerate(files):
@@ -251,9 +256,10 @@ def _plan_jobs(files: list[Path], preprocessing: Preprocessing) -> list[_Job]:
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:
-    """Create an int16 memory map with its disk space.
+    """Create an int16 memory map and allocate its disk space.
 
-    Otherwise, a full disk or quota would kill a process that writes to the map.
+    Without the space, a process that writes to the map would be killed if the disk or quota is
+    full.
 
     Raises:
         OSError: if there is not enough space.
@@ -271,13 +277,13 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            # Any other error: a file system that cannot reserve space.
+            # Any other error means that the file system cannot reserve space.
 
 
 def _decode(
     jobs: list[_Job], pixels_path: Path, preprocessing: Preprocessing, workers: int
 ) -> Iterator[tuple[list[_Job], list[tuple], list[tuple]]]:
-    """Decode files in chunks; yield each chunk and its records as soon as it is done."""
+    """Decode files in chunks; when a chunk is done, yield it and what `_decode_chunk` returns."""
     chunk_size = 64 if preprocessing.form == "2D" else 1
     chunks = [jobs[i : i + chunk_size] for i in range(0, len(jobs), chunk_size)]
     if workers == 1:
@@ -293,8 +299,8 @@ def _decode(
             yield futures[future], *future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that decoded slices was killed, most likely for lack of memory: free some, "
-            "and run the command again."
+            "a process that decoded slices was killed, most likely because memory ran out; free "
+            "some memory and run the command again."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -303,10 +309,10 @@ def _decode(
 def _decode_chunk(
     chunk: list[_Job], pixels_path: Path, preprocessing: Preprocessing
 ) -> tuple[list[tuple], list[tuple]]:
-    """Decode files straight into the memory map; a worker process runs this.
+    """Decode files directly into the memory map, in a worker process if there are several.
 
     Returns:
-        Rows of the tables of slices and of bad files, see SLICE_DTYPE and BAD_DTYPE.
+        The records of the slices (SLICE_DTYPE) and of the unusable files (BAD_DTYPE).
     """
     pixels = np.load(pixels_path, mmap_mode="r+")
     records = []
@@ -329,18 +335,18 @@ def worker_pool(workers: int, context=None) -> ProcessPoolExecutor:
 
     Args:
         workers: number of processes.
-        context: of multiprocessing (default: the system's start method).
+        context: multiprocessing context (default: with the system's start method).
     """
     return ProcessPoolExecutor(workers, context, initializer=_start_worker)
 
 
 def _start_worker() -> None:
-    """Prepare a worker process: one thread, and an end when its parent is killed."""
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and every core has a process
+    """Prepare a worker process: use one thread, and exit when the parent process is killed."""
+    torch.set_num_threads(1)  # OpenMP threads do not survive a fork; every core has a process
 
     def exit_with_parent() -> None:
         multiprocessing.parent_process().join()
-        os._exit(1)  # otherwise it would wait for work forever
+        os._exit(1)  # otherwise this process would wait for work forever
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
@@ -351,11 +357,11 @@ def cores() -> int:
         count = len(os.sched_getaffinity(0))
     else:
         count = os.cpu_count() or 1
-    return min(count, 61)  # Windows cannot wait for more processes
+    return min(count, 61)  # Windows cannot wait for more than 61 processes
 
 
 def _publish(temporary: Path, folder: Path, size: tuple[int, int]) -> None:
-    """Rename a finished cache, unless another run was first; a damaged cache is replaced."""
+    """Rename a finished cache to `folder`, unless another run has put a valid cache there."""
     try:
         temporary.rename(folder)
     except OSError:
@@ -365,7 +371,10 @@ def _publish(temporary: Path, folder: Path, size: tuple[int, int]) -> None:
 
 
 def _delete_stale(root: Path, prefix: str, current: Path) -> None:
-    """Delete caches of earlier states of the files, and remains of runs killed over a day ago."""
+    """Delete caches of earlier states of the files, and temporary folders that are a day old.
+
+    Only names with the prefix are deleted, so caches of other settings remain.
+    """
     for path in root.glob(f"{prefix}*"):
         try:
             is_building = ".tmp-" in path.name and time.time() - path.stat().st_mtime < 86400

@@ -1,11 +1,11 @@
-"""Slices as int16 pixels, the form in which the cache stores them.
+"""Encoding of slices as int16 pixels, which the cache stores.
 
     slices, reason = decode_file(path, preprocessing)
     pixels, record = slices[0]
     image = (pixels + 32768.0) * record.scale + record.low   # (*size), in the scanner's intensities
 
-Integers that span at most 65,535 steps are exact. In other slices, no pixel is off by more than
-half a step, (max - min) / 131,070 of that slice.
+The encoding is exact for integers whose range (max - min) is at most 65,535. In other slices, the
+error of a pixel is at most half a quantisation step, (max - min) / 131,070.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class SliceRecord(NamedTuple):
     low: float
     mean: float  # of the fitted slice, in the scanner's intensities
     std: float
-    constant: bool  # see `preprocessing.is_constant`
+    constant: bool  # whether it has a single value (see `preprocessing.is_constant`)
     height: int  # rows of the slice before fitting
-    width: int
+    width: int  # columns before fitting
 
 
 class EncodedSlice(NamedTuple):
@@ -39,15 +39,15 @@ class EncodedSlice(NamedTuple):
 
 
 def quantize(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, float]:
-    """Round a slice to 65,536 steps between its extremes.
+    """Round a slice to 65,536 levels between its smallest and largest value.
 
     Args:
         image: (rows, columns) float64.
         low, high: its smallest and largest value.
 
     Returns:
-        int16 pixels, and the scale in image = (pixels + 32768) * scale + low. The scale is 1, and
-        the pixels are exact, for integers that span at most 65,535 steps.
+        int16 pixels, and the scale in image = (pixels + 32768) * scale + low. For integers whose
+        range is at most 65,535, the scale is 1 and the pixels are exact.
     """
     if high - low <= 65535 and (image == np.rint(image)).all():
         return (image - low - 32768).astype(np.int16), 1.0
@@ -61,10 +61,10 @@ def encode_slice(image: np.ndarray, plane: int, preprocessing: Preprocessing) ->
     Args:
         image: (rows, columns) as `preprocessing.read_planes` yields it.
         plane: its index in the file.
-        preprocessing: the size, and how to bring slices to it.
+        preprocessing: the size of the result, and how slices are fitted to it.
 
     Raises:
-        ValueError: if values are not finite or too large; for the message, see `mri.nifti`.
+        ValueError: if a value is not finite or too large (`mri.nifti` describes the messages).
     """
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise ValueError(f"has {np.count_nonzero(~np.isfinite(image)):,} NaN or infinite pixels")
@@ -92,7 +92,7 @@ def decode_file(path: Path, preprocessing: Preprocessing) -> tuple[list[EncodedS
     """Decode the slices of a file.
 
     Returns:
-        The slices and ""; or, if the file cannot be used, [] and the reason, see `mri.nifti`.
+        The slices and ""; or, if the file cannot be used, [] and the reason (see `mri.nifti`).
     """
     slices = []
     try:
@@ -100,6 +100,6 @@ def decode_file(path: Path, preprocessing: Preprocessing) -> tuple[list[EncodedS
             slices.append(encode_slice(image, plane, preprocessing))
     except ValueError as error:
         return [], str(error)
-    except Exception as error:  # one odd file must not end the reading of the others
+    except Exception as error:  # one odd file must not stop the others from being read
         return [], f"cannot be decoded ({error!r})"
     return slices, ""

@@ -1,4 +1,4 @@
-"""File names and folders of NIfTI data. Nothing here opens an image: only names count."""
+"""What the names of NIfTI files and folders mean. Nothing here opens an image."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ SEGMENTATION_FOLDER_PREFIXES = (
 
 @dataclass(frozen=True)
 class Source:
-    """The files of each split. `mri.splits.find_source` makes it."""
+    """The files of each split, as `mri.splits.find_source` returns them."""
 
     root: Path  # the folder that contains all files
-    form: str  # "2D": a file is a slice; "3D": a HipMRI volume; "scans": any, see `find_scans`
-    splits: dict[str, list[Path]]  # split -> files in natural order; no split without files
+    form: str  # what files are: "2D" slices, "3D" HipMRI volumes, or "scans" (see `find_scans`)
+    splits: dict[str, list[Path]]  # split -> files in natural order; empty splits are left out
     notes: list[str]  # for the script to print
     subjects: dict[Path, str] = field(default_factory=dict)  # file -> its subject
 
@@ -65,8 +65,8 @@ class SliceName:
 def parse_name(path: str | Path) -> SliceName:
     """Parse `case_004_week_0_slice_12.nii.gz` or `Case_004_Week0_LFOV.nii.gz`.
 
-    A file with any other name is a case of its own. A file inside a folder called `x.nii.gz` has
-    the folder's name.
+    A file with any other name counts as a case of its own. If a file is inside a folder called
+    `x.nii.gz`, the name of the folder is parsed instead.
     """
     folder, name = os.path.split(path)
     folder_name = os.path.basename(folder)
@@ -122,12 +122,12 @@ def is_segmentation(path: Path) -> bool:
 
 
 def is_output(path: Path) -> bool:
-    """Return whether a file's name is like those of predict.py's outputs."""
+    """Return whether a file is named like an output of predict.py."""
     return bool(OUTPUT_NAME.search(path.name))
 
 
 def find_segmentation(image: Path) -> Path | None:
-    """Return the segmentation of a file in HipMRI's 2D or 3D form, or None if there is none."""
+    """Return the segmentation of an image in HipMRI's 2D or 3D layout, or None if there is none."""
     folder = image.parent
     folder_2d = folder.name.lower().replace("keras_slices_", "keras_slices_seg_")
     name_2d = re.sub("^case_", "seg_", image.name, flags=re.I)
@@ -148,7 +148,7 @@ def files_below(folder: Path, ending: str) -> list[Path]:
     """Return the files at any depth that match a pattern, in no particular order.
 
     Args:
-        folder: hidden files and folders in it, and `__MACOSX`, are left out.
+        folder: the folder to search; hidden files and folders, and `__MACOSX`, are left out.
         ending: regular expression to search for in the file name, such as r"\\.nii$".
     """
     files = []
@@ -179,7 +179,7 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
         path = folder / entry.name
         try:
             is_folder = entry.is_dir()
-        except OSError:  # a link to itself; the error is reported when it is read
+        except OSError:  # a link to itself; reading the file will report the error
             is_folder = False
         if not NIFTI_NAME.search(entry.name):
             if is_folder:
@@ -205,7 +205,7 @@ def _file_inside(folder: Path) -> Path:
 
 
 def format_listing(lines: list[str], most: int = 100) -> str:
-    """Indent the lines and join them; after `most` of them, only count the others."""
+    """Indent and join the first `most` lines, and append how many more there are."""
     shown = lines[:most]
     if len(lines) > most:
         shown = [*shown, f"... and {len(lines) - most:,} more"]

@@ -1,8 +1,8 @@
-"""HipMRI's 2D and 3D forms, and folders of other 2D slices in the same layout.
+"""HipMRI's 2D and 3D versions, and folders of other 2D slices in the layout of the 2D version.
 
     source = find_hipmri("/data/keras_slices_data")
 
-The folders of the 2D form are the splits. The volumes of the 3D form are split by the same cases.
+In the 2D version, each split is a folder. The volumes of the 3D version are split by HIPMRI_CASES.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from mri.files import (
     HIPMRI_NAME,
     NIFTI_NAME,
+    SPLITS,
     Source,
     format_listing,
     list_folder,
@@ -24,22 +25,24 @@ from mri.files import (
 from mri.subjects import report_splits, subject_of
 from utils import DataError
 
+# The cases of each split, as in HipMRI's 2D version. The volumes of the 3D version are split by
+# them. The folders of the 2D version are used as they are, whatever cases they contain.
 HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
 EXPECTED = """expected one of
-  keras_slices_train/ keras_slices_validate/ keras_slices_test/  (HipMRI's 2D form)
-  semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...               (HipMRI's 3D form)
+  keras_slices_train/ keras_slices_validate/ keras_slices_test/  (HipMRI's 2D version)
+  semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...               (HipMRI's 3D version)
   train/ validate/ test/                                         (your own 2D slices)
   any folder of scans, or one scan, with --axis coronal, sagittal or axial"""
 
 
 def find_hipmri(root: str | Path) -> Source:
-    """Find the splits in a folder, one level below it, or two levels below it.
+    """Find the splits in a folder, or one or two levels below it.
 
-    If the folder is itself a part of a data set, such as `keras_slices_test`, the folder above it
-    is searched last.
+    If nothing is found and the folder is itself part of a data set, such as `keras_slices_test`,
+    the folder above it is searched, too.
 
     Raises:
-        DataError: if there is no data set, several at one level, or one that cannot be read.
+        DataError: if there is no data set, several at one level, or an unreadable one.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if not root.is_dir():
@@ -63,7 +66,7 @@ def find_hipmri(root: str | Path) -> Source:
 
 
 def _search(folders: list[Path]) -> tuple[list[Source], list[Path], list[str]]:
-    """Return the data sets in the folders, all subfolders, and a line per unreadable folder.
+    """Return the data sets in the folders, all subfolders, and a line for each unreadable folder.
 
     An unreadable folder is an error only if no data set is found elsewhere.
     """
@@ -82,13 +85,13 @@ def _search(folders: list[Path]) -> tuple[list[Source], list[Path], list[str]]:
 
 
 def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[Source]:
-    """Return the data sets that a folder directly contains; more than one is a mistake.
+    """Return the data sets that a folder contains directly; `_finish` refuses more than one.
 
     Raises:
-        DataError: if a subfolder of a data set cannot be read, or two are for the same split.
+        DataError: if a subfolder of a data set cannot be read, or two belong to the same split.
     """
     sources = []
-    # A folder named after a split contains slices, and one named after labels only segmentations.
+    # Folders named after a split contain slices, and folders named after labels segmentations.
     may_hold_volumes = not split_of_folder(folder) and "label" not in folder.name.lower()
     if may_hold_volumes and any(is_volume(file) for file in files):
         sources.append(_volumes_source(folder, files))
@@ -117,33 +120,33 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
         else:
             splits[split] = images
     if splits:
-        in_order = {split: splits[split] for split in HIPMRI_CASES if split in splits}
+        in_order = {split: splits[split] for split in SPLITS if split in splits}
         sources.append(Source(folder, "2D", in_order, []))
     return sources
 
 
 def is_volume(path: Path) -> bool:
-    """Return whether a file is named like HipMRI's volumes: with case and week, without slice."""
+    """Return whether a file is named like a HipMRI volume: with case and week but no slice."""
     match = HIPMRI_NAME.match(NIFTI_NAME.sub("", path.name))
     return bool(match and match[2] and not match[3])
 
 
 def _volumes_source(folder: Path, files: list[Path]) -> Source:
-    """Return HipMRI's volumes as a data set, with a note on how they compare with the 2D form."""
+    """Return HipMRI's volumes as a data set, with a note on how they differ from the 2D version."""
     note = (
-        "the volumes (3D form) are cut into coronal slices here; these are not the 12,660 slices "
-        "of the 2D form, so the scores cannot be compared with published ones"
+        "the volumes (3D version) are cut into coronal slices; these are not the 12,660 slices of "
+        "the 2D version, so the scores cannot be compared with published ones"
     )
     return Source(folder, "3D", splits_from_cases(folder, files), [note])
 
 
 def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Split volumes by case, as HipMRI's 2D form is split.
+    """Split volumes by case, as HipMRI's 2D version is split.
 
     Raises:
-        DataError: if there are volumes of other cases, or with other names.
+        DataError: if a volume has another case, or a name without a case.
     """
-    splits: dict[str, list[Path]] = {split: [] for split in HIPMRI_CASES}
+    splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
     others = []
     for file in files:
         split = _split_of_case(parse_name(file).case)
@@ -153,7 +156,7 @@ def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
             others.append(file.name)
     if others:
         raise DataError(
-            f"{len(others)} of the {len(files)} volumes in {folder} are in no split:\n"
+            f"{len(others)} of the {len(files)} volumes in {folder} belong to no split:\n"
             f"{format_listing(others)}\n"
             "expected HipMRI's cases: 004-035 train, 036-039 validate, 040-042 test.\n"
             "Move the others elsewhere, or cut them into slices in train/ validate/ test/."
@@ -170,18 +173,18 @@ def _split_of_case(case: str) -> str | None:
 
 
 def _finish(sources: list[Source], root: Path, level: str) -> Source:
-    """Return the only data set, with its subjects and notes.
+    """Return the only data set that was found, with its subjects and notes filled in.
 
     Args:
         sources: the data sets that were found.
         root: the folder that the user gave.
-        level: where they were found relative to it, such as "one level below".
+        level: where they were found relative to `root`, such as "one level below".
 
     Raises:
         DataError: if there are several data sets.
     """
     if len(sources) > 1:
-        names = "\n".join(f"  {source.root} ({source.form} form)" for source in sources)
+        names = "\n".join(f"  {source.root} ({source.form} version)" for source in sources)
         raise DataError(
             f"{root} contains {len(sources)} data sets, expected one:\n{names}\n"
             "Point --data at one of them."
@@ -199,13 +202,13 @@ def _finish(sources: list[Source], root: Path, level: str) -> Source:
 
 
 def describe_folder(root: Path) -> list[str]:
-    """Describe a folder in which no data set was recognised, in lines for the error message."""
+    """Return lines that describe what a folder contains, for an error message."""
     lines = []
-    with contextlib.suppress(OSError):  # unreadable folders are in the message already
+    with contextlib.suppress(OSError):  # the message lists unreadable folders already
         subfolders, files = list_folder(root)
         subfolders_shown = subfolders[:10]
         lines.append(
-            f"  {len(files)} NIfTI image(s), segmentations not counted, and "
+            f"  {len(files)} NIfTI image(s), not counting segmentations, and "
             f"{len(subfolders)} folder(s)"
         )
         for subfolder in subfolders_shown:

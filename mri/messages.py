@@ -1,6 +1,6 @@
-"""Messages about a split: errors for files that are missing or unusable, and notes on its slices.
+"""Messages about a split: errors for missing or unusable files, and notes on the slices.
 
-The tables `records` and `bad` are those of mri/cache.py.
+`records` and `bad` are the tables of slices and of unusable files (see mri/cache.py).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def missing_split_error(source: Source, split: str) -> DataError:
     if source.form == "scans":
         counts = ", ".join(f"{name} {len(files):,}" for name, files in source.splits.items())
         return DataError(
-            f"no scan of {source.root} is in the {split} split ({counts}): its fraction was 0, or "
-            "no row of the table, folder or earlier run put one there. Give --split other "
-            "fractions or a table, or name a folder after the split."
+            f"no scan in {source.root} belongs to the {split} split ({counts}): its fraction is 0, "
+            "or no table row, folder or earlier run assigns a scan to it. Give other fractions or "
+            "a table with --split, or name a folder after the split."
         )
-    advice = f"Name or fill the folder of {split} so"
+    advice = f"Give the {split} folder one of these names and put slices in it"
     if source.form == "3D":
         cases = HIPMRI_CASES[split]
-        advice = f"Add volumes of the cases {cases[0]:03d} to {cases[-1]:03d}, which are {split}"
+        advice = f"Add volumes of the {split} cases, {cases[0]:03d} to {cases[-1]:03d}"
     folders = "\n".join(describe_folder(source.root))
     return DataError(
         f"the {split} split of {source.root} is missing or empty. Found:\n{folders}\n{EXPECTED}\n"
@@ -37,7 +37,7 @@ def missing_split_error(source: Source, split: str) -> DataError:
 
 
 def bad_files_error(source: Source, split: str, bad: np.ndarray) -> DataError:
-    """Return the error that lists every bad file of a split."""
+    """Return the error that lists every unusable file of a split."""
     total = len(source.splits[split])
     advice = "Repair them, or leave them out with --skip-bad-files."
     if len(bad) == total:
@@ -45,12 +45,12 @@ def bad_files_error(source: Source, split: str, bad: np.ndarray) -> DataError:
     return DataError(
         f"{len(bad):,} of the {total:,} files of the {split} split cannot be used:\n"
         f"{_list_bad_files(source, split, bad)}\n"
-        f"Expected whole NIfTI files of finite numbers. {advice}"
+        f"Expected complete NIfTI files with finite values. {advice}"
     )
 
 
 def _list_bad_files(source: Source, split: str, bad: np.ndarray) -> str:
-    """Return one indented line for each bad file, with its reason."""
+    """Return one indented line for each unusable file, with the reason."""
     files = source.splits[split]
     lines = [f"{files[index].relative_to(source.root)} {reason}" for index, reason in bad.tolist()]
     return format_listing(lines, most=1000)
@@ -72,10 +72,11 @@ def describe_split(
         preprocessing: how the files became slices.
         stems: N names, one per slice.
         records: (N,) table of the slices.
-        bad: table of the files that cannot be used.
+        bad: table of the unusable files.
 
     Returns:
-        Lines on bad files, planes of volumes, slices that fitting changes, and constant slices.
+        Lines on unusable files, slices taken from volumes, slices that are cropped or resized, and
+        constant slices.
     """
     notes = []
     if len(bad):
@@ -96,20 +97,20 @@ def describe_split(
 
 
 def _describe_planes(records: np.ndarray, preprocessing: Preprocessing) -> str:
-    """Describe which planes of volumes became slices."""
-    cut = "the central coronal planes"
+    """Describe which planes of the volumes are used as slices."""
+    cut = "the central coronal ones"
     if preprocessing.form == "scans":
-        cut = f"cut along {preprocessing.axis}, empty ones left out"
+        cut = f"cut along {preprocessing.axis}, without empty ones"
     planes = f"{records['plane'].min()}-{records['plane'].max()}"
     volumes = len(np.unique(records["file"]))
-    return f"{len(records):,} slices, {cut} (of {planes}) of {volumes:,} volume(s)"
+    return f"{len(records):,} slices of {volumes:,} volume(s), {cut} (planes {planes})"
 
 
 def _describe_fit(shape: tuple[int, int], preprocessing: Preprocessing) -> str:
-    """Describe what fitting does to slices of this shape.
+    """Describe how fitting changes slices of this shape.
 
     Returns:
-        A predicate that follows "12 slice(s) of 300 x 200"; "" if the slices change little.
+        A predicate that follows "12 slice(s) of 300 x 200", or "" if the slices hardly change.
     """
     rows, columns = preprocessing.size
     if preprocessing.fit == "trim":
@@ -122,7 +123,7 @@ def _describe_fit(shape: tuple[int, int], preprocessing: Preprocessing) -> str:
     scale = math.sqrt(row_scale * column_scale)
     advice = "--size H W sets another size"
     if distortion > 0.05 and preprocessing.fit == "crop":
-        return "lose their edges to --fit crop"
+        return "lose their edges (--fit crop)"
     if distortion > 0.05:
         text = (
             f"are resized to {rows} x {columns}, which changes their proportions by "

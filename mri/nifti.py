@@ -7,13 +7,13 @@ Safety. A header may claim any size, a gzip stream may unpack to terabytes, and 
 never end. Headers are therefore checked before any data is read or unpacked.
 
 Orientation. A volume is cut into "sagittal", "coronal" or "axial" planes, which its affine
-determines: rows and columns then run to the right, anterior or superior. Or it is cut along axis 0,
-1 or 2 as stored, and the affine is ignored. Only `Cut` knows about axes and directions: it maps
-stored voxels to planes and planes to stored voxels, with `nibabel.orientations`.
+determines; their rows and columns run to the right, anterior or superior. Alternatively, it is cut
+along the stored axis 0, 1 or 2, and the affine is ignored. Only `Cut` deals with axes and
+directions: it maps stored voxels to planes and back, with `nibabel.orientations`.
 
-Errors. A file that cannot be used raises ValueError. The message is a predicate without a subject,
-such as "is empty (zero bytes)", so that the caller can put the file's name in front and list the
-reasons of many files in one error.
+Errors. ValueError is raised for a file that cannot be used. Its message is a predicate without a
+subject, such as "is empty (zero bytes)", so that callers can put the file's name in front and list
+the messages of many files in one error.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 MAX_VOXELS = 1 << 27  # per file: 512 x 512 x 512
 MAX_PIXELS = 1 << 24  # per slice: 4,096 x 4,096
-MIN_SIDE = 8  # pixels per side of a slice
-AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # across the planes: right, anterior, superior
+MIN_SIDE = 8  # smallest side of a slice, in pixels
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # normal to the planes: right, anterior, superior
 # Directions of the rows, columns and planes for each value of AXES, in nibabel's letters.
 _PLANE_CODES = ("ASR", "RSA", "RAS")
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
-_MAX_GZIP_RATIO = 1032  # deflate cannot compress better
-_HEADER_BYTES = 1024  # more than a NIfTI-1 header (348) and a NIfTI-2 header (540)
+_MAX_GZIP_RATIO = 1032  # the best that deflate can achieve
+_HEADER_BYTES = 1024  # more than a NIfTI-1 header (348) or a NIfTI-2 header (540)
 
-# nibabel logs every odd but harmless header field: thousands of lines for one data set.
+# nibabel logs every odd but harmless header field, thousands of lines for one data set.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
@@ -55,11 +55,11 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
     """Read the header and the uncompressed bytes of a NIfTI file.
 
-    The content, not the name, decides whether the file is unpacked. No more is unpacked than the
-    header asks for, and that is at most MAX_VOXELS.
+    Gzip files are recognised by their content, not by their name. Only as much is unpacked as the
+    header asks for, which is limited by MAX_VOXELS.
 
     Raises:
-        ValueError: if the file is not a whole NIfTI file, see the module's docstring.
+        ValueError: if the file is not a complete NIfTI file (see the module's docstring).
     """
     data = _read_bytes(path)
     is_gzip = data[:2] == _GZIP_MAGIC
@@ -81,11 +81,11 @@ def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
-    """Read the header of a NIfTI file without its data: thousands of files per second.
+    """Read the header of a NIfTI file without its data, at thousands of files per second.
 
     Raises:
-        ValueError: if the file is not a NIfTI file, or is smaller than its header says, even if its
-            data were compressed as well as gzip can.
+        ValueError: if the file is not a NIfTI file, or is too small for the data that its header
+            specifies, even at gzip's best compression.
     """
     try:
         size = _file_size(path)
@@ -109,7 +109,7 @@ def read_header(path: Path) -> nib.Nifti1Header:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Read a file that is not empty and not larger than any that is accepted."""
+    """Read a file; raise ValueError if it is empty or larger than any accepted NIfTI file."""
     try:
         size = _file_size(path)
         if size > MAX_VOXELS * 16:
@@ -123,7 +123,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _file_size(path: Path) -> int:
-    """Return the size of a regular file; reading anything else might never end."""
+    """Return the size of a file in bytes; refuse pipes and devices, which may never end."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder, expected exactly one .nii or .nii.gz in it")
@@ -133,10 +133,10 @@ def _file_size(path: Path) -> int:
 
 
 def _parse_header(start: bytes) -> nib.Nifti1Header:
-    """Parse a header from the first bytes of a file, and check everything that is used of it.
+    """Parse a header from the first bytes of a file, and check all of its fields that are used.
 
     Raises:
-        ValueError: if it is not a NIfTI header, or not one of real numbers within MAX_VOXELS.
+        ValueError: if it is not a NIfTI header, or not one of up to MAX_VOXELS real numbers.
     """
     header_sizes = [int.from_bytes(start[:4], byteorder) for byteorder in ("little", "big")]
     header_class = nib.Nifti2Header if 540 in header_sizes else nib.Nifti1Header
@@ -146,7 +146,7 @@ def _parse_header(start: bytes) -> nib.Nifti1Header:
         dtype = header.get_data_dtype()
         offset = header.get_data_offset()
         header.get_slope_inter()
-    except Exception as error:  # nibabel raises many types
+    except Exception as error:  # nibabel raises many types of exceptions
         raise ValueError(f"is not a NIfTI file ({error})") from error
     if not header["magic"].item().startswith(b"n+"):
         raise ValueError(
@@ -173,19 +173,19 @@ def _format_shape(shape: tuple[int, ...]) -> str:
 
 
 def affine_of(header: nib.Nifti1Header) -> np.ndarray:
-    """Return the affine (4, 4), from voxel indices to mm; raises ValueError if it is unusable."""
+    """Return the affine (4, 4), from voxel indices to mm; raise ValueError if it is unusable."""
     with np.errstate(all="ignore"):
         affine = header.get_best_affine()  # ValueError for an impossible quaternion
     if not np.abs(affine).max() < 1e9:
-        raise ValueError("has an affine without finite numbers")
+        raise ValueError("has an affine with NaN, infinite or too large numbers")
     return affine
 
 
 def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
     """Return the orientation of the stored axes, (3, 2), in nibabel's notation.
 
-    A row contains the index of the closest of (right, anterior, superior), and 1, or -1 if the
-    stored axis runs the other way. Raises ValueError if the affine does not determine it.
+    Row i is for stored axis i: the index of the closest of (right, anterior, superior), and 1, or
+    -1 if it runs the other way. Raises ValueError if the affine does not determine the directions.
     """
     try:
         with np.errstate(all="ignore"):
@@ -199,10 +199,10 @@ def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cut:
-    """Map the stored axes of a volume to the (row, column, plane) axes of its planes, and back."""
+    """The mapping between the stored axes of a volume and (row, column, plane)."""
 
-    axis: int  # across the planes: a value of AXES or, without an orientation, the stored axis
-    orientation: np.ndarray | None  # see `axis_orientation`; None: axes are used as stored
+    axis: int  # normal to the planes: a value of AXES; a stored axis if orientation is None
+    orientation: np.ndarray | None  # from `axis_orientation`; None: use axes as stored
 
     @property
     def _to_planes(self) -> np.ndarray:
@@ -224,13 +224,13 @@ class Cut:
 
         Args:
             affine: (4, 4), from stored voxel indices to mm.
-            shape: of the stored voxels.
+            shape: shape of the stored voxels.
         """
         return affine @ inv_ornt_aff(self._to_planes, shape)
 
 
 def find_cut(header: nib.Nifti1Header, axis: str | int, dimensions: int | None) -> Cut:
-    """Return how a file is cut; arguments and errors as in `stored_planes`."""
+    """Return the `Cut` of a file; arguments and errors are those of `stored_planes`."""
     if (dimensions or _dimensions_of(header.get_data_shape())) == 2:
         return Cut(2, None)
     if isinstance(axis, str):
@@ -239,12 +239,12 @@ def find_cut(header: nib.Nifti1Header, axis: str | int, dimensions: int | None) 
 
 
 def _dimensions_of(shape: tuple[int, ...]) -> int:
-    """Return 2 for a slice, which may have further dimensions of size 1, and 3 for others."""
+    """Return 2 for a slice, which may have more dimensions of size 1, and 3 for other shapes."""
     return 2 if all(size == 1 for size in shape[2:]) else 3
 
 
 def _volume_shape(shape: tuple[int, ...], dimensions: int | None) -> tuple[int, ...]:
-    """Return the shape as a volume's: a slice is a volume with one plane."""
+    """Return the shape as that of a volume; a slice becomes a volume with one plane."""
     dimensions = dimensions or _dimensions_of(shape)
     if len(shape) < dimensions:
         raise ValueError(f"has shape {_format_shape(shape)}, expected {dimensions} dimensions")
@@ -254,7 +254,7 @@ def _volume_shape(shape: tuple[int, ...], dimensions: int | None) -> tuple[int, 
 def planes_shape(
     header: nib.Nifti1Header, axis: str | int, dimensions: int | None = None
 ) -> tuple[int, int, int]:
-    """Return the (N, rows, columns) of the planes of a file; arguments as in `stored_planes`."""
+    """Return (N, rows, columns) of the planes of a file; arguments as in `stored_planes`."""
     shape = _volume_shape(header.get_data_shape(), dimensions)
     return find_cut(header, axis, dimensions).planes(np.broadcast_to(0, shape)).shape
 
@@ -270,17 +270,17 @@ def planes_affine(
 def stored_planes(
     header: nib.Nifti1Header, data: bytes, dimensions: int | None, axis: str | int
 ) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Return the planes of a file as they are stored, and a function that scales some of them.
+    """Return the planes of a file, not yet scaled, and a function that scales any of them.
 
     Args:
         header: the file's header.
         data: its uncompressed bytes.
         dimensions: 2 for a slice, 3 for a volume, None for either.
-        axis: where volumes are cut: a name of AXES, or 0, 1, 2 for an axis as it is stored.
+        axis: axis along which volumes are cut: a key of AXES, or 0, 1 or 2 for a stored axis.
 
     Returns:
-        (N, rows, columns), a view of `data`, and the function that applies the header's scale
-        factor and intercept to such an array.
+        The planes (N, rows, columns), a view of `data`; and a function that applies the header's
+        scale factor and intercept to one or more planes.
 
     Raises:
         ValueError: if the file has another number of dimensions, is too small or too large, or its
@@ -318,12 +318,12 @@ def stored_planes(
 
 @dataclass(frozen=True)
 class Scan:
-    """A file as planes, and what is needed to write other planes as a file like it."""
+    """The planes of a file, and what is needed to write other planes as a similar file."""
 
     planes: np.ndarray  # (N, rows, columns), in the scanner's intensities; N is 1 for a 2D file
-    affine: np.ndarray  # (4, 4), the file's
-    shape: tuple[int, ...]  # the file's
-    dtype: np.dtype  # written by `to_bytes`: the file's if it holds unscaled integers, or float32
+    affine: np.ndarray  # (4, 4), of the file
+    shape: tuple[int, ...]  # of the file
+    dtype: np.dtype  # for `to_bytes`: the file's if it has unscaled integers, otherwise float32
     cut: Cut
 
     @property
@@ -339,7 +339,7 @@ class Scan:
         return rows, columns
 
     def to_bytes(self, planes: np.ndarray, dtype: np.dtype | None = None) -> bytes:
-        """Return a `.nii.gz` of other planes, with the shape and affine of this file.
+        """Return the content of a `.nii.gz` file of other planes, in the geometry of this file.
 
         Args:
             planes: (N, rows, columns), as many as this scan has.
@@ -363,10 +363,10 @@ def read_scan(path: str | Path, axis: str | int | None = None) -> Scan:
 
     Args:
         path: a .nii or .nii.gz file.
-        axis: where volumes are cut, see `stored_planes` (default: "coronal").
+        axis: axis along which volumes are cut (see `stored_planes`; default: "coronal").
 
     Raises:
-        ValueError: if the file cannot be used, see the module's docstring.
+        ValueError: if the file cannot be used (see the module's docstring).
     """
     axis = "coronal" if axis is None else axis
     header, data = read_nifti(Path(path))
@@ -383,7 +383,7 @@ def read_scan(path: str | Path, axis: str | int | None = None) -> Scan:
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
-    """Return the content of a `.nii.gz` file, in mm, with a new header: it copies no patient data.
+    """Return the content of a `.nii.gz` file in mm. Its header is new, so it has no patient data.
 
     Args:
         voxels: array of any shape and real data type.
@@ -393,7 +393,7 @@ def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
         with np.errstate(all="ignore"):
             image = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
     except (nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
-        # It is not a rotation with voxel sizes, so the qform cannot hold it; the sform can.
+        # The affine is not a rotation with voxel sizes; only the sform can represent it.
         image = nib.Nifti1Image(voxels, None, dtype=voxels.dtype)
         image.set_sform(affine, code=2)
     image.header.set_xyzt_units("mm")

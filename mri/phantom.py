@@ -1,17 +1,17 @@
-"""Make sample data: a procedural phantom of the male pelvis, as NIfTI slices in HipMRI's 2D form.
+"""Make sample data: a procedural phantom of the male pelvis, as NIfTI slices in HipMRI's layout.
 
     python -m mri.phantom                     # sample_data/: 12 + 2 + 2 volumes of 20 slices each
     python -m mri.phantom --out full_size --volumes 191 11 9 --slices 60       # the size of HipMRI
     python train.py                           # without --data, trains on the sample
 
-HipMRI may not be redistributed, so this module draws pelves with its geometry and contrast. An
+HipMRI may not be redistributed, so this module simulates pelves with its geometry and contrast. An
 atlas defines the shapes in millimetres: x to the right, y to anterior and z to superior, where
 x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are warped slightly for
 each case and week, filled with texture, shaded as by surface coils, and given Rician noise. Results
 on the phantom show that the code works and let settings be compared; they say nothing about
 patients.
 
-A volume depends only on (seed, case, week), and not on the number of workers or on other volumes.
+A volume depends only on (seed, case, week), not on the number of workers or on other volumes.
 """
 
 import argparse
@@ -33,29 +33,29 @@ from tqdm import tqdm
 
 ROWS = 256  # of a HipMRI slice
 COLUMNS = 128
-WIDE_COLUMNS = 144  # of HipMRI's rare wider slices
-PLANES = 60  # coronal slices of each volume in HipMRI's 2D form
+WIDE_COLUMNS = 144  # of the few wider slices in HipMRI
+PLANES = 60  # coronal slices of each volume in HipMRI's 2D version
 # mm between rows (to the right), columns (to superior) and planes (to anterior)
 SPACING = (1.68, 1.56, 1.68)
 # The cases of HipMRI's splits
 CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
 BACKGROUND, BODY, BONE, BLADDER, RECTUM, PROSTATE = range(6)
-MAX_WORKERS = 61  # Windows cannot wait for more processes
+MAX_WORKERS = 61  # Windows cannot wait for more than 61 processes
 
-# Purposes of random numbers. Those of the patient do not change from week to week.
+# Names of the random streams. The patient's streams are the same in every week.
 PATIENT_STREAMS = ("patient", "patient warp", "texture", "fibres", "vessels")
 STREAMS = (*PATIENT_STREAMS, "scan", "scan warp", "outline", "bowel", "shading", "noise")
 
 Shape = tuple[tuple[slice, ...], np.ndarray]  # a box of voxels, and signed distances (mm) in it
 
-FAR = np.float32(1e3)  # mm: outside every shape
+FAR = np.float32(1e3)  # mm: a distance that is outside every shape
 HEAD = np.array([103, 3, 94])  # mm: centre of the femoral head on the right, where x > 0
 HEAD_RADIUS = 22.5  # mm
 
-# The atlas. Of a pair, only the right half (x > 0) is listed.
+# The atlas. Of paired structures, only the right one (x > 0) is listed.
 # fmt: off
 # Muscles: points (x, y, z) of the axis in mm; radii in mm at both ends, before swelling; factors
-# that stretch the coordinates, of which one below 1 widens the muscle into a sheet.
+# that multiply the coordinates, where a factor below 1 widens the muscle into a sheet.
 MUSCLES = {
     "obturator internus": ([(71, 20, 96), (64, -28, 74)], (6, 7), (1, 0.8, 0.4)),
     "obturator externus": ([(32, 30, 62), (92, -8, 66)], (11, 9), (1, 1, 1)),
@@ -129,7 +129,7 @@ class PhantomScan:
     """One scan of one patient: its parameters, and the atlas position and texture of each voxel.
 
     Attributes:
-        x, y, z: float32 (256, columns, slices), position of each voxel in the atlas, in mm.
+        x, y, z: float32 (256, columns, slices), atlas coordinates of each voxel in mm.
         rough, coarse, medium, fine: smooth noise of the same shape, of mean 0 and variance 1, with
             lattice spacings of 11, 7, 3.2 and 1.7 mm.
     """
@@ -138,11 +138,11 @@ class PhantomScan:
         self.key = (seed, case, week)
 
         rng = self.random("patient")
-        self.size = rng.uniform(0.95, 1.05)  # of everything, relative
+        self.size = rng.uniform(0.95, 1.05)  # of the whole body, relative
         self.fat = rng.uniform(10, 22)  # mm under the skin of the hips
         self.muscle = rng.uniform(5.5, 9)  # mm that muscles swell beyond the atlas
         self.prostate = rng.uniform(0.88, 1.22)  # linear size, relative
-        self.perineum = rng.uniform(14, 34)  # mm: the height where the thighs part
+        self.perineum = rng.uniform(14, 34)  # mm: the height at which the thighs separate
         self.coils = [rng.uniform(0.7, 1.5), rng.uniform(0.1, 0.6)]  # gain at the skin of each side
         rng.shuffle(self.coils)
 
@@ -152,12 +152,12 @@ class PhantomScan:
         self.gas = rng.uniform(0.1, 0.9)  # fraction of the rectum that gas fills
         self.shift = rng.normal(0, (3, 3, 4))  # mm: position of the patient
         self.roll = rng.normal(0, 0.02)  # radians, in the coronal plane
-        # Standard deviation of the noise of each channel; the signal of urine is about 0.8.
+        # Standard deviation of the noise in the real and imaginary channel; urine has signal 0.8.
         self.sigma = rng.uniform(0.0025, 0.005)
         self.scale = rng.uniform(250, 900)  # stored value of a signal of 1
 
         self.planes = plane_numbers(slices)
-        # In mm. A wider slice shows more at both ends.
+        # Positions of rows, columns and planes in mm. A wider slice shows more at both ends.
         self.axes = (
             (np.arange(ROWS) - (ROWS - 1) / 2) * SPACING[0],
             (np.arange(columns) - (columns - COLUMNS) / 2) * SPACING[1],
@@ -172,7 +172,7 @@ class PhantomScan:
         self.fine = self.noise(rng, 1.7)
 
     def random(self, stream: str, plane: int = -1) -> np.random.Generator:
-        """Return the random generator for one purpose, one of STREAMS."""
+        """Return the random generator of one stream in STREAMS, or of one plane in that stream."""
         seed, case, week = self.key
         if stream in PATIENT_STREAMS:
             week = -1
@@ -182,11 +182,11 @@ class PhantomScan:
         """Return smooth noise of mean 0 and variance 1: cubic B-splines on a random lattice.
 
         The lattice covers every possible scan, so the noise of a plane does not depend on which
-        other planes are drawn.
+        other planes are simulated.
 
         Args:
             rng: generator of the lattice's values.
-            spacing: of the lattice, in mm.
+            spacing: spacing of the lattice points, in mm.
 
         Returns:
             float32 (256, columns, slices).
@@ -194,7 +194,8 @@ class PhantomScan:
         spans = ((-225, 225), (-30, 230), (-55, 55))  # mm, of rows, columns and planes
         lattice_shape = [int((high - low) / spacing) + 5 for low, high in spans]
         field = rng.standard_normal(lattice_shape, dtype=np.float32)
-        field *= np.float32((151 / 315) ** -1.5)  # 151/315: a spline's mean sum of squared weights
+        # 151/315 is the mean sum of the squared weights of a cubic B-spline in one dimension.
+        field *= np.float32((151 / 315) ** -1.5)
         for axis in (2, 0, 1):
             position = (self.axes[axis] - spans[axis][0]) / spacing
             first = np.floor(position).astype(int)
@@ -204,7 +205,7 @@ class PhantomScan:
         return field
 
     def _place_voxels(self) -> None:
-        """Set x, y and z: the voxels shifted, rolled, scaled and smoothly warped."""
+        """Set x, y and z: the voxel positions, shifted, rolled, scaled and smoothly warped."""
         axes = [axis.astype(np.float32) for axis in self.axes]
         x, z, y = np.meshgrid(*axes, indexing="ij", sparse=True)
         x = x + float(self.shift[0])
@@ -221,7 +222,7 @@ class PhantomScan:
         self.y = y * float(1 / self.size) + warp[1]
         self.z = cos * z - sin * x + warp[2] + float(HEAD[2])
 
-        # For `box`: the range of x in each row, of y in each plane, and of z in each column
+        # For use in `box`: the range of x in each row, of y in each plane, and of z in each column
         self._ranges = []
         for axis, coordinate in ((0, self.x), (2, self.y), (1, self.z)):
             others = tuple(i for i in range(3) if i != axis)
@@ -231,9 +232,9 @@ class PhantomScan:
         """Return the index ranges that contain all atlas points from `low` to `high`.
 
         Args:
-            low: (3,) x, y, z in mm.
-            high: (3,) likewise.
-            margin: added on all sides, in mm.
+            low: (3,) smallest x, y and z in mm.
+            high: (3,) largest x, y and z in mm.
+            margin: distance by which the box is enlarged on all sides, in mm.
         """
         box = [slice(0)] * 3
         for (axis, least, most), start, end in zip(self._ranges, low, high, strict=True):
@@ -243,13 +244,13 @@ class PhantomScan:
         return tuple(box)
 
     def capsule(self, start, end, radii, stretch=(1, 1, 1)) -> Shape:
-        """Return a rod with round ends, as the signed distance to its surface, negative inside.
+        """Return a rod with round ends, as the signed distance to its surface (negative inside).
 
         Args:
-            start: (3,) x, y, z in mm.
-            end: (3,) likewise.
-            radii: (2,) in mm at both ends; the radius changes linearly between them.
-            stretch: (3,) factors of the coordinates around the start.
+            start: (3,) x, y, z of one end of the axis, in mm.
+            end: (3,) x, y, z of the other end, in mm.
+            radii: (2,) radii at both ends in mm; the radius changes linearly between them.
+            stretch: (3,) factors that multiply x, y and z relative to the start.
         """
         a, b, s = (np.asarray(vector, dtype=np.float32) for vector in (start, end, stretch))
         margin = (max(radii) + 8) / s
@@ -261,11 +262,11 @@ class PhantomScan:
         return box, to_axis - (float(radii[0]) + t * float(radii[1] - radii[0]))
 
     def ellipsoid(self, centre, semi_axes) -> Shape:
-        """Return an ellipsoid, as the signed distance to its surface, nearly exact close to it.
+        """Return an ellipsoid, as the signed distance to its surface (nearly exact close to it).
 
         Args:
             centre: (3,) x, y, z in mm.
-            semi_axes: (3,) in mm.
+            semi_axes: (3,) half lengths in x, y and z, in mm.
         """
         c, s = (np.asarray(vector, dtype=np.float32) for vector in (centre, semi_axes))
         box = self.box(c - s - 6, c + s + 6)
@@ -275,12 +276,12 @@ class PhantomScan:
         return box, k1 * (k1 - 1) / np.maximum(k2, 1e-4)
 
     def empty_distance(self) -> np.ndarray:
-        """Return the distance to a group without shapes, for `merge`."""
+        """Return the distances to a group that has no shapes yet, for `merge`."""
         return np.full(self.x.shape, FAR)
 
 
 def plane_numbers(slices: int) -> np.ndarray:
-    """Return the numbers, among the 60 planes, of evenly spread slices: (slices,)."""
+    """Return the plane numbers (0 to 59) of evenly spread slices, as (slices,)."""
     return (np.arange(slices) * PLANES + PLANES // 2) // slices
 
 
@@ -288,7 +289,7 @@ def plane_numbers(slices: int) -> np.ndarray:
 
 
 def mirror(points, side: int) -> list[np.ndarray]:
-    """Return points on the side where x has the sign of `side`, 1 or -1."""
+    """Return atlas points on the right (`side` is 1) or mirrored to the left (`side` is -1)."""
     return [np.array(point, dtype=np.float32) * (side, 1, 1) for point in points]
 
 
@@ -298,13 +299,13 @@ def coverage(distance: np.ndarray, edge: float = 1.7) -> np.ndarray:
 
 
 def paint(image: np.ndarray, box, distance: np.ndarray, signal, edge: float = 1.7) -> None:
-    """Paint a tissue of this signal over the image, in place."""
+    """Paint a shape with this signal over the image, in place."""
     part = image[box]
     part += coverage(distance, edge) * (signal - part)
 
 
 def merge(group: np.ndarray, shape: Shape, blend: float = 6.0) -> None:
-    """Join a shape to a group's distance, in place, and round the seam over `blend` mm."""
+    """Add a shape to the distances of a group, in place; round the seam over `blend` mm."""
     box, distance = shape
     part = group[box]
     overlap = np.maximum(blend - np.abs(part - distance), 0)
@@ -313,19 +314,19 @@ def merge(group: np.ndarray, shape: Shape, blend: float = 6.0) -> None:
 
 
 def sheets(noise: np.ndarray, width: float) -> np.ndarray:
-    """Return 1 where noise crosses zero, fading on both sides, for septa, fascia and folds."""
+    """Return thin sheets, such as septa: 1 where noise crosses zero, fading to 0 on both sides."""
     return np.exp(-((noise * (1 / width)) ** 2))
 
 
 # ---------------------------------------------------------------- tissues
 
-# Each function paints one kind of tissue, in place, over what the functions before have painted.
+# Each function paints one kind of tissue in place, over what earlier ones painted.
 
 
 def body_depth(scan: PhantomScan) -> np.ndarray:
     """Return the depth under the skin in mm, negative outside.
 
-    The body is a rounded trunk whose lower end parts into two thighs.
+    The body is a rounded trunk whose lower end divides into two thighs.
     """
     width = 165 + scan.fat - (14 - 0.35 * scan.fat) * np.clip((scan.z - 95) / 110, 0, 1) ** 2
     width -= 7 * np.clip((40 - scan.z) / 60, 0, 1)
@@ -387,9 +388,9 @@ def nearest_muscle(
     """Find the muscle that is nearest to each voxel; a muscle may have several segments.
 
     Returns:
-        The distance to the nearest segment in mm; how much farther the second nearest is; the
-        nearest segment's index; these have the scan's shape. And the direction of each segment,
-        (segments, 3).
+        Four arrays: the distance to the nearest segment in mm, how much farther the second nearest
+        segment is, and the index of the nearest segment, all three of the scan's shape; and the
+        direction of each segment, (segments, 3).
     """
     nearest = scan.empty_distance()
     second = scan.empty_distance()
@@ -412,18 +413,18 @@ def nearest_muscle(
 
 
 def fibre_noise(scan: PhantomScan, mask: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Return noise that is stretched eightfold along the muscle fibres.
+    """Return noise that is stretched about eightfold along the muscle fibres.
 
     Args:
         scan: the scan.
-        mask: bool of the scan's shape, with n voxels.
-        directions: (3, n) of the fibres in these voxels.
+        mask: bool of the scan's shape, true in n voxels.
+        directions: (3, n), direction of the fibres in each of these voxels.
 
     Returns:
         float32 (n,).
     """
     p = np.stack([scan.x[mask], scan.y[mask], scan.z[mask]])
-    # In cells of a periodic lattice of 64 x 64 x 64
+    # Positions in a periodic lattice of 64 x 64 x 64 cells
     p = (p - directions * (p * directions).sum(0) * 0.87) * (1 / 4.2)
     cell = np.floor(p).astype(np.int32)
     t = p - cell
@@ -438,7 +439,7 @@ def fibre_noise(scan: PhantomScan, mask: np.ndarray, directions: np.ndarray) -> 
 
 
 def paint_muscles(image: np.ndarray, scan: PhantomScan, depth: np.ndarray, fat: np.ndarray) -> None:
-    """Paint dark muscles, which swell until only seams of fat part them, with bright streaks."""
+    """Paint dark muscles with bright streaks; they swell until only seams of fat separate them."""
     distance, gap, index, directions = nearest_muscle(scan)
     amount = coverage(distance + 1.2 * scan.rough - scan.muscle, 2.5)
     amount *= coverage(1.2 + 0.9 * scan.rough - gap, 2.6) * coverage(fat + 2 - depth, 3)
@@ -453,7 +454,7 @@ def paint_muscles(image: np.ndarray, scan: PhantomScan, depth: np.ndarray, fat: 
 def paint_tubes(image: np.ndarray, scan: PhantomScan) -> None:
     """Paint large vessels, the root of the penis and the urethra.
 
-    Vessels are black with flow; the root of the penis is grey in dark sheaths.
+    Vessels are black because blood flows; the root of the penis is grey in dark sheaths.
     """
     for side in (-1, 1):
         for points, radius in VESSELS:
@@ -469,7 +470,7 @@ def paint_tubes(image: np.ndarray, scan: PhantomScan) -> None:
 
 
 def bone_distances(scan: PhantomScan) -> list[np.ndarray]:
-    """Return the signed distances in mm of femora, hip bones and sacrum, separated by joints."""
+    """Return the signed distances in mm to femora, hip bones and sacrum, with gaps at joints."""
     femur = scan.empty_distance()
     hip = scan.empty_distance()
     sacrum = scan.empty_distance()
@@ -515,9 +516,9 @@ def paint_bones(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
 
 
 def paint_rectum(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
-    """Paint anal canal, rectum and the start of the sigmoid; return their mask.
+    """Paint the anal canal, the rectum and the start of the sigmoid; return their mask.
 
-    The wall is dark, stool grey and gas black.
+    The wall is dark, stool is grey and gas is black.
     """
     distance = scan.empty_distance()
     points, radii = RECTUM_COURSE
@@ -535,7 +536,7 @@ def paint_rectum(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
 
 
 def paint_prostate(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
-    """Paint seminal vesicles and prostate; return the mask of the prostate.
+    """Paint the seminal vesicles and the prostate; return the mask of the prostate.
 
     The prostate has a mottled central gland in a bright peripheral zone.
     """
@@ -560,7 +561,7 @@ def paint_prostate(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
 
 
 def paint_bladder(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
-    """Paint bright urine in a thin dark wall; return the mask."""
+    """Paint the bladder, bright urine in a thin dark wall; return its mask."""
     semi_axes = np.array([39, 28, 27]) * scan.bladder
     box, distance = scan.ellipsoid((0, 16, 108 + semi_axes[2]), semi_axes)
     distance = distance + 1.1 * scan.rough[box]
@@ -575,7 +576,7 @@ def paint_bladder(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
 
 
 def draw_tissues(scan: PhantomScan) -> tuple[np.ndarray, np.ndarray]:
-    """Return the signal before shading, float32, and the labels, uint8, of the scan's shape."""
+    """Paint all tissues; return the signal before shading (float32) and the labels (uint8)."""
     depth = body_depth(scan)
     fat = scan.fat * (0.9 + 0.1 * scan.rough)  # mm: thickness under the skin
     image = np.empty(scan.x.shape, dtype=np.float32)
@@ -597,7 +598,7 @@ def draw_tissues(scan: PhantomScan) -> tuple[np.ndarray, np.ndarray]:
 def shade(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
     """Return the image with the shading of surface coils.
 
-    It is brightest at the skin of one side and fainter towards both ends.
+    The image is brightest at the skin of one side, and darker towards the upper and lower end.
     """
     left_gain = scan.coils[0] / (1 + np.exp((150 + scan.x) / 12))
     right_gain = scan.coils[1] / (1 + np.exp((150 - scan.x) / 12))
@@ -616,7 +617,7 @@ def make_volume(
     seed: int = 0,
     noise: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the slices of one scan, evenly spread over the 60 planes of its volume.
+    """Simulate the slices of one scan, evenly spread over the 60 planes of its volume.
 
     Args:
         case: number of the patient.
@@ -624,10 +625,10 @@ def make_volume(
         slices: number of slices, 1 to 60.
         columns: 128 or 144.
         seed: another seed gives other patients.
-        noise: if false, the same scan without its noise, at the same intensity scale.
+        noise: if false, return the same scan without noise, on the same intensity scale.
 
     Returns:
-        The image, int16, and the labels, uint8, (256, columns, slices), from back to front.
+        The image (int16) and the labels (uint8), both (256, columns, slices), from back to front.
     """
     scan = PhantomScan(seed, case, week, slices, columns)
     image, labels = draw_tissues(scan)
@@ -653,7 +654,7 @@ class Volume(NamedTuple):
 
 
 def plan(volumes: Sequence[int]) -> list[Volume]:
-    """Return the volumes of a data set; no patient is in two splits.
+    """Plan the volumes of a data set so that no patient is in two splits.
 
     The last training volume is wider, unless it is the only one.
 
@@ -662,7 +663,7 @@ def plan(volumes: Sequence[int]) -> list[Volume]:
     """
     plans: list[Volume] = []
     for (split, cases), count in zip(CASES.items(), volumes, strict=True):
-        # Two thirds of the volumes are first scans, as far as there are patients.
+        # Two thirds of the volumes are first scans of a patient, or fewer if cases run out.
         patients = min(len(cases), math.ceil(2 * count / 3))
         plans += sorted(
             Volume(split, cases[i % patients], i // patients, COLUMNS) for i in range(count)
@@ -674,7 +675,7 @@ def plan(volumes: Sequence[int]) -> list[Volume]:
 
 
 def write_volume(root: Path, slices: int, seed: int, volume: Volume) -> None:
-    """Write the slices and masks of one volume. Spawned processes find it at module level."""
+    """Write the slices and masks of one volume; spawned processes need it at module level."""
     image, labels = make_volume(volume.case, volume.week, slices, volume.columns, seed)
     # Rows run to the right, columns to superior, planes to anterior.
     affine = np.zeros((4, 4))
@@ -691,7 +692,7 @@ def write_volume(root: Path, slices: int, seed: int, volume: Volume) -> None:
 
 
 def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
-    """Write a slice as a compressed NIfTI file; without a date, so its bytes are reproducible."""
+    """Write a slice as a compressed NIfTI file, reproducibly because it contains no date."""
     nifti = nib.Nifti1Image(np.ascontiguousarray(pixels), affine)
     nifti.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=4, mtime=0))
@@ -728,10 +729,10 @@ def write_phantom(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a phantom data set, which gets its name only once it is complete.
+    """Write a phantom data set; its folder gets its name only when it is complete.
 
     Args:
-        out: folder to make.
+        out: folder to create.
         volumes: number of training, validation and test volumes; no patient is in two splits.
         slices: number of slices of each volume, 1 to 60.
         seed: another seed gives other patients.
@@ -762,10 +763,10 @@ def write_phantom(
         if workers == 1:
             list(bar(map(write, plans)))
         else:
-            # Spawned, not forked: the caller may hold threads (torch) that do not survive a fork.
+            # Spawned, not forked: the caller may have threads (torch) that do not survive a fork.
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 list(bar(pool.map(write, plans)))
-        check_request(out, volumes, slices, seed)  # another process may have written it since
+        check_request(out, volumes, slices, seed)  # another process may have made `out`
         if out.exists():
             out.rmdir()
         os.rename(root, out)
@@ -793,7 +794,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         default=Path("sample_data"),
         metavar="DIR",
-        help="folder to make (default: sample_data)",
+        help="folder to create (default: sample_data)",
     )
     parser.add_argument(
         "--volumes",
@@ -815,7 +816,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="random seed; another one gives other patients (default: 0)",
+        help="random seed; another seed gives other patients (default: 0)",
     )
     args = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""Preprocessing: from the planes of a file to slices of one size, and to z-scores.
+"""Preprocessing: turn the planes of a file into slices of one size, and these into z-scores.
 
     preprocessing = Preprocessing.resolve(source, size=None, axis="axial")   # once per run
     for plane, image in read_planes(path, preprocessing):                    # (rows, columns) each
@@ -26,23 +26,23 @@ from mri import nifti
 from mri.files import Source
 from utils import DataError
 
-SIZE = (256, 128)  # rows (left-right), columns (inferior-superior) of HipMRI's 2D form
-CENTRAL_PLANES = 60  # per HipMRI volume: as many as its 2D form contains
-STD_FLOOR = 0.05  # see `floor_std`
+SIZE = (256, 128)  # rows (left-right), columns (inferior-superior) of HipMRI's 2D version
+CENTRAL_PLANES = 60  # slices per HipMRI volume, as many as in the 2D version
+STD_FLOOR = 0.05  # fraction of the median (see `floor_std`)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Settings that turn files into slices; resolved once per run and stored in its config.json.
 
-    It is part of the cache's key: any change makes a new cache.
+    The settings are part of the cache's name, so changing any of them creates a new cache.
     """
 
-    form: str  # of the source: "2D", "3D" or "scans", see `mri.files.Source`
+    form: str  # what files are: "2D", "3D" or "scans" (see `mri.files.Source`)
     size: tuple[int, int] = SIZE  # (rows, columns) of every slice
-    fit: str = "resize"  # for slices of another size: "resize", "crop" or "trim", see `crop_box`
-    axis: str | int = "coronal"  # where volumes are cut, see `nifti.stored_planes`
-    planes: int = 1  # largest number of slices taken from a volume, its central ones
+    fit: str = "resize"  # how to change sizes: "resize", "crop" or "trim" (see `crop_box`)
+    axis: str | int = "coronal"  # axis along which volumes are cut (see `nifti.stored_planes`)
+    planes: int = 1  # at most this many slices are taken from a volume, the central ones
 
     @property
     def dimensions(self) -> int | None:
@@ -58,14 +58,14 @@ class Preprocessing:
         axis: str | int | None = None,
         planes: int | None = None,
     ) -> Preprocessing:
-        """Fill in what the user left open.
+        """Create the settings; arguments that are None get their defaults.
 
         Args:
             source: the data set; for scans, the most common slice size is read from its files.
             size: (rows, columns) (default: 256 x 128; for scans, the most common size).
-            fit: see the class (default: "resize"; for scans, "trim").
-            axis: "coronal", "sagittal", "axial", or 0, 1, 2 as stored (default: "coronal").
-            planes: at most this many per volume (default: 60 for HipMRI, all for scans).
+            fit: "resize", "crop" or "trim" (default: "resize"; for scans, "trim").
+            axis: "coronal", "sagittal", "axial", or a stored axis 0, 1, 2 (default: "coronal").
+            planes: largest number of slices per volume (default: 60 for HipMRI, all for scans).
 
         Raises:
             DataError: if `fit` or `planes` is not an allowed value.
@@ -88,7 +88,7 @@ class Preprocessing:
 
 
 def parse_axis(axis: str | int) -> str | int:
-    """Return an axis as `nifti.stored_planes` takes it: a name, or 0, 1, 2 for "0", "1", "2"."""
+    """Convert "0", "1" and "2" to integers, as `nifti.stored_planes` expects them; keep names."""
     return int(axis) if axis in ("0", "1", "2") else axis
 
 
@@ -96,13 +96,13 @@ def parse_axis(axis: str | int) -> str | int:
 
 
 def read_planes(path: Path, preprocessing: Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield `(plane, image)` for the central slices of a file, without the empty slices of scans.
+    """Yield `(plane, image)` for the central slices of a file, except for empty slices of scans.
 
     Yields:
-        The index of the slice in its volume, and its intensities, (rows, columns) as stored.
+        The index of the slice in its volume, and its intensities, (rows, columns) before fitting.
 
     Raises:
-        ValueError: if the file cannot be used, see `mri.nifti`.
+        ValueError: if the file cannot be used (`mri.nifti` describes the message).
     """
     stored, scale = _stored_planes(path, preprocessing)
     threshold = -np.inf
@@ -121,7 +121,7 @@ def read_planes(path: Path, preprocessing: Preprocessing) -> Iterator[tuple[int,
 
 
 def _stored_planes(path: Path, preprocessing: Preprocessing):
-    """Return all planes of a file and the function that scales them, as `nifti.stored_planes`."""
+    """Return all planes of a file and the function that scales them (see `nifti.stored_planes`)."""
     header, data = nifti.read_nifti(path)
     return nifti.stored_planes(header, data, preprocessing.dimensions, preprocessing.axis)
 
@@ -133,8 +133,8 @@ def background_threshold(planes: np.ndarray) -> float:
         planes: (N, rows, columns), the scan or a sample of its planes.
 
     Returns:
-        p1 + 0.1 (p99 - p1), where p1 and p99 are percentiles of all pixels; for a single plane, or
-        for pixels that are not finite (which `encode_slice` of mri/encoding.py reports), -inf.
+        p1 + 0.1 (p99 - p1), where p1 and p99 are percentiles of all pixels. It is -inf for a single
+        plane, and for pixels that are not finite, which `encoding.encode_slice` reports.
     """
     low, high = np.percentile(planes, (1, 99))
     if len(planes) == 1 or not np.isfinite(low + high):
@@ -143,7 +143,7 @@ def background_threshold(planes: np.ndarray) -> float:
 
 
 def is_empty(image: np.ndarray, threshold: float) -> bool:
-    """Return whether fewer than 5 % of a slice's pixels are above its `background_threshold`."""
+    """Return whether fewer than 5 % of the pixels of a slice are above the scan's threshold."""
     return bool((image > threshold).mean() < 0.05)
 
 
@@ -151,13 +151,13 @@ def is_empty(image: np.ndarray, threshold: float) -> bool:
 
 
 def crop_box(shape: Sequence[int], fit: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the part of a slice that is used; what is used is then resized to `size`.
+    """Return the crop box of a slice; the caller resizes the crop to `size`.
 
     Args:
         shape: (rows, columns) of the slice.
-        fit: "resize" uses the whole slice; "crop" its largest central part with the proportions of
-            `size`; "trim" its central part of exactly `size` if that cuts off at most a tenth of
-            each side, otherwise the whole slice.
+        fit: "resize" keeps the whole slice. "crop" keeps the largest central part with the
+            proportions of `size`. "trim" keeps the central part of exactly `size` if this cuts off
+            at most a tenth of each side, and otherwise the whole slice.
         size: (rows, columns) of the result.
 
     Returns:
@@ -177,11 +177,11 @@ def crop_box(shape: Sequence[int], fit: str, size: tuple[int, int]) -> tuple[int
 
 
 def fit_slice(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
-    """Crop a slice by `crop_box` and, if its size still differs, resize it.
+    """Crop a slice to its `crop_box`, and resize the crop if it is not of this size yet.
 
     Args:
         image: (rows, columns) of any real data type.
-        fit: see `crop_box`.
+        fit: "resize", "crop" or "trim" (see `crop_box`).
         size: (rows, columns) of the result.
 
     Returns:
@@ -199,14 +199,14 @@ def _crop(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
-    """Return the most common slice size in a sample of the files, in multiples of 16.
+    """Return the most common slice size in a sample of the files, rounded to multiples of 16.
 
-    A side is rounded down if `crop_box` with "trim" then cuts off at most a tenth of it, otherwise
-    to the nearest multiple.
+    A side is rounded down if that removes at most a tenth of it, which "trim" then crops off.
+    Otherwise it is rounded to the nearest multiple.
 
     Args:
         files: slices or volumes.
-        axis: where volumes are cut, see `nifti.stored_planes`.
+        axis: the axis along which volumes are cut (see `nifti.stored_planes`).
 
     Returns:
         (rows, columns); SIZE if no file can be read.
@@ -238,7 +238,7 @@ def _sample(files: list[Path]) -> list[Path]:
 
 
 def is_constant(low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
-    """Return whether slices have a single value, up to the rounding noise that resizing adds.
+    """Return whether slices have a single value, apart from the rounding errors of resizing.
 
     Args:
         low, high: smallest and largest value of each slice, in float64.
@@ -248,16 +248,16 @@ def is_constant(low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray
 
 
 def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:
-    """Return the standard deviations to divide by: at least 5 % of the median of varied slices.
+    """Raise standard deviations below 5 % of the median of all varied slices to that value.
 
-    Without this floor, the noise of a nearly empty slice would be scaled up to fill the range.
+    Without this floor, the noise of a nearly empty slice would be amplified to unit variance.
 
     Args:
         std: (N,) float64, one per slice.
-        constant: (N,) bool, slices that are left out of the median, see `is_constant`.
+        constant: (N,) bool, true for slices to leave out of the median (see `is_constant`).
 
     Returns:
-        (N,) float64; if all slices are constant, the floor is 1.
+        (N,) float64. If all slices are constant, the floor is 1.
     """
     floor = 1.0 if constant.all() else STD_FLOOR * np.median(std[~constant])
     return np.maximum(std, floor)
@@ -269,18 +269,18 @@ def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:
 def read_segmentation(
     path: Path, planes: Sequence[int], preprocessing: Preprocessing
 ) -> torch.Tensor:
-    """Read slices of a segmentation, cut and fitted as those of its image, with nearest neighbours.
+    """Read slices of a segmentation, fitted like those of its image but by nearest neighbour.
 
     Args:
         path: the segmentation.
-        planes: indices of N of its slices.
-        preprocessing: the image's.
+        planes: indices of the N slices to read.
+        preprocessing: the settings with which the image was read.
 
     Returns:
         (N, *size) uint8.
 
     Raises:
-        DataError: if the file cannot be used or has fewer planes.
+        DataError: if the file cannot be used, or does not have all of these planes.
     """
     labels = []
     try:
@@ -300,7 +300,7 @@ def slice_affine(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
     """Return the affine of the slices of a file after cutting and fitting.
 
     Returns:
-        (4, 4), from (row, column, 0) to mm. Its origin is such that the slice's centre is at 0 mm.
+        (4, 4), from (row, column, 0) to mm. The centre of the slice is at 0 mm.
 
     Raises:
         DataError: if the file's header cannot be used.
@@ -321,7 +321,7 @@ def slice_affine(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
 def median_spacing(files: list[Path], preprocessing: Preprocessing) -> list[float] | None:
     """Return the median spacing of rows and of columns over a sample of the files.
 
-    Files with an unusable affine are skipped: their pixels may still be used.
+    Files with an unusable affine are skipped, although their pixels may be usable.
 
     Returns:
         [mm between rows, mm between columns] of fitted slices; None if no file has a spacing.

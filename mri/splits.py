@@ -1,11 +1,12 @@
-"""Which file is in which split: HipMRI's forms, and scans of any other kind, split by subject.
+"""Find the data and divide it into splits: HipMRI's own splits, or other scans split by subject.
 
     path, line = find_data(args.data)      # --data, else $HIPMRI_DATA, else None: the sample data
     source = find_source(path)             # HipMRI, or 2D slices in train/ validate/ test/
     source = find_source(path, "axial")    # any folder of scans
 
-Scans are split in two steps: each file gets a subject, and one of four policies turns files and
-subjects into splits. The policies are the functions `splits_from_...`; none changes its arguments.
+Without an axis, `find_source` uses HipMRI's splits, whose cases are listed in mri/hipmri.py, or the
+user's split folders. With an axis, it splits scans in two steps: each file gets a subject, and one
+of four policies assigns files to splits. The policies are the functions `splits_from_...`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from utils import DataError
 Splits = dict[str, list[Path]]  # split -> its files
 Manifest = dict[str, dict[str, list[str]]]  # split -> subject -> its files, relative to the root
 
-FRACTIONS = (0.8, 0.1, 0.1)  # of the subjects, for train, validate and test
-MIN_SUBJECTS = 3  # with fewer, two splits share a subject
-# Validation and test are not compared: the new subjects of a run are in both.
+FRACTIONS = (0.8, 0.1, 0.1)  # of the subjects in train, validate and test
+MIN_SUBJECTS = 3  # with fewer, splits share subjects
+# Splits that must not share subjects; validation and test may (see `splits_from_manifest`).
 TRAIN_PAIRS = (("train", "validate"), ("train", "test"))
 
 
@@ -49,13 +50,13 @@ def find_data(data: str | Path | None) -> tuple[Path | None, str]:
     """Return the data path and a line that says where it comes from.
 
     Args:
-        data: the value of --data; if it is None, $HIPMRI_DATA counts.
+        data: the value of --data; if it is None, $HIPMRI_DATA is used.
 
     Returns:
         The path, or None for the sample data if neither is set; and the line to print.
 
     Raises:
-        DataError: if a path is given and does not exist. A mistyped path must never end in
+        DataError: if a path is given and does not exist. A mistyped path must never lead to
             training on the sample data.
     """
     name, origin = data, "--data"
@@ -84,9 +85,9 @@ def find_source(
     manifest: Manifest | None = None,
     include_new_subjects: bool = True,
 ) -> Source:
-    """Return the files of each split: `find_scans` if an axis is given, else `find_hipmri`.
+    """Return the files of each split, by `find_scans` if an axis is given, else by `find_hipmri`.
 
-    The arguments other than `axis`, the value of --axis, are those of `find_scans`.
+    `axis` is the value of --axis. The other arguments are those of `find_scans`.
 
     Raises:
         DataError: if no data is found, or it cannot be split.
@@ -95,7 +96,7 @@ def find_source(
         return find_scans(root, split, seed, subject_pattern, manifest, include_new_subjects)
     if split is not None or subject_pattern is not None:
         raise DataError(
-            "--split and --subjects are given without --axis; they apply only to folders of scans. "
+            "--split or --subjects is given without --axis; both apply only to folders of scans. "
             "Add --axis coronal, sagittal or axial, or leave them out."
         )
     return find_hipmri(root)
@@ -112,7 +113,7 @@ def find_scans(
     manifest: Manifest | None = None,
     include_new_subjects: bool = True,
 ) -> Source:
-    """Find all NIfTI files, volumes or slices, at any depth of a folder, and split them by subject.
+    """Find all NIfTI volumes and slices at any depth of a folder, and split them by subject.
 
     The first of these policies that applies determines the splits: the manifest; the table or the
     fractions of `split`; folders that are named after splits; the default fractions.
@@ -121,8 +122,8 @@ def find_scans(
         root: the folder, or a single file.
         split: the value of --split, three fractions of the subjects or the path of a CSV file.
         seed: seed of the random order in which subjects are divided into fractions.
-        subject_pattern: regular expression that extracts the subject from a path, see `subject_of`.
-        manifest: the splits of a run, as `to_manifest` returns them.
+        subject_pattern: regular expression that finds the subject in a path (see `subject_of`).
+        manifest: the splits of an earlier run, as `to_manifest` returned them.
         include_new_subjects: with a manifest, put the files that it does not list into validation
             and test, unless they may belong to a training subject; otherwise leave them out.
 
@@ -146,7 +147,7 @@ def find_scans(
         splits = splits_from_fractions(files, subjects, parse_fractions(split), seed)
         policy_notes = _notes_on_fractions(files, subjects, unnamed)
         if len(set(subjects.values())) < MIN_SUBJECTS:
-            pairs = ()  # the notes above warn of it already
+            pairs = ()  # the notes already contain this warning
     splits = {name: paths for name, paths in splits.items() if paths}
     notes = _notes_on_scans(files, subjects, folder, num_skipped) + policy_notes
     notes += report_splits(splits, subjects, "scans", pairs)
@@ -154,7 +155,7 @@ def find_scans(
 
 
 def to_manifest(source: Source) -> Manifest:
-    """Record the split of each scan, for `find_scans(manifest=...)` later on."""
+    """Return the splits and subjects of the scans, for a later `find_scans(manifest=...)`."""
     manifest: Manifest = {}
     for split, files in source.splits.items():
         for file in files:
@@ -164,9 +165,9 @@ def to_manifest(source: Source) -> Manifest:
 
 
 def _list_scans(root: str | Path) -> tuple[Path, list[Path], int]:
-    """Return the folder, its scans in natural order, and the number of files skipped by name.
+    """Return the folder, its scans in natural order, and the number of files that are skipped.
 
-    A single file is its folder's only scan.
+    If `root` is a file, it is the only scan.
 
     Raises:
         DataError: if there are no scans.
@@ -186,7 +187,7 @@ def _list_scans(root: str | Path) -> tuple[Path, list[Path], int]:
 def _notes_on_scans(
     files: list[Path], subjects: dict[Path, str], root: Path, num_skipped: int
 ) -> list[str]:
-    """Return notes on the number of scans and subjects, with an example, and on skipped files."""
+    """Return notes on the numbers of scans and subjects, and on skipped files."""
     num_subjects = len(set(subjects.values()))
     example = printable(str(files[0].relative_to(root)))
     notes = [
@@ -204,7 +205,7 @@ def _notes_on_scans(
 def _notes_on_fractions(
     files: list[Path], subjects: dict[Path, str], unnamed: list[Path]
 ) -> list[str]:
-    """Return notes on what a division of subjects into fractions cannot know or do."""
+    """Return notes on scans without a subject, on unused splits of HipMRI, and on few subjects."""
     notes = []
     if unnamed and len(files) > 1:
         notes.append(
@@ -230,7 +231,7 @@ def _notes_on_fractions(
 
 
 def subjects_from_manifest(files: list[Path], root: Path, manifest: Manifest) -> dict[Path, str]:
-    """Return the subjects of those files that a manifest lists."""
+    """Return the subjects of the files that a manifest lists."""
     recorded = _read_manifest(root, manifest)
     return {file: next(iter(recorded[file].values())) for file in files if file in recorded}
 
@@ -242,10 +243,10 @@ def splits_from_manifest(
     manifest: Manifest,
     include_new_subjects: bool,
 ) -> Splits:
-    """Split files as a run recorded them; its training subjects are in no other split.
+    """Split files as the manifest of an earlier run records it.
 
-    Files that it does not list are left out, or, with `include_new_subjects`, are in both
-    validation and test unless they may belong to a training subject.
+    Files that it does not list are left out. With `include_new_subjects`, they are instead put into
+    both validation and test, unless they may belong to a training subject.
     """
     recorded = _read_manifest(root, manifest)
     training_subjects = set(manifest.get("train", {}))
@@ -262,7 +263,7 @@ def splits_from_manifest(
 
 
 def _read_manifest(root: Path, manifest: Manifest) -> dict[Path, dict[str, str]]:
-    """Return file -> split -> subject; a file of a small study may be in several splits."""
+    """Return file -> split -> subject; with very few subjects, a file may be in several splits."""
     recorded: dict[Path, dict[str, str]] = {}
     for split, subjects in manifest.items():
         for subject, names in subjects.items():
@@ -272,7 +273,7 @@ def _read_manifest(root: Path, manifest: Manifest) -> dict[Path, dict[str, str]]
 
 
 def splits_from_folders(files: list[Path], root: Path) -> Splits:
-    """Split files by the folders that are named after splits.
+    """Split files by the split folders that contain them.
 
     Raises:
         DataError: if a file is in no such folder.
@@ -289,7 +290,7 @@ def splits_from_folders(files: list[Path], root: Path) -> Splits:
         raise DataError(
             f"{len(outside)} scan(s) in {root} are not in a folder that is named after a split:\n"
             f"{format_listing(outside, most=5)}\n"
-            "Move them elsewhere, or set the splits by --split 0.8 0.1 0.1 or a CSV file."
+            "Move them elsewhere, or use --split, with 0.8 0.1 0.1 or a CSV file."
         )
     return splits
 
@@ -303,12 +304,12 @@ def _has_split_folders(files: list[Path], root: Path) -> bool:
 def splits_from_table(
     files: list[Path], subjects: dict[Path, str], root: Path, table: Path
 ) -> Splits:
-    """Split files by a CSV file with the columns `split` and `subject` or `file`.
+    """Split files by a CSV file with a column `split`, and a column `subject` or `file`.
 
-    Paths in the column `file` are relative to the root. Files that are not listed are left out.
+    Paths in the column `file` are relative to the root. Scans that are not listed are left out.
 
     Raises:
-        DataError: if the table cannot be read, a row is not usable, or a file is listed twice.
+        DataError: if the table cannot be read, a row is unusable, or a scan is listed twice.
     """
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
@@ -373,7 +374,7 @@ def splits_from_fractions(
     """Divide the subjects at random into train, validate and test.
 
     Each split with a positive fraction gets at least one subject. With fewer than three subjects,
-    splits share one.
+    splits share a subject.
     """
     names = sorted(set(subjects.values()))
     order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
@@ -391,7 +392,7 @@ def splits_from_fractions(
 
 
 def _count_held_out(num_subjects: int, fractions: Sequence[float]) -> list[int]:
-    """Return the numbers of validation and test subjects; at least one subject is left to train."""
+    """Return the numbers of validation and test subjects; leave at least one for training."""
     counts = [max(1, round(part * num_subjects)) if part else 0 for part in fractions[1:]]
     while sum(counts) >= num_subjects:
         counts[counts.index(max(counts))] -= 1

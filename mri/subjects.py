@@ -1,9 +1,9 @@
-"""Subjects: determine from its path which patient or volunteer a file belongs to.
+"""Subjects: the patient or volunteer that a file belongs to, determined from its path.
 
     subject_of(Path("sub-07/ses-1/T2w.nii.gz"))        # "07"
     subject_of(Path("case_004_week_0_slice_3.nii"))    # "004"
 
-No subject may be in both training and test. `report_splits` warns of it.
+No subject should be in both training and test; `report_splits` warns if one is.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from utils import DataError
 def subject_of(path: Path, subject_pattern: str | None = None) -> str | None:
     """Return the subject that a path names, or None if it names none.
 
-    Without a pattern, it is taken from the first of these that the path has: a folder `sub-<name>`,
-    a file name that starts with `sub-<name>`, a file name like HipMRI's, which contains the case.
+    Without a pattern, the subject is taken from the first of these that the path contains: a folder
+    `sub-<name>`; a file name that starts with `sub-<name>`; HipMRI's case in a file name.
 
     Args:
         path: path of a file, relative to the data folder.
@@ -56,9 +56,9 @@ def subject_of(path: Path, subject_pattern: str | None = None) -> str | None:
 def find_subjects(
     files: list[Path], root: Path, subject_pattern: str | None = None
 ) -> tuple[dict[Path, str], list[Path]]:
-    """Return the subject of each file, and a list of the files whose paths do not name one.
+    """Return the subject of each file, and the files whose paths name no subject.
 
-    The subjects of those files are guesses, see `subjects_from_layout`.
+    The subjects of the latter are guessed (see `subjects_from_layout`).
 
     Raises:
         DataError: if the pattern is not a regular expression.
@@ -81,11 +81,11 @@ def find_subjects(
 
 
 def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
-    """Guess the subjects of files whose paths do not name them.
+    """Guess the subjects of files whose paths name no subject.
 
-    A file in a subfolder belongs to the subject after which the subfolder is named; any other file
-    is a subject of its own. Folders named after splits, and folders that contain all of the files,
-    do not count as subfolders.
+    A file in a subfolder belongs to the subject that the subfolder is named after. Any other file
+    counts as a subject of its own. Folders that are named after splits, or that contain all of the
+    files, do not count as subfolders.
     """
     subjects = {}
     for file, parts in _distinctive_parts(files, root).items():
@@ -95,7 +95,7 @@ def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
 
 
 def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, ...]]:
-    """Return the parts of each file's path, without split folders and folders of all files."""
+    """Return the parts of each file's path, without split folders and folders that all share."""
     parts_of: dict[Path, tuple[str, ...]] = {}
     for file in files:
         parts = file.relative_to(root).parts
@@ -109,14 +109,14 @@ def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, .
 
 
 def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) -> None:
-    """Check that `subjects_from_layout` cannot put one subject's files under two subjects.
+    """Check that `subjects_from_layout` cannot take one subject for two.
 
-    Files in one folder can be one subject each, and so can folders with one file each. If there
-    are several folders, and one has several files, the folders could be subjects, sequences or
-    sites; a wrong guess would put a subject into two splits.
+    Two layouts are accepted, in both of which each file counts as a subject: all files in one
+    folder, or one file in each folder. In other layouts, a folder could be a subject, a sequence or
+    a site, and a wrong guess would put a subject into two splits.
 
     Args:
-        unnamed: the files whose paths do not name a subject.
+        unnamed: the files whose paths name no subject.
         root: the folder of the data.
         subject_pattern: the value of --subjects, which did not match these files.
 
@@ -156,7 +156,7 @@ def report_splits(
     unit: str,
     pairs: Iterable[tuple[str, str]] = tuple(combinations(SPLITS, 2)),
 ) -> list[str]:
-    """Count the files of each split, and warn of subjects that are in two splits.
+    """Count the files of each split, and warn about subjects that are in two splits.
 
     Args:
         splits: split -> its files.

@@ -104,7 +104,7 @@ def test_the_fingerprint_depends_on_contents_and_order(load_images):
 
 @pytest.fixture
 def damaged(tmp_path, write_slices) -> Path:
-    """HipMRI's 2D form with 4 good training slices, and 3 files that cannot be used."""
+    """HipMRI's 2D version with 4 good training slices, and 3 files that cannot be used."""
     data = write_slices(tmp_path / "d")
     folder = data / "keras_slices_train"
     (folder / "empty.nii.gz").write_bytes(b"")

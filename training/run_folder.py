@@ -15,8 +15,7 @@ from pathlib import Path
 import dataset
 import utils
 from mri import splits
-from mri.files import Source
-from mri.hipmri import HIPMRI_CASES
+from mri.files import SPLITS, Source
 from mri.preprocessing import Preprocessing
 from training.checkpoint import read_checkpoint
 from training.config import TrainConfig, resolve_config
@@ -257,7 +256,7 @@ def read_manifest(run: Path) -> dict[str, dict[str, list[str]]] | None:
 
 
 def _is_manifest(value: object) -> bool:
-    if not isinstance(value, dict) or not value.keys() <= HIPMRI_CASES.keys():
+    if not isinstance(value, dict) or not value.keys() <= set(SPLITS):
         return False
     for subjects in value.values():
         if not isinstance(subjects, dict):

@@ -41,7 +41,7 @@ def fail(*_, **__):
 
 @pytest.fixture
 def source(tmp_path, write_slices) -> Source:
-    """HipMRI's 2D form with 4 training and 2 test slices."""
+    """HipMRI's 2D version with 4 training and 2 test slices."""
     return find_hipmri(write_slices(tmp_path / "d"))
 
 
@@ -289,7 +289,7 @@ def test_a_killed_worker_is_reported(tmp_path, source, load, monkeypatch):
     context = multiprocessing.get_context("fork")  # workers inherit the patch below
     monkeypatch.setattr(cache, "worker_pool", partial(cache.worker_pool, context=context))
     monkeypatch.setattr(cache, "decode_file", lambda *_: os._exit(1))
-    with pytest.raises(DataError, match="was killed, most likely for lack of memory"):
+    with pytest.raises(DataError, match="was killed, most likely because memory ran out"):
         load(source, "train", workers=2)
     assert list_caches(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""HipMRI's 2D and 3D forms: where they are found, how they are split, what is refused."""
+"""HipMRI's 2D and 3D versions: where they are found, how they are split, what is refused."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def deny(monkeypatch):
     return deny
 
 
-# ---------------------------------------------------------------- 2D form
+# ---------------------------------------------------------------- 2D version
 
 
 @pytest.mark.parametrize("prefix", ["keras_slices_", "", "KERAS_SLICES_"])
@@ -89,8 +89,8 @@ def test_several_data_sets_are_an_error(tmp_path, write_slices):
     write_slices(tmp_path / "d/two")
     with pytest.raises(DataError, match="2 data sets") as error:
         find_hipmri(tmp_path / "d")
-    assert "one (2D form)" in str(error.value)
-    assert "two (2D form)" in str(error.value)
+    assert "one (2D version)" in str(error.value)
+    assert "two (2D version)" in str(error.value)
 
 
 def test_two_folders_for_one_split_are_an_error(tmp_path, write_nifti):
@@ -176,7 +176,7 @@ def test_unreadable_folder_next_to_the_data_is_ignored(tmp_path, write_slices, d
         find_hipmri(tmp_path / "top")
 
 
-# ---------------------------------------------------------------- 3D form
+# ---------------------------------------------------------------- 3D version
 
 
 def volume(seed: int = 0, shape: tuple[int, ...] = (24, 20, 16)) -> np.ndarray:
@@ -187,7 +187,7 @@ def volume(seed: int = 0, shape: tuple[int, ...] = (24, 20, 16)) -> np.ndarray:
 
 
 def write_volumes(root: Path, write_nifti, cases: tuple[int, ...] = (4, 36, 42)) -> Path:
-    """Write volumes and segmentations in HipMRI's 3D form, stored as left, superior, posterior."""
+    """Write volumes and segmentations in HipMRI's layout, stored as left, superior, posterior."""
     affine = np.array([[-2.0, 0, 0, 40], [0, 0, -2, 30], [0, 2, 0, -10], [0, 0, 0, 1]])
     labels = root / "semantic_labels_anon"
     for case in cases:
@@ -223,7 +223,7 @@ def test_volumes_are_cut_into_coronal_slices(tmp_path, write_nifti, load):
     slices = load(source, "train", Preprocessing.resolve(source, planes=4))
     assert slices.names[0] == SliceName("004", "0", 8, "Case_004_Week0_LFOV_slice_8")
     assert [name.slice for name in slices.names] == [8, 9, 10, 11]
-    assert "4 slices, the central coronal planes (of 8-11) of 1 volume(s)" in slices.notes[0]
+    assert "4 slices of 1 volume(s), the central coronal ones (planes 8-11)" in slices.notes[0]
     for i, plane in enumerate(range(8, 12)):
         coronal = torch.from_numpy(volume(4)[:, plane].astype(np.float64))
         expected = resize(coronal[None], [256, 128], antialias=True)

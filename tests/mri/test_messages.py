@@ -54,7 +54,7 @@ def test_notes_count_scans_that_are_resized_or_trimmed(tmp_path, write_nifti, lo
         return "\n".join(load(source, "train", preprocessing).notes)
 
     text = notes(size=(64, 96))
-    assert "12 slices, cut along axial, empty ones left out (of 0-2) of 4 volume(s)" in text
+    assert "12 slices of 4 volume(s), cut along axial, without empty ones (planes 0-2)" in text
     assert "3 slice(s) of 20 x 24 are resized to 64 x 96, which changes" in text
     assert "9 slice(s)" not in text
     assert "9 slice(s) of 64 x 96 are resized to 32 x 48; --size H W" in notes(size=(32, 48))
@@ -85,7 +85,7 @@ def test_missing_splits_are_described(tmp_path, write_nifti, split):
     assert "keras_slices_train" in message
     source = Source(tmp_path, "3D", {}, [])
     cases = {"validate": "036 to 039", "test": "040 to 042"}[split]
-    assert f"Add volumes of the cases {cases}" in str(missing_split_error(source, split))
+    assert f"Add volumes of the {split} cases, {cases}" in str(missing_split_error(source, split))
     source = Source(tmp_path, "scans", {"train": [tmp_path / "a.nii"]}, [])
     assert "(train 1)" in str(missing_split_error(source, split))
     assert "--split" in str(missing_split_error(source, split))

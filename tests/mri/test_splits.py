@@ -163,7 +163,7 @@ def test_scans_outside_the_split_folders_are_an_error(tmp_path):
 @pytest.mark.parametrize("names", [("val/1", "test/2"), ("train/1", "test/2")])
 def test_training_needs_both_train_and_validation_scans(tmp_path, names, small):
     make_files(tmp_path / "d", *names)
-    with pytest.raises(DataError, match=r"is in the (train|validate) split .*Give --split"):
+    with pytest.raises(DataError, match=r"belongs to the (train|validate) split .*with --split"):
         train.main(["--data", str(tmp_path / "d"), "--axis", "axial", *small, "--dry-run"])
 
 
@@ -328,7 +328,7 @@ def test_only_the_test_split_may_be_empty(study, tmp_path, monkeypatch, small, c
         train.main([*command, "--split", "0.8", "0", "0.2"])
     assert train.main([*command, "--split", "0.8", "0.2", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("--run runs/a --split validate")
-    with pytest.raises(DataError, match=r"is in the test split \(train 8, validate 2\)"):
+    with pytest.raises(DataError, match=r"belongs to the test split \(train 8, validate 2\)"):
         predict.main(["--run", "runs/a"])
 
 
