@@ -1,5 +1,5 @@
-# Each target works on a fresh clone and needs only python3 (3.10 or later). It creates the
-# environment in .venv. "make pelvis" and "make brain" also need real scans, which are not in the repository.
+# Each target works on a fresh clone and needs only python3 (3.10 or later). The environment is
+# in .venv. "make pelvis" and "make brain" also need real scans, which are not in the repository.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -77,7 +77,7 @@ def table(rows: list[dict], num_slices: int) -> str:
 
 
 def plot(path: Path, rows: list[dict], heading: str) -> None:
-    """Plot ssim against bits per pixel: a curve per codec and accounting, a point per row of a run."""
+    """Plot ssim against bits per pixel: a curve per codec and accounting, and a point per run."""
     figure, axis = plots.plt.subplots(figsize=(9, 5.2), layout="constrained")
     curves: dict[tuple[str, str], list] = {}
     for row in rows:

@@ -110,8 +110,10 @@ def print_evaluation(result: dict) -> None:
         "reconstructions are flagged as possible copies; about 1 % are flagged by chance"
     )
     for name, search in result["audit"].items():
+        by_case = search["flagged_by_case"]
+        suffix = f", by case of the nearest slice: {by_case}" if by_case else ""
         print(
             f"{name:10}held-out median {search['held_out_median']:.3f}, 1st percentile "
             f"{search['threshold']:.3f}; sampled median {search['drawn_median']:.3f}; flagged "
-            f"{search['flagged']:.1%} {search['flagged_by_case'] or ''}"
+            f"{search['flagged']:.1%}{suffix}"
         )
