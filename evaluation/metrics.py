@@ -211,7 +211,7 @@ def _decibels(squared_error: Tensor) -> Tensor:
 def organ_scores(
     originals: Tensor, reconstructions: Tensor, labels: Tensor
 ) -> dict[str, dict[str, Tensor]]:
-    """Score each reconstruction inside each organ, that is, each of ORGANS but the background.
+    """Score each reconstruction inside each organ, which are ORGANS without the background.
 
     Args:
         originals, reconstructions: both (B, 1, H, W), in the same unit.

@@ -256,7 +256,7 @@ def _picture_html(path: Path | None, description: str) -> str:
 
 
 def _image_html(png: bytes, description: str) -> str:
-    """Return a figure whose PNG content is embedded in the page."""
+    """Return a PNG as a figure that is embedded in the page."""
     content = base64.b64encode(png).decode()
     address = f"data:image/png;base64,{content}"
     return f'<figure><img alt="{html.escape(description)}" src="{address}"></figure>\n'

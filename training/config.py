@@ -31,13 +31,15 @@ class RunConfig:
 
     data: str | None = _data(
         None,
-        "folder of slices (2D) or volumes (3D) (default: $HIPMRI_DATA, else the sample data)",
+        "folder of slices (2D) or volumes (3D) (default: $HIPMRI_DATA, else the sample data; for "
+        "train_prior.py, the data of the VQ-VAE's run)",
         metavar="DIR",
         resumable=True,
     )
     cache_dir: str | None = _data(
         None,
-        "folder for the cache of decoded slices (default: $HIPMRI_CACHE, else the user's cache)",
+        "folder for the cache of decoded slices (default: $HIPMRI_CACHE, else the user's cache "
+        "folder; for train_prior.py, the cache of the VQ-VAE's run)",
         metavar="DIR",
         resumable=True,
     )
@@ -178,7 +180,7 @@ class TrainConfig(RunConfig):
     ema_decay: float = _recipe(0.99, "decay of the moving averages", low=0, high=1)
     restart_below: float = _recipe(
         0.1,
-        "reinitialise EMA codes that are used less than this fraction of the mean; 0: never",
+        "reinitialise EMA codes used less than this fraction as often as the average; 0: never",
         low=0,
     )
 

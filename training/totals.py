@@ -13,7 +13,7 @@ class EpochTotals:
     """Sums over the steps of an epoch, kept on the device so that the host never waits for it."""
 
     def __init__(self, num_losses: int, device: torch.device):
-        self.losses = torch.zeros(num_losses, device=device)  # sums over examples, not steps
+        self.losses = torch.zeros(num_losses, device=device)  # summed over examples
         self.examples = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)  # steps with non-finite gradients
         self.last_skipped = torch.zeros((), device=device)  # number of the last one, from 1

@@ -107,7 +107,7 @@ class Payload:
         (make_checkpoint(VQVAE(**SMALL), model=[1]), "does not fit this version"),
         (
             make_checkpoint(VQVAE(**SMALL), extra=Payload()),
-            r"names (builtins\.)?exec, which .* could be code; it was not run",
+            r"refers to (builtins\.)?exec, which .* could be code; it was not run",
         ),
     ],
 )
