@@ -284,7 +284,7 @@ def test_a_prior_that_copies_is_detected(run, monkeypatch):
         ("--evaluate --complete x.nii.gz", "--evaluate and --complete cannot be combined"),
         ("--complete nowhere.nii.gz", r"nowhere.nii.gz"),
         ("--complete runs/a/config.json", "is not a NIfTI file"),
-        ("--run nowhere", "there is no checkpoint nowhere"),
+        ("--run nowhere", "checkpoint nowhere.* does not exist"),
         ("--runs-dir nowhere", "no run in nowhere has a prior; train one with train_prior.py"),
     ],
 )
