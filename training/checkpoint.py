@@ -84,7 +84,7 @@ def _describe_failure(path: Path | str, error: Exception) -> str:
     refused = re.search(pattern, str(error))
     if refused is None:
         return (
-            f"{path} can't be read as a checkpoint ({first_line(error)}); use another one, or "
+            f"{path} cannot be read as a checkpoint ({first_line(error)}); use another one, or "
             "train again"
         )
     return (
