@@ -95,8 +95,8 @@ class Payload:
     ("content", "message"),
     [
         (None, "best.pt does not exist; train.py"),
-        (b"", "can't be read as a checkpoint"),
-        (b"text, not a checkpoint", "can't be read as a checkpoint"),
+        (b"", "cannot be read as a checkpoint"),
+        (b"text, not a checkpoint", "cannot be read as a checkpoint"),
         ([1, 2], "not a checkpoint of this project"),
         ({"model": {}}, "lacks format, model_args or model"),
         (make_checkpoint(VQVAE(**SMALL), format=99), "checkpoint format 99"),
