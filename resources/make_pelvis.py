@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def link_slices(sources: list[Path], data: Path) -> None:
-    """Link the slices of several data sets into one, in HipMRI's 2D form."""
+    """Link the slices of several data sets into one, in HipMRI's 2D layout."""
     for split in SPLITS:
         folder = data / f"keras_slices_{split}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ MAX_CHAIN = 5  # kills of one training run
 
 
 def write_data(root: Path, counts: dict[str, int]) -> Path:
-    """Write slices of smooth blobs in HipMRI's 2D form.
+    """Write slices of smooth blobs in HipMRI's 2D layout.
 
     Args:
         root: folder to make.
