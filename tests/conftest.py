@@ -88,7 +88,7 @@ def write_slices(write_nifti):
 
 @pytest.fixture(scope="session")
 def blobs(tmp_path_factory, write_nifti) -> Path:
-    """HipMRI's 2D layout with 10 training and 3 validation slices that can be learned in seconds."""
+    """HipMRI's layout with 10 training and 3 validation slices that can be learned in seconds."""
     root = tmp_path_factory.mktemp("blobs")
     generator = torch.Generator().manual_seed(0)
     for split, case, count in (("train", "004", 10), ("validate", "036", 3)):
