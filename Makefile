@@ -1,11 +1,12 @@
-# Each target works on a fresh clone and needs only python3 (3.10 or later). The environment is in
-# .venv. "make pelvis" and "make brain" also need real scans, which are not in the repository.
+# Each target works on a fresh clone and needs only python3 (3.10 or later). The environment is
+# in .venv. "make pelvis" and "make brain" also need real scans, which are not in the repository.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: train test lint figures drawings pelvis brain faults fuzz speed test-pythons clean
 
-# The README's commands run first, in their order, in one process: later ones need earlier ones.
+# The README's commands are tested first, in order and in one process, because some of them need the
+# results of earlier ones.
 run_tests = OMP_NUM_THREADS=1 $(1) -m pytest tests/test_readme.py && \
     OMP_NUM_THREADS=1 $(1) -m pytest -n 2 --ignore tests/test_readme.py
 
@@ -26,7 +27,7 @@ copy_scores = sed 's|"data": ".*/|"data": "|' runs/$(1)/test/metrics.json \
     > benchmarks/results/test_$(1).json
 
 FIGURES := runs/figures
-figures: .venv/runtime     ## draw the diagrams and the sample's pictures in resources/
+figures: .venv/runtime     ## draw the diagrams and the figures of the sample in resources/
 	$(BIN)/python resources/draw_figures.py
 	test -d sample_data || $(BIN)/python -m mri.phantom
 	rm -rf $(FIGURES)
@@ -40,7 +41,7 @@ figures: .venv/runtime     ## draw the diagrams and the sample's pictures in res
 
 GAN := runs/sample_gan
 TEST_SLICE := sample_data/keras_slices_test/case_040_week_0_slice_10.nii.gz
-drawings: .venv/dev        ## train on the sample with and without --gan, and generate slices: 30 min
+drawings: .venv/dev        ## train on the sample with and without --gan, generate slices: 30 min
 	test -d sample_data || $(BIN)/python -m mri.phantom
 	rm -rf runs/sample_plain $(GAN)
 	$(BIN)/python train.py --data sample_data --epochs 40 --name sample_plain
@@ -85,13 +86,13 @@ brain: .venv/runtime       ## train a model of one brain and compare it with pel
 
 # ---------------------------------------------------------------- long tests
 
-faults: .venv/dev          ## kill scripts 50 times at random moments and count losses: 10 min
+faults: .venv/dev          ## kill scripts 50 times at random moments and count lost files: 10 min
 	$(BIN)/python tests/stress/faults.py
 
 fuzz: .venv/dev            ## read 28,000 damaged files and count crashes: 2 min
 	$(BIN)/python tests/stress/fuzz.py
 
-speed: .venv/dev           ## measure the speed of this project and of others: 10 min on a CPU
+speed: .venv/dev           ## compare the speed of this project with others: 10 min on a CPU
 	$(BIN)/python benchmarks/speed.py
 
 test-pythons:              ## run the tests on every installed Python from 3.10 to 3.13

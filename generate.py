@@ -1,17 +1,18 @@
 """Sample new slices from a trained prior, complete half a slice, or evaluate the samples.
 
-    python generate.py                               # 16 slices, newest run that has a prior
+    python generate.py                               # 16 slices, from the newest prior in runs/
     python generate.py --count 64 --temperature 0.9 --position 0.5 --seed 1
-    python generate.py --complete slice.nii.gz       # keeps the left half; four completions
+    python generate.py --complete slice.nii.gz       # keep the left half, sample the rest 4 times
     python generate.py --evaluate                    # distances to real slices, search for copies
 
-Output in <run>/generated/ or --out: slices.png and drawn_<n>.nii.gz; with --complete,
-completion.png and completion_<n>.nii.gz; with --evaluate, slices.png, closest.png and
-evaluation.json. The NIfTI files have the voxel size and the typical intensities of the training
-slices. The same flags on the same machine give the same slices.
+The output folder is <run>/generated/ or --out. The files are slices.png and drawn_<n>.nii.gz; with
+--complete, completion.png and completion_<n>.nii.gz; with --evaluate, slices.png, closest.png and
+evaluation.json. Intensities in the NIfTI files are typical of the training slices. The voxel size
+is that of the training slices or, with --complete, that of the given slice. The same flags on the
+same machine give the same slices.
 
-A sampled slice shows no patient, but it may repeat what a training slice showed; --evaluate
-searches for such copies.
+A sampled slice does not show a real patient, but it may be a near copy of a training slice;
+--evaluate searches for such copies.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from utils import UserError
 
 NUM_SAMPLES = 16
 NUM_COMPLETIONS = 4
-MAX_PICTURES = 64  # in slices.png and completion.png
+MAX_PICTURES = 64  # slices in slices.png and completion.png
 
-# The view (see prior.codes.MIRRORS) in which this half of a slice comes first.
+# Half of a slice -> the view (index into prior.codes.MIRRORS) in which that half comes first
 VIEW_OF_HALF = {"left": 0, "right": 1}
 
 
-# ---------------------------------------------------------------- the story
+# ---------------------------------------------------------------- main
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,54 +81,65 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument_group("run").add_argument
-    flag("--run", metavar="DIR", help="folder of the run (default: newest prior in --runs-dir)")
-    flag("--runs-dir", metavar="DIR", default="runs", help="folder of all runs (runs)")
+    flag(
+        "--run",
+        metavar="DIR",
+        help="folder of the run (default: the run in --runs-dir with the newest prior)",
+    )
+    flag("--runs-dir", metavar="DIR", default="runs", help="folder of all runs (default: runs)")
     flag(
         "--prior",
         metavar="FILE",
-        help="the prior's checkpoint (<run>/prior/best.pt); last.pt is of the last epoch",
+        help="checkpoint of the prior (default: <run>/prior/best.pt)",
     )
-    flag("--data", metavar="DIR", help="folder of slices or volumes (default: the run's own)")
-    flag("--cache-dir", metavar="DIR", help="folder of the cache (default: the run's own)")
+    flag("--data", metavar="DIR", help="folder of slices or volumes (default: as in training)")
+    flag("--cache-dir", metavar="DIR", help="folder of the cache (default: as in training)")
     flag = parser.add_argument_group("sampling").add_argument
     flag(
         "--count",
         type=int,
         metavar="N",
-        help="number of slices (16; completions: 4; --evaluate: half the training slices)",
+        help="number of slices to sample (default: 16; with --complete, 4; with --evaluate, half "
+        "as many as there are training slices)",
     )
     flag(
         "--temperature",
         type=float,
         default=1.0,
-        help="divisor of the logits; below 1 gives likelier, plainer slices (1)",
+        help="divides the logits; below 1, slices are more typical and less varied (default: 1)",
     )
     flag(
         "--top-k",
         type=int,
         default=0,
         metavar="K",
-        help="number of most likely codes to sample from; 0: all (0)",
+        help="sample only from the K most likely codes; 0 means all (default: 0)",
     )
     flag(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="total probability of the most likely codes to sample from (1)",
+        help="sample only from the most likely codes that reach a total probability of P "
+        "(default: 1)",
     )
     flag(
         "--position",
         type=float,
         metavar="X",
-        help="position in the volume, 0 (first slice) to 1 (last) (default: as in training)",
+        help="position of the slices in the volume, from 0 (first) to 1 (last) (default: "
+        "distributed as in the training split; with --complete, unknown)",
     )
-    flag("--seed", type=int, default=0, help="seed of all random numbers (0)")
-    flag("--complete", metavar="FILE", help="2D NIfTI slice of which one half is sampled")
-    flag("--keep", choices=VIEW_OF_HALF, help="half that --complete keeps, as in pictures (left)")
+    flag("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    flag("--complete", metavar="FILE", help="2D NIfTI slice: keep one half and sample the other")
+    flag(
+        "--keep",
+        choices=VIEW_OF_HALF,
+        help="which half --complete keeps, as displayed in the figures (default: left)",
+    )
     flag("--evaluate", action="store_true", help="compare the samples with real slices")
-    flag("--out", metavar="DIR", help="output folder (<run>/generated)")
-    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    flag("--out", metavar="DIR", help="output folder (default: <run>/generated)")
+    flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     return parser.parse_args(argv)
 
 
@@ -140,7 +152,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_range("--position", args.position, 0, 1)
     check_range("--count", args.count, 2 if args.evaluate else 1, 1e6)
     if args.keep and not args.complete:
-        raise UserError("--keep is the half that --complete keeps; add --complete FILE")
+        raise UserError("--keep chooses the half that --complete keeps; add --complete FILE")
     if args.evaluate and args.complete:
         raise UserError("--evaluate and --complete cannot be combined; give one of them")
 
@@ -153,7 +165,7 @@ def find_run(args: argparse.Namespace) -> Path:
     if args.run:
         return Path(args.run)
     missing = (
-        f"no run in {args.runs_dir} has a prior; train one with train_prior.py, or name a run by "
+        f"no run in {args.runs_dir} has a prior; train one with train_prior.py, or name a run with "
         "--run"
     )
     return newest_run(Path(args.runs_dir), "prior/best.pt", missing)
@@ -163,7 +175,7 @@ def load_sampler(run: Path, args: argparse.Namespace) -> Sampler:
     """Load the VQ-VAE and the prior of a run.
 
     Raises:
-        UserError: if a checkpoint cannot be read, or the prior is of another VQ-VAE.
+        UserError: if a checkpoint cannot be read, or the prior was trained for another VQ-VAE.
     """
     device = utils.pick_device(args.device)
     vqvae_path = run / "best.pt"
@@ -172,7 +184,8 @@ def load_sampler(run: Path, args: argparse.Namespace) -> Sampler:
     prior = load_model(CodePrior, prior_path, device)
     if not prior.has_codebook(vqvae.vector_quantization.embedding.weight):
         raise UserError(
-            f"{prior_path} was trained on codes of another model than {vqvae_path}; train it again"
+            f"{prior_path} was trained on codes of another model than {vqvae_path}; train the "
+            "prior again"
         )
     print(f"models: {vqvae_path}, {prior_path}")
     options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.seed)
@@ -200,7 +213,7 @@ def sample(
 
 
 def choose_positions(args: argparse.Namespace, train_slices: SliceDataset, count: int) -> Tensor:
-    """Return `count` positions in the volume: --position, or spread like the training slices'."""
+    """Return positions in the volume, (count,): --position, or quantiles of the training set's."""
     if args.position is not None:
         return torch.full((count,), args.position)
     positions = train_slices.positions.sort().values
@@ -210,9 +223,9 @@ def choose_positions(args: argparse.Namespace, train_slices: SliceDataset, count
 def write_slices(
     folder: Path, name: str, images: Tensor, train_slices: SliceDataset, affine: np.ndarray
 ) -> None:
-    """Write images (N, 1, H, W) as <name>_<n>.nii.gz, and remove those of an earlier call.
+    """Write images (N, 1, H, W) as <name>_<n>.nii.gz; delete such files of an earlier call.
 
-    Their intensities are those of a typical training slice.
+    They are scaled to the median mean and the median standard deviation of the training slices.
     """
     for old in folder.glob(f"{name}_*.nii.gz"):
         old.unlink()
@@ -237,7 +250,7 @@ def complete(
     position = math.nan if args.position is None else args.position
     image = dataset.read_slice(args.complete, train_slices.preprocessing)  # (1, H, W)
 
-    # The rows of the half that is kept must come first, so the right half is completed mirrored.
+    # The kept half must come first: if it is the right half, the mirrored slice is completed.
     oriented = image.flip(-2) if view else image
     num_rows = image.shape[1] // 2
     codes = sampler.encode(mirrored_half(oriented)[None])[0]
@@ -270,7 +283,7 @@ def complete(
 
 
 def check_mirrored_training(folder: Path) -> None:
-    """Check that a prior was trained with mirrored slices too; raises UserError."""
+    """Raise UserError if a prior was trained without mirrored slices."""
     path = folder / "config.json"
     arguments = utils.read_json(path).get("arguments") if path.exists() else {}
     if isinstance(arguments, dict) and arguments.get("mirrored") == 0:
@@ -281,10 +294,10 @@ def check_mirrored_training(folder: Path) -> None:
 
 
 def mirrored_half(image: Tensor) -> Tensor:
-    """Replace the second half of the rows of (1, H, W) by the mirrored first half, and z-score.
+    """Replace the second half of the rows of (1, H, W) with the mirrored first half, and z-score.
 
-    The encoder then sees nothing of the half to sample: neither its pixels nor, by the z-score, its
-    brightness.
+    The encoder then sees nothing of the half that will be sampled: neither its pixels nor, through
+    the mean and the standard deviation, its brightness.
     """
     half = image[:, : image.shape[1] // 2]
     mirrored = torch.cat([half, half.flip(1)], 1)
@@ -339,7 +352,7 @@ def plot_closest(
     heading: str,
     spacing: list[float] | None,
 ) -> None:
-    """Plot the four closest pairs by pixels and by features, samples above training slices."""
+    """Plot the four closest pairs by pixels and by features: samples above training slices."""
     upper, lower, upper_titles, lower_titles = [], [], [], []
     for name, search in copies.items():
         for i in np.argsort(search["distance"])[:4].tolist():

@@ -4,17 +4,18 @@
     python predict.py --run runs/x --split validate
     python predict.py --run runs/x --data /data/other_slices
 
-Writes to <run>/<split>/: metrics.json, slices.csv (one row per slice), and the figures
-best_median_worst.png, ssim_histogram.png, code_use.png and code_map.png. evaluation/metrics.py
-defines the scores.
+An evaluation writes to <run>/<split>/: metrics.json, slices.csv (one row per slice), and the
+figures best_median_worst.png, ssim_histogram.png, code_use.png and code_map.png. The scores are
+defined in evaluation/metrics.py.
 
-    python predict.py scan.nii.gz -o out            # your own files, with the newest run
+    python predict.py scan.nii.gz -o out            # reconstruct your own files with the newest run
     python predict.py /data/scans -o out --axis axial --error-map --export-codes
     python predict.py --from-codes out/scan_codes.npz -o again
 
-Takes files and folders, slices and volumes, at their own size. Before any run exists, the bundled
-model resources/pelvis.pt is used. Writes for each file a NIfTI file with the same shape, affine and
-data type, a picture, and a row of scores.csv.
+PATH can be a file or a folder. Slices and volumes are reconstructed at their own size. If there is
+no run yet, the bundled model resources/pelvis.pt is used. Each file gets a NIfTI file with the same
+shape and affine, a figure, and a row in scores.csv. The NIfTI file has the same data type if the
+original contains unscaled integers, and is float32 otherwise.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from training.checkpoint import load_model
 from training.run_folder import load_run_data, newest_run
 from utils import UserError
 
-MIN_CASES = 10  # for a confidence interval
+MIN_CASES = 10  # with fewer, no confidence interval is printed
 
 # ---------------------------------------------------------------- flags
 
@@ -53,16 +54,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("paths", nargs="*", metavar="PATH", help="your own NIfTI files, or folders of them")
-    flag("--run", metavar="DIR", help="folder of the run (default: the newest in --runs-dir)")
+    flag("paths", nargs="*", metavar="PATH", help="NIfTI files to reconstruct, or folders of them")
+    flag("--run", metavar="DIR", help="folder of the run (default: the newest run in --runs-dir)")
     flag("--runs-dir", metavar="DIR", default="runs", help="folder of all runs (default: runs)")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
 
     flag = parser.add_argument_group("evaluation of a split").add_argument
-    flag("--data", metavar="DIR", help="folder of slices or volumes (default: the run's)")
+    flag("--data", metavar="DIR", help="folder of slices or volumes (default: data of the run)")
     splits = ("train", "validate", "test")
     flag("--split", choices=splits, default="test", help="split to evaluate (default: test)")
-    flag("--html", action="store_true", help="also write the run's page, <run>/report.html")
+    flag("--html", action="store_true", help="also write a report, <run>/report.html")
     flag(
         "--batch-size",
         metavar="N",
@@ -70,41 +71,47 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=16,
         help="slices per batch; does not affect results (default: 16)",
     )
-    flag("--skip-bad-files", action="store_true", help="skip and count files that cannot be used")
+    flag("--skip-bad-files", action="store_true", help="skip unusable files, with a note")
     flag(
         "--cache-dir",
         metavar="DIR",
-        help="folder for prepared slices (default: the run's, $HIPMRI_CACHE, or the user's cache)",
+        help="folder for the cache of decoded slices (default: that of the run, else "
+        "$HIPMRI_CACHE, else the user's cache folder)",
     )
 
     flag = parser.add_argument_group("your own files").add_argument
-    flag("-o", "--out", metavar="DIR", help="output folder; required with PATH")
+    flag("-o", "--out", metavar="DIR", help="output folder (required with PATH and with --export)")
     flag(
         "--axis",
         type=parse_axis,
         choices=("coronal", "sagittal", "axial", 0, 1, 2),
-        help="axis that volumes are cut along: anatomical, or 0, 1, 2 as stored "
-        "(default: the run's)",
+        help="axis along which volumes are cut into slices: an anatomical name, or the number of a "
+        "stored axis (default: as in the run)",
     )
-    flag("--resize", action="store_true", help="resize slices to the training size, and back")
+    flag(
+        "--resize",
+        action="store_true",
+        help="resize slices to the size of the training slices, and reconstructions back",
+    )
     flag(
         "--error-map",
         action="store_true",
-        help="also write |reconstruction - original|. Shows edges, noise and unfamiliar scanners; "
-        "not a map of anomalies, as a lesion may be reconstructed well",
+        help="also write |reconstruction - original| as NIfTI. It shows edges, noise and scanner "
+        "differences. It is not an anomaly map, because lesions may be reconstructed well",
     )
-    flag("--export-codes", action="store_true", help="also write the codes, as .npz")
+    flag("--export-codes", action="store_true", help="also write the codes as an .npz file")
     flag(
         "--from-codes",
         action="store_true",
-        help="write the reconstructions of .npz files from --export-codes",
+        help="decode .npz files from --export-codes, given as PATH, and write the reconstructions",
     )
 
     flag = parser.add_argument_group("other programs").add_argument
     flag(
         "--export",
         action="store_true",
-        help="write encoder.onnx and decoder.onnx to --out: python -m evaluation.export_onnx",
+        help="write encoder.onnx and decoder.onnx to --out "
+        "(same as python -m evaluation.export_onnx)",
     )
     args = parser.parse_args(argv)
     check_flags(parser, args)
@@ -141,7 +148,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def summarise(evaluation: Evaluation, data: SliceDataset) -> dict:
-    """Return the means of each score, the code usage and the slice counts, as in metrics.json."""
+    """Return the content of metrics.json: the means of each score, codebook usage, slice counts."""
     has_score = ~data.constant.numpy()
     cases = [name.case for name, scored in zip(data.names, has_score, strict=True) if scored]
     summary = {}
@@ -184,7 +191,7 @@ def print_table(summary: dict) -> None:
     )
     if has_interval:
         print(
-            f"the interval is that of the mean over {len(cases)} cases (bootstrap); "
+            f"the interval is a bootstrap interval of the mean over {len(cases)} cases; "
             "it assumes that each case is a different patient"
         )
     else:
@@ -201,7 +208,7 @@ def print_organs(organs: dict[str, dict]) -> None:
 
 
 def write_slices(path: Path, data: SliceDataset, root: str, scores: dict[str, Tensor]) -> None:
-    """Write slices.csv: one row per slice, without scores for constant ones.
+    """Write slices.csv with one row per slice; the scores of constant slices are empty.
 
     The column `file` is relative to the data folder `root`.
     """
@@ -222,12 +229,12 @@ def pick_slices(ssim: Tensor, constant: Tensor) -> dict[int, str]:
     """Pick the two worst, two median and two best slices.
 
     Args:
-        ssim: (N,).
+        ssim: (N,), the score of each slice.
         constant: (N,) bool, slices to skip.
 
     Returns:
-        {index: "worst", "median" or "best"}, in ascending order of ssim. Of few slices, each is
-        picked once.
+        {index: "worst", "median" or "best"}, in ascending order of ssim. If there are fewer than
+        six slices, none is picked twice.
     """
     count = int((~constant).sum())
     order = ssim.masked_fill(constant, torch.inf).argsort()[:count].tolist()
@@ -244,7 +251,7 @@ def pick_slices(ssim: Tensor, constant: Tensor) -> dict[int, str]:
 def write_figures(
     folder: Path, model: VQVAE, data: SliceDataset, evaluation: Evaluation, heading: str
 ) -> None:
-    """Write the four figures of an evaluation, see the top of this file."""
+    """Write the four figures of an evaluation (see the top of this file)."""
     scores, counts, _ = evaluation
     ssim = scores["ssim"]
     labels = pick_slices(ssim, data.constant)
@@ -267,7 +274,7 @@ def write_figures(
     shown = list(labels.values()).index("median") if "median" in labels.values() else 0
     quantizer = model.vector_quantization
     codes = quantized.indices[shown]
-    if quantizer.num_codebooks > 1:  # show the first codebook
+    if quantizer.num_codebooks > 1:  # show the codes of the first one
         quantizer = quantizer.quantizers[0]
         codes = codes[..., 0]
     embeddings = quantizer.embedding.weight.detach().cpu()

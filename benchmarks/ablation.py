@@ -1,13 +1,13 @@
-"""Train variants for equal epochs on equal data, and compare them on the test split.
+"""Train variants for equally many epochs on the same data, and compare them on the test split.
 
     python benchmarks/ablation.py --data DIR                             # all variants, one seed
     python benchmarks/ablation.py --data DIR --variants document tuned --seeds 0 1 2
     python benchmarks/ablation.py --data DIR --jobs 2                    # two runs at a time
 
-The variants are defined in variants.py; each of them and each seed is a run of train.py and
-predict.py in --runs-dir. Finished runs are not trained again, and interrupted ones are resumed.
-The result files are <out>.json and <out>.md, with the mean and half the range over seeds. Choose a
-variant by its validation score; the test scores are for reporting.
+The variants are defined in variants.py. For each variant and seed, train.py and predict.py make a
+run in --runs-dir. Finished runs are not trained again, and interrupted runs are resumed. The result
+files are <out>.json and <out>.md; the latter has the mean and half the range over seeds. Choose a
+variant by its validation score; the test scores are for reporting only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RECIPE_FIELDS = tuple(
 
 
 def run_variant(args: argparse.Namespace, name: str, seed: int) -> dict:
-    """Train and evaluate a variant with a seed, unless that is done, and return its result."""
+    """Train and evaluate a variant with a seed, unless it has finished; return its result."""
     variant = VARIANTS[name]
     flags = [*variant.flags.split(), "--epochs", str(args.epochs), "--seed", str(seed)]
     flags += ["--precision", args.precision]
@@ -73,28 +73,28 @@ def run_variant(args: argparse.Namespace, name: str, seed: int) -> dict:
 
 
 def folder_name(name: str, epochs: int, seed: int) -> str:
-    """Return the folder of a run: "tuned, SimVQ" -> "tuned__SimVQ_epochs_100_seed_0"."""
+    """Return the folder name of a run: "tuned, SimVQ" -> "tuned__SimVQ_epochs_100_seed_0"."""
     text = f"{name} epochs {epochs} seed {seed}"
     return "".join(c if c.isalnum() else "_" for c in text)
 
 
 def finished_epochs(run: Path, data: Path, flags: list[str]) -> int:
-    """Return the number of epochs that a run has finished, 0 if it does not exist.
+    """Return the number of epochs that a run has finished; 0 if the run does not exist.
 
     Args:
-        run: its folder.
-        data: the folder that it must have been trained on.
-        flags: the flags of train.py that it must have been trained with.
+        run: folder of the run.
+        data: folder of the data that the run must have been trained on.
+        flags: flags of train.py that the run must have been trained with.
 
     Raises:
-        UserError: if it was trained on other data, or with other flags.
+        UserError: if the run was trained on other data or with other flags.
     """
     if not (run / "metrics.csv").exists():
         return 0
     arguments = json.loads((run / "config.json").read_text("utf-8"))["arguments"]
     used = Path(arguments["data"])
     data = data.resolve()
-    # train.py also finds data below the folder that it is given, or next to it.
+    # Given `data`, train.py may have found a data set in a subfolder or in the parent folder.
     if data != used and data not in used.parents and data.parent != used:
         raise UserError(f"{run} was trained on {used}; expected {data}. Choose another --runs-dir")
     expected = resolve_config(parse_train_flags(flags, None))
@@ -110,9 +110,9 @@ def finished_epochs(run: Path, data: Path, flags: list[str]) -> int:
 def call_script(
     main: Callable, flags: list, run: Path, replacements: Mapping[str, Callable]
 ) -> None:
-    """Call the main function of a script; its output is appended to a file next to the run.
+    """Call the main function of a script, and append its output to a log file beside the run.
 
-    If the script does not succeed, this process ends, and the pool starts no other run.
+    If the script fails, this process exits at once, so that the pool does not start another run.
     """
     run.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -126,7 +126,7 @@ def call_script(
 
 
 def read_result(run: Path, name: str, seed: int) -> dict:
-    """Return a finished run's part of the result file."""
+    """Return the entry of a finished run in the result file."""
     variant = VARIANTS[name]
     config = json.loads((run / "config.json").read_text("utf-8"))
     summary = json.loads((run / "test" / "metrics.json").read_text("utf-8"))
@@ -159,7 +159,7 @@ def read_result(run: Path, name: str, seed: int) -> dict:
 
 
 def multiply_adds(model: nn.Module) -> int:
-    """Count the multiply-adds of a forward pass of one slice, with the nearest-code search."""
+    """Count the multiply-adds of a forward pass of one slice, including the nearest-code search."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 1, 256, 128))
     return counter.get_total_flops() // 2
@@ -169,10 +169,10 @@ def multiply_adds(model: nn.Module) -> int:
 
 
 def relative_step_times(args: argparse.Namespace, rounds: int = 3) -> dict[str, float]:
-    """Measure the duration of each variant's training step, relative to the document's.
+    """Measure the duration of each variant's training step relative to the variant "document".
 
-    The variants take turns, so that a slow moment of the machine affects all of them; the result
-    is a ratio of medians. Nothing else should run at the same time.
+    The variants take turns, so that a slow moment of the machine affects all of them. The result is
+    a ratio of medians. Nothing else should run on the machine at the same time.
     """
     utils.keep_freed_memory()  # as train.py does
     configs = {}
@@ -202,7 +202,7 @@ def load_training_split(data: Path):
 
 
 def seconds_of_step(trainer: Trainer, images: Tensor) -> float:
-    """Time a training step on a batch (B, 1, H, W), after steps that warm up and compile."""
+    """Return the duration of a training step on a batch (B, 1, H, W) in s, after warm-up steps."""
     for _ in range(3 if trainer.is_compiled else 1):  # CUDA graphs are recorded in the second step
         trainer.step(images)[1].item()  # waits for the device
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def seconds_of_step(trainer: Trainer, images: Tensor) -> float:
 
 
 def table(results: list[dict]) -> str:
-    """Return a Markdown table with a row per variant: means, and half the range over seeds."""
+    """Return a Markdown table with a row per variant: mean and half the range over seeds."""
 
     def cell(values: list[float], digits: int) -> str:
         spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
@@ -241,9 +241,10 @@ def table(results: list[dict]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "GMAC: 10^9 multiply-adds for one whole slice, forward pass, with the nearest-code search.",
-        "Step time: of a training step of 16 slices, cropped as the variant crops them, relative",
-        "to the document's. Codes used and perplexity: over all codebooks together.",
+        "GMAC: 10^9 multiply-adds in the forward pass of one whole slice, including the",
+        "nearest-code search. Step time: duration of a training step on 16 slices, cropped as the",
+        "variant crops them, relative to `document`. Codes used and perplexity: over all codebooks",
+        "together.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -270,17 +271,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=VARIANTS,
         default=list(VARIANTS),
         metavar="NAME",
-        help=f"variants to train (default: all): {list(VARIANTS)}",
+        help=f"variants to train, from {list(VARIANTS)} (default: all)",
     )
-    flag("--seeds", type=int, nargs="+", default=[0], help="seeds of each variant (default: 0)")
-    flag("--epochs", type=int, default=100, help="epochs of every run (default: 100)")
+    flag("--seeds", type=int, nargs="+", default=[0], help="seeds for each variant (default: 0)")
+    flag("--epochs", type=int, default=100, help="number of epochs of every run (default: 100)")
     flag(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="precision, as for train.py (default: auto)",
     )
-    flag("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    flag("--jobs", type=int, default=1, help="number of runs at a time (default: 1)")
     flag(
         "--runs-dir",
         type=Path,
@@ -296,7 +297,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.variants = list(dict.fromkeys(args.variants))
     if args.jobs < 1 or args.epochs < 1:
         raise UserError(
-            f"--jobs is {args.jobs} and --epochs is {args.epochs}; expected at least 1 of each"
+            f"--jobs is {args.jobs} and --epochs is {args.epochs}; expected at least 1 for each"
         )
     return args
 
@@ -320,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(args: argparse.Namespace, out: Path) -> list[dict]:
     """Train and evaluate all variants and seeds; write the results after each run."""
-    # All variants with the first seed come first, so that the first complete table is early.
+    # All variants are trained with the first seed first, so that a complete table exists early.
     jobs = [(args, name, seed) for seed in args.seeds for name in args.variants]
     threads = max(1, torch.get_num_threads() // args.jobs)
     pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
@@ -337,7 +338,7 @@ def run_all(args: argparse.Namespace, out: Path) -> list[dict]:
             )
     except BaseException as error:
         for worker in active_children():
-            worker.terminate()  # train.py saves its run first
+            worker.terminate()  # train.py saves a checkpoint before it exits
         if isinstance(error, BrokenProcessPool):
             raise UserError("a run was interrupted; repeat the command to resume it") from None
         raise

@@ -1,12 +1,12 @@
-"""Code the codes of slices as bits, by arithmetic coding under the run's prior.
+"""Compress the codes of slices losslessly, by arithmetic coding with the run's prior.
 
     streams = encode(prior, codes)            # (N, h, w) -> an array of 32-bit words per slice
     codes = decode(prior, streams)            # the same codes, on the same machine
 
-The coder is the range coder of the package constriction. Encoder and decoder must compute the same
-probabilities, bit for bit: both visit the codes in the same order and in batches of the same
-slices. On another machine, or with another number of threads or version of torch, the
-probabilities may be rounded differently, and the decoded codes would be wrong.
+The coder is the range coder of the package constriction. Encoder and decoder must compute exactly
+the same probabilities, so both visit the codes in the same order and in batches of the same slices.
+On another machine, or with another number of threads or version of torch, the probabilities may be
+rounded differently, and the decoded codes would be wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from utils import UserError
 
 try:
     import constriction
-except ImportError:  # check_installed() says how to install it
+except ImportError:  # check_installed() explains how to install it
     constriction = None
 
 BATCH_SIZE = 32
@@ -88,9 +88,10 @@ def probabilities(logits: Tensor) -> np.ndarray:
 
 
 def visit_codes(prior: CodePrior, count: int, choose: Callable, verb: str) -> Tensor:
-    """Choose the codes of `count` slices in order, and return them; see `CodePrior.decode`.
+    """Choose the codes of `count` slices in order, and return them (see `CodePrior.decode`).
 
-    The slices' positions in their volumes are unknown: they would have to be transmitted.
+    The prior is not given the slices' positions in their volumes, which would have to be
+    transmitted.
     """
     device = prior.grids[-1].embedding.device
     position = torch.full((count,), torch.nan, device=device)

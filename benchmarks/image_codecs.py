@@ -1,8 +1,8 @@
-"""Image codecs for grey slices, and the number of bytes that their files need.
+"""Image codecs for greyscale slices, and the sizes of their files in bytes.
 
     results = search(CODECS["jpeg"], 8, rates=(0.5625,), image=image)
 
-The codecs are those of the package imagecodecs. rate_distortion.py compares them with runs.
+The codecs are from the package imagecodecs. rate_distortion.py compares them with runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from utils import UserError, first_line
 
 try:
     import imagecodecs
-except ImportError:  # versions() says how to install it
+except ImportError:  # versions() explains how to install it
     imagecodecs = None
 
 ACCOUNTINGS = ("file", "payload")  # attributes of `Encoded`
@@ -35,10 +35,10 @@ JPEG_STANDARD_TABLES = 0x83CDEA47  # CRC-32 of JPEG's standard Huffman tables fo
 
 
 def segments(file: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield the marker segments of a JPEG or JPEG 2000 file, which have the same form.
+    """Yield the marker segments of a JPEG or JPEG 2000 file; both formats have the same layout.
 
     Yields:
-        The marker, and the positions where its contents start and end.
+        The marker, and the byte positions at which its contents start and end.
     """
     position = 2  # after the marker SOI or SOC
     while True:
@@ -48,9 +48,10 @@ def segments(file: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def jpeg_payload(file: bytes) -> int:
-    """Return the size of the scan, of Huffman tables other than the standard ones, and a byte.
+    """Return the size of a JPEG file without headers, in bytes.
 
-    The byte stands for the quality, which determines the quantisation tables.
+    It is the size of the scan, plus that of the Huffman tables if they are not the standard ones,
+    plus one byte for the quality, which determines the quantisation tables.
     """
     tables = b""
     for marker, start, end in segments(file):
@@ -64,30 +65,30 @@ def jpeg_payload(file: bytes) -> int:
 
 
 def jpeg2000_payload(file: bytes) -> int:
-    """Return the size of the packets, which are between the markers SOD and EOC."""
+    """Return the size of the packets between the markers SOD and EOC, in bytes."""
     for marker, start, _ in segments(file):
-        if marker == 0xFF93:  # SOD, a marker without length: the packets start 2 bytes earlier
+        if marker == 0xFF93:  # SOD has no length field: the packets start 2 bytes before `start`
             return len(file) - 2 - (start - 2)
 
 
 def jpegxl_payload(file: bytes) -> int:
-    """Return the size of the frame: all but 8 bytes of signature, image size and metadata."""
+    """Return the size of the frame in bytes: all but 8 bytes of signature, size and metadata."""
     return len(file) - 8
 
 
 def webp_payload(file: bytes) -> int:
-    """Return the size of the VP8 chunk without its frame header.
+    """Return the size of the VP8 chunk without its frame header, in bytes.
 
-    The header has 3 bytes of sizes, 3 of start code, and 4 of width and height.
+    The header consists of a frame tag (3 bytes), a start code (3) and the width and height (4).
     """
     return int.from_bytes(file[16:20], "little") - 10
 
 
 def avif_payload(file: bytes) -> int:
-    """Return the size of the coded frame.
+    """Return the size of the coded frame, in bytes.
 
-    It is the contents of the units (OBU) in the mdat box that are a frame header, a tile group, or
-    both.
+    The frame consists of the contents of those units (OBUs) in the mdat box that are a frame
+    header, a tile group, or both.
     """
     position = 0
     while file[position + 4 : position + 8] != b"mdat":
@@ -115,9 +116,9 @@ def avif_payload(file: bytes) -> int:
 class Encoded(NamedTuple):
     """A slice coded at one setting."""
 
-    data: bytes  # a file to decode
-    file: int  # bytes of the smallest file of the same picture
-    payload: int  # bytes without headers
+    data: bytes  # the coded file
+    file: int  # size of the smallest file that decodes to the same image, in bytes
+    payload: int  # smallest size without headers, in bytes
 
 
 def to_linear(image: np.ndarray) -> np.ndarray:
@@ -132,15 +133,15 @@ def from_linear(light: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec of imagecodecs, for grey images (rows, columns) in [0, 1]."""
+    """A codec of imagecodecs, for greyscale images (rows, columns) in [0, 1]."""
 
     name: str
-    prefix: str  # of the names of its functions in imagecodecs
+    prefix: str  # prefix of the names of its functions in imagecodecs
     depths: tuple[int, ...]  # bits per sample
-    settings: Sequence[float]  # values of its `level`, coarsest first
-    payload: Callable[[bytes], int]  # bytes of a file without headers
-    options: dict = field(default_factory=dict)
-    rgb: bool = False  # whether it needs grey images as three equal channels
+    settings: Sequence[float]  # values of its argument `level`, coarsest first
+    payload: Callable[[bytes], int]  # computes the size of a file without headers, in bytes
+    options: dict = field(default_factory=dict)  # other arguments of its encoder
+    rgb: bool = False  # whether greyscale images must be given as three equal channels
 
     def call(self, function: str, *arguments, **options):
         """Call a function of imagecodecs, such as "encode"."""
@@ -149,17 +150,17 @@ class Codec:
     def is_linear(self, depth: int) -> bool:
         """Return whether imagecodecs labels the samples as linear light.
 
-        It labels JPEG XL's 8-bit samples as sRGB, but samples with more bits as linear.
+        It labels 8-bit samples of JPEG XL as sRGB, but samples with more bits as linear light.
         """
         return self.prefix == "jpegxl" and depth > 8
 
     def encode(self, image: np.ndarray, setting: float, depth: int) -> Encoded:
-        """Encode a slice; of JPEG, with standard and optimised Huffman tables.
+        """Encode a slice; JPEG uses standard or optimised Huffman tables, whichever are smaller.
 
         Args:
-            image: (rows, columns) in [0, 1].
-            setting: of `settings`.
-            depth: of `depths`.
+            image: the slice, (rows, columns) in [0, 1].
+            setting: one of `settings`.
+            depth: one of `depths`.
         """
         if self.is_linear(depth):
             image = to_linear(image)
@@ -255,8 +256,8 @@ def search(
     Args:
         codec: a value of CODECS.
         depth: bits per sample.
-        rates: bits per pixel.
-        image: (rows, columns) in [0, 1].
+        rates: budgets in bits per pixel.
+        image: the slice, (rows, columns) in [0, 1].
 
     Returns:
         {(rate, accounting): the coded slice, or None if the coarsest setting does not fit}.

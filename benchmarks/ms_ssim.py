@@ -11,13 +11,13 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation import metrics
 
-# The first four of the usual five weights (Wang, Simoncelli and Bovik 2003), rescaled so that their
-# sum is 1: 128 columns are too few for the fifth scale.
+# The first four of the usual five weights (Wang, Simoncelli and Bovik 2003), rescaled to sum to
+# 1. The fifth scale would need more than 128 columns.
 MS_SSIM_WEIGHTS = tuple(weight / 0.8668 for weight in (0.0448, 0.2856, 0.3001, 0.2363))
 
 
 def ms_ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute the multi-scale SSIM of each slice: (B, 1, H, W) twice -> (B,).
+    """Compute the multi-scale SSIM of each slice: both (B, 1, H, W) -> (B,).
 
     The images are scaled and clipped as for `ssim` of evaluation/metrics.py.
     """

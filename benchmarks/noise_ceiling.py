@@ -1,9 +1,9 @@
-"""Measure the score of a perfect denoiser on the sample data.
+"""Measure the SSIM of a perfect denoiser on the sample data.
 
     python benchmarks/noise_ceiling.py
 
-The noise of the phantom cannot be predicted, so even a reconstruction without any error but the
-missing noise stays below an SSIM of 1. A model that scores more than this ceiling copies noise.
+The noise of the phantom cannot be predicted. Even a reconstruction that lacks only the noise
+therefore has an SSIM below 1. A model with a higher score than this ceiling reproduces noise.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def noise_ceiling(
 
     Args:
         scans: (case, week) of each scan.
-        slices_per_scan: 1 to 60, spread over the scan.
-        seed: of the phantom.
+        slices_per_scan: number of slices, 1 to 60, spread over the scan.
+        seed: seed of the phantom.
 
     Returns:
-        (N,) `ssim` of each slice.
+        `ssim` of each slice, (N,).
     """
     noisy, clean = [], []
     for case, week in scans:
@@ -45,7 +45,7 @@ def noise_ceiling(
 
 
 def scans_of_test_split(volumes: int) -> list[tuple[int, int]]:
-    """Return (case, week) of each test volume of a phantom with so many of them."""
+    """Return (case, week) of each test volume of a phantom with `volumes` test volumes."""
     plans = phantom.plan((1, 1, volumes))
     return [(volume.case, volume.week) for volume in plans if volume.split == "test"]
 
@@ -55,18 +55,18 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("--volumes", type=int, default=2, help="test volumes of the phantom (default: 2)")
-    flag("--slices", type=int, default=6, help="slices per volume, 1 to 60 (default: 6)")
+    flag("--volumes", type=int, default=2, help="number of test volumes (default: 2)")
+    flag("--slices", type=int, default=6, help="number of slices per volume, 1 to 60 (default: 6)")
     flag("--seed", type=int, default=0, help="seed of the phantom (default: 0)")
     args = parser.parse_args(argv)
     if args.volumes < 1 or not 1 <= args.slices <= 60 or args.seed < 0:
         raise UserError(
-            f"--volumes is {args.volumes}, --slices {args.slices}, --seed {args.seed}; expected at "
-            "least 1, 1 to 60, and at least 0"
+            f"--volumes is {args.volumes}, --slices is {args.slices} and --seed is {args.seed}; "
+            "expected at least 1, 1 to 60, and at least 0"
         )
     scores = noise_ceiling(scans_of_test_split(args.volumes), args.slices, args.seed)
     print(
-        f"noise ceiling: ssim {scores.mean():.4f} (noise-free slices as reconstructions of "
+        f"noise ceiling: ssim {scores.mean():.4f} (noise-free slices, scored as reconstructions of "
         f"{len(scores)} noisy slices of {args.volumes} test volumes)"
     )
     return 0

@@ -23,7 +23,7 @@ WIDTHS = (32, 32, 2, 64)
 
 
 class OneHotQuantizer(nn.Module):
-    """Quantise as most scripts do: by a product of a one-hot matrix (N, K) with the embeddings."""
+    """The usual quantiser of scripts: a one-hot matrix (N, K) is multiplied by the embeddings."""
 
     def __init__(
         self, num_embeddings: int = 512, embedding_dim: int = 64, commitment_cost: float = 0.25
@@ -53,7 +53,7 @@ class OneHotQuantizer(nn.Module):
 
 
 class LibraryQuantizer(nn.Module):
-    """The quantiser of vector-quantize-pytorch, at the document's sizes and commitment cost."""
+    """The quantiser of vector-quantize-pytorch, with the document's sizes and commitment cost."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class LibraryQuantizer(nn.Module):
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the quantised vectors, the loss, and a number instead of the perplexity."""
+        """Return the quantised vectors, the loss, and a dummy value instead of the perplexity."""
         quantized, indices, loss = self.quantize(z)
         return quantized, loss.sum(), indices.float().mean()
 
@@ -126,13 +126,13 @@ def typical_epochs(
 ) -> Iterator[None]:
     """Train as a typical script does, and yield after each epoch.
 
-    Decoded slices are in memory, a DataLoader makes the batches, computation is eager and in
+    The decoded slices are held in memory, a DataLoader makes the batches, the model runs eagerly in
     float32, and `.item()` waits for the device at each step.
 
     Args:
         build_model: a value of OTHER_IMPLEMENTATIONS.
         slices: the training split.
-        device: where to train.
+        device: the device to train on.
         batch_size: slices per step.
     """
     images = slices.batch(torch.arange(len(slices)))

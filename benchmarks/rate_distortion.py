@@ -1,13 +1,13 @@
-"""Compare runs with JPEG, JPEG 2000, JPEG XL, WebP and AVIF at equal bits, on the same slices.
+"""Compare runs with JPEG, JPEG 2000, JPEG XL, WebP and AVIF at equal rates, on the same slices.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/rate_distortion.py --data DIR                         # only the codecs
+    python benchmarks/rate_distortion.py --data DIR                         # the codecs only
     python benchmarks/rate_distortion.py --data DIR --runs runs/a runs/b
     python benchmarks/rate_distortion.py --volume T1.nii.gz --runs runs/a   # an unseen organ
 
-The result files are <out>.md, <out>.json and, for several rates, <out>.png. The rules in <out>.md
-state what is counted and how each method is set (RULES in rate_distortion_report.py). The codecs
-run on as many threads as torch uses ($OMP_NUM_THREADS).
+The result files are <out>.md, <out>.json and, for several rates, <out>.png. The notes below the
+table (RULES in rate_distortion_report.py) state what is counted and how each method is configured.
+The codecs run on as many threads as torch uses ($OMP_NUM_THREADS).
 """
 
 from __future__ import annotations
@@ -51,30 +51,30 @@ from utils import UserError
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.0703125, 0.140625, 0.28125, 0.5625, 1.125)  # bits per pixel
 PIXELS = math.prod(SIZE)
-SCALE_BITS = 32  # per slice: two float16
+SCALE_BITS = 32  # per slice, for two float16 numbers
 
 # ---------------------------------------------------------------- slices and scores
 
 
 class Originals(NamedTuple):
-    """The N slices to code, without constant ones.
+    """The N slices to compress, without constant slices.
 
-    The unit of the intensities is chosen so that they are in the range of float16.
+    Intensities are divided by a power of two so that they are in the range of float16.
     """
 
     images: Tensor  # (N, 1, 256, 128) float32
-    mean: Tensor  # (N, 1, 1, 1), as in z-scoring
-    std: Tensor  # (N, 1, 1, 1), as in z-scoring
-    cases: list[str]  # N
+    mean: Tensor  # (N, 1, 1, 1), for z-scoring
+    std: Tensor  # (N, 1, 1, 1), for z-scoring
+    cases: list[str]  # case of each slice
 
 
 def load(args: argparse.Namespace) -> tuple[Originals, int]:
-    """Return the slices of the split or the volume, and the number of constant ones left out."""
+    """Return the slices of the split or volume, and the number of constant slices left out."""
     if args.volume:
         source = Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
     else:
         source = hipmri.find_hipmri(args.data)
-    # Voxels of another volume may have other proportions; a square voxel is assumed.
+    # Another volume may have another aspect ratio: crop it, assuming square pixels.
     fit = "crop" if args.volume else "resize"
     preprocessing = Preprocessing.resolve(source, fit=fit, planes=args.planes)
     slices = dataset.load_split(source, args.split, preprocessing)
@@ -83,8 +83,8 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
     indices = torch.nonzero(~slices.constant).flatten()
     if not len(indices):
         raise UserError(
-            f"all {len(slices)} slices of {args.split} are constant; expected slices that show "
-            "something"
+            f"all {len(slices)} slices of {args.split} are constant; expected slices with "
+            "different intensities"
         )
     images = slices.denormalise(slices.batch(indices), indices)
     unit = 2.0 ** math.ceil(math.log2(float(images.abs().max())) - 14)
@@ -100,7 +100,7 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
 def score(
     originals: Tensor, reconstructions: Tensor, names: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
-    """Score each slice by some of SCORES: (N, 1, H, W) twice -> {name: (N,)}."""
+    """Compute the given SCORES of each slice: both (N, 1, H, W) -> {name: (N,)}."""
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     base_names = tuple(name for name in names if name in SCORE_NAMES)
     for pair in zip(originals.split(16), reconstructions.split(16), strict=True):
@@ -113,7 +113,7 @@ def score(
 
 
 def mean_scores(originals: Originals, reconstructions: Tensor) -> dict[str, dict]:
-    """Return the mean of each of SCORES over slices, and over the slices of each case."""
+    """Return the mean of each score over all slices, and over the slices of each case."""
     scores = score(originals.images, reconstructions, SCORES)
     return {name: metrics.mean_by_case(values, originals.cases) for name, values in scores.items()}
 
@@ -122,9 +122,10 @@ def mean_scores(originals: Originals, reconstructions: Tensor) -> dict[str, dict
 
 
 def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) -> list[dict]:
-    """Return a row for each rate and accounting.
+    """Compress the slices with a codec, and return a row for each rate and accounting.
 
-    It has the scores at the best depth or, if slices fit at no depth, their number as "misfits".
+    A row has the scores at the depth with the best mean `ssim`. If some slices do not fit at any
+    depth, the row has no scores. "misfits" is the smallest number of such slices over depths.
     """
     images = originals.images
     minimum = images.amin((1, 2, 3), keepdim=True)
@@ -174,13 +175,13 @@ def decode_slices(codec: Codec, depth: int, coded: list[Encoded]) -> Tensor:
 def measure_run(
     run: Path, originals: Originals, device: torch.device, entropy_coded: bool
 ) -> list[dict]:
-    """Return the row of a run's best.pt and, if wanted and possible, an entropy-coded one.
+    """Reconstruct the slices with a run's best.pt, and return one or two rows.
 
     Args:
-        run: its folder.
-        originals: the slices to code.
-        device: where to compute.
-        entropy_coded: whether to code the codes under the run's prior, if it has one.
+        run: folder of the run.
+        originals: the slices to reconstruct.
+        device: the device to compute on.
+        entropy_coded: whether to add a row with entropy-coded codes, if the run has a prior.
     """
     model = load_model(VQVAE, run / "best.pt", device)
     recipe = read_arguments(run, TrainConfig).get("recipe", "unknown recipe")
@@ -217,21 +218,22 @@ def measure_run(
 
 
 def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:
-    """Return the mean number of bits per slice of codes (N, h, w), coded under the prior.
+    """Entropy-code codes (N, h, w) with the prior, and return the mean number of bits per slice.
 
     Raises:
-        UserError: if the prior is for other code grids, or the codes are not decoded correctly.
+        UserError: if the prior is for another size of code grids, or decoding does not return the
+            same codes.
     """
     if tuple(codes.shape[1:]) != (prior.height, prior.width):
         raise UserError(
             f"{run / 'prior'} is for grids of {prior.height} x {prior.width} codes; expected "
-            f"{' x '.join(map(str, codes.shape[1:]))}, as the run has. Train another prior"
+            f"{' x '.join(map(str, codes.shape[1:]))}, as in the run. Train another prior"
         )
     streams = entropy.encode(prior, codes)
     if not torch.equal(entropy.decode(prior, streams), codes):
         raise UserError(
-            f"the codes of {run} were decoded incorrectly, as this machine does not compute the "
-            "same probabilities twice; try --device cpu"
+            f"the codes of {run} were decoded incorrectly, because the probabilities were not "
+            "exactly the same when computed again; try --device cpu"
         )
     return 32 * sum(map(len, streams)) / len(streams)
 
@@ -248,7 +250,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data", type=Path, metavar="DIR", help="folder of slices or volumes, as for train.py"
     )
     source.add_argument(
-        "--volume", type=Path, metavar="FILE", help="a NIfTI volume, for its central coronal planes"
+        "--volume", type=Path, metavar="FILE", help="NIfTI volume; uses its central coronal slices"
     )
     flag = parser.add_argument
     flag(
@@ -257,7 +259,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="test",
         help="split of --data (default: test)",
     )
-    flag("--planes", type=int, default=60, help="planes per volume (default: 60)")
+    flag("--planes", type=int, default=60, help="number of slices per volume (default: 60)")
     flag(
         "--runs",
         type=Path,
@@ -269,7 +271,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag(
         "--entropy-coded",
         action="store_true",
-        help="also code the codes of runs that have a prior; takes a minute per run",
+        help="add rows with entropy-coded codes of runs that have a prior; takes a minute per run",
     )
     flag(
         "--rates",
@@ -325,9 +327,9 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     utils.write_json(Path(f"{out}.json"), result)
-    heading = f"{name}, {'central planes' if args.volume else args.split}, {num_slices} slices"
+    heading = f"{name}, {'central slices' if args.volume else args.split}, {num_slices} slices"
     text = table(rows, num_slices)
-    page = f"{heading}; {num_excluded} constant ones excluded.\n\n{text}\n{RULES}"
+    page = f"{heading}; {num_excluded} constant slices excluded.\n\n{text}\n{RULES}"
     Path(f"{out}.md").write_text(page, encoding="utf-8")
     has_curves = len(args.rates) > 1
     if has_curves:

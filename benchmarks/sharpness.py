@@ -3,8 +3,9 @@
     python benchmarks/sharpness.py --runs runs/plain runs/gan
 
 The runs must have the same data set and rate. The result files are <out>.json, <out>.md and
-<out>.png, with the SSIM names, PSNR, the power of reconstructions relative to the originals in the
-three highest octaves of spatial frequency, and kernel distances (prior/realism.py).
+<out>.png. They have the SSIM variants, PSNR, the power of the reconstructions relative to the
+originals in each of the three highest octaves of spatial frequency, kernel distances
+(prior/realism.py), and a figure of some reconstructions.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from training.run_folder import load_run_data
 
 RESULTS = Path(__file__).parent / "results"
 NUM_OCTAVES = 3
-NUM_SHOWN = 3  # slices in the figure
+NUM_SHOWN = 3  # number of slices in the figure
 CROP = (slice(64, 192), slice(32, 96))  # the enlarged part of a slice
-FLAGS = ("recipe", "epochs", "seed", "gan", "gan_weight", "gan_start")  # in the result file
+FLAGS = ("recipe", "epochs", "seed", "gan", "gan_weight", "gan_start")  # recorded in <out>.json
 
 # ---------------------------------------------------------------- measurements
 
@@ -42,15 +43,15 @@ def measure_run(
     training_features: Tensor,
     device: torch.device,
 ) -> tuple[dict, Tensor]:
-    """Reconstruct and score slices by a run's best.pt.
+    """Reconstruct slices with a run's best.pt, and score the reconstructions.
 
     Args:
-        run: its folder.
-        originals: (N, 1, H, W), z-scored.
+        run: folder of the run.
+        originals: z-scored slices, (N, 1, H, W).
         cases: the case of each slice.
-        features: fitted to the training slices.
-        training_features: (M, F), of the training slices.
-        device: where to compute.
+        features: `Features` fitted to the training slices.
+        training_features: features of the training slices, (M, F).
+        device: the device to compute on.
 
     Returns:
         The run's row of the result file, and the reconstructions, (N, 1, H, W).
@@ -80,7 +81,7 @@ def measure_run(
 
 
 def score(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """Compute SCORE_NAMES and the power ratio in each octave: (N, 1, H, W) twice -> {name: (N,)}.
+    """Compute all scores and the power ratio in each octave: both (N, 1, H, W) -> {name: (N,)}.
 
     `power_octave_0` is the highest octave.
     """
@@ -98,7 +99,7 @@ def score(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
 
 
 def table(rows: list[dict]) -> str:
-    """Return a Markdown table with a row per run."""
+    """Return a Markdown table with one row per run."""
     heads = ["run", "bits per pixel"]
     heads += ["PSNR (dB)" if name == "psnr" else f"`{name}`" for name in SCORE_NAMES]
     heads += ["power, top octave", "2nd", "3rd"]
@@ -121,13 +122,13 @@ def plot(
     names: list[str],
     heading: str,
 ) -> None:
-    """Plot originals and each run's reconstructions, whole and enlarged, a row per slice.
+    """Plot originals and each run's reconstructions, whole and enlarged, with one row per slice.
 
     Args:
-        path: of the figure.
-        originals: (N, 1, H, W).
-        reconstructions: (run, (N, 1, H, W)) for each run.
-        names: of the N slices.
+        path: path of the figure.
+        originals: original slices, (N, 1, H, W).
+        reconstructions: (name, reconstructions (N, 1, H, W)) for each run.
+        names: names of the N slices.
         heading: title of the figure.
     """
     images, titles = [], []
@@ -157,7 +158,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folders of runs, each with a best.pt",
     )
-    flag("--data", metavar="DIR", help="folder of the data (default: that of the first run)")
+    flag("--data", metavar="DIR", help="folder of the data (default: as for the first run)")
     flag(
         "--split",
         choices=("validate", "test"),

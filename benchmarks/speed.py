@@ -2,12 +2,12 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py              # about ten minutes on two CPU cores
-    python benchmarks/speed.py --long       # more steps, batches up to 1,024: for a GPU
+    python benchmarks/speed.py --long       # more steps, batch sizes up to 1,024; for a GPU
 
-Every method trains a model of the document's size on the same z-scored slices, 16 per step. Each
-measurement runs in a process of its own, one after the other; training is measured in several
-rounds, and the result is the median. The result files are <out>.json and <out>.md. They are written
-after each part, with the results so far.
+Every method trains on the same z-scored slices, 16 per step. Except for "tuned", every model has
+the size of the document's model. Measurements run one after the other, each in its own process.
+Training is measured in several rounds, and the result is the median. The result files are
+<out>.json and <out>.md. They are updated after each group of measurements.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def run_all(
         args: the command's flags.
         on_gpu: whether the device is a GPU.
         folder: an empty folder for the data.
-        write: called with the results so far after each part.
+        write: called with the results so far after each group of measurements.
     """
     sample = folder / "phantom"
     phantom.write_phantom(sample)
-    epochs = 25 if args.long else 1  # of 8 steps
+    epochs = 25 if args.long else 1  # of 8 steps each
     batch_sizes = (16, 64, 256, 1024) if args.long else (16, 64)
     data_sets = {size: link_training_set(sample, folder, 8 * size) for size in batch_sizes}
     for data in data_sets.values():
-        load(data)  # into the cache
+        load(data)  # fills the cache
 
     result = {"training": measure_methods(args, on_gpu, data_sets[BATCH_SIZE], epochs)}
     result["bound"] = {
@@ -103,7 +103,7 @@ def run_all(
 def measure_methods(
     args: argparse.Namespace, on_gpu: bool, data: Path, epochs: int, rounds: int = 3
 ) -> dict[str, dict]:
-    """Measure the training of each method that makes sense on the device.
+    """Measure the training speed of each method that applies to the device.
 
     The methods take turns, so that a slow moment of the machine affects all of them.
     """
@@ -120,10 +120,10 @@ def measure(args: argparse.Namespace, name: str, data: Path, **options) -> dict:
     """Make a measurement in a new process.
 
     Args:
-        args: its `device` is used.
+        args: the command's flags, of which only `device` is used.
         name: a key of `speed_measurements.MEASUREMENTS`.
         data: folder of the data.
-        options: of the measurement.
+        options: keyword arguments of the measurement.
 
     Returns:
         The result, or {"failed": reason}.
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, name: str, data: Path, **options) -> dict:
 def medians(results: list[dict]) -> dict:
     """Return the median of each number over the rounds that did not fail.
 
-    `first_epoch` is the maximum instead, as later rounds find the compiled code in a cache.
+    `first_epoch` is the maximum instead, because later rounds find the compiled code in a cache.
     """
     successful = [result for result in results if "failed" not in result]
     if not successful:
@@ -155,7 +155,7 @@ def medians(results: list[dict]) -> dict:
 
 
 def link_training_set(data: Path, folder: Path, count: int) -> Path:
-    """Make a data set of `count` training slices in `folder`: hard links to the files of `data`."""
+    """Make a data set of `count` training slices in `folder`, hard links to files of `data`."""
     files = sorted((data / "keras_slices_train").glob("*.nii.gz"))
     train = folder / str(count) / "keras_slices_train"
     train.mkdir(parents=True)
@@ -202,7 +202,7 @@ def training_table(training: dict, bound: dict, device: torch.device) -> list[st
             continue
         speed = row["slices_per_second"]
         best = bound.get(precision_of(name, device), {}).get("slices_per_second")
-        # The bound is that of the document's model.
+        # The bound applies to the document's model only.
         fraction = f"{speed / best:.0%}" if best and "tuned" not in name else ""
         cells = [f"{speed:.1f}", f"{speed / typical:.2f}", fraction]
         cells += [f"{row['memory']:.2f}", f"{row['first_epoch']:.1f} s"]
@@ -213,9 +213,10 @@ def training_table(training: dict, bound: dict, device: torch.device) -> list[st
 def describe_bound(precision: str, row: dict) -> str:
     """Return a sentence about the bound."""
     return (
-        f"Bound in {precision}: {row['flops'] / 1e9:.0f} GFLOP per step at "
-        f"{row['matrix_rate'] / 1e12:.2f} TFLOP/s, or {row['bytes'] / 1e9:.2f} GB, unfused, at "
-        f"{row['bandwidth'] / 1e9:.0f} GB/s: {row['slices_per_second']:.0f} slices per second."
+        f"Bound in {precision}: {row['slices_per_second']:.0f} slices per second. It is the slower "
+        f"of {row['flops'] / 1e9:.0f} GFLOP per step at {row['matrix_rate'] / 1e12:.2f} TFLOP/s, "
+        f"and {row['bytes'] / 1e9:.2f} GB per step (without fusion) at "
+        f"{row['bandwidth'] / 1e9:.0f} GB/s."
     )
 
 
@@ -234,7 +235,7 @@ def others_table(others: dict) -> list[str]:
 
 
 def precision_of(name: str, device: torch.device) -> str:
-    """Return the precision in which a training method computes."""
+    """Return the precision that a training method uses."""
     if name in OTHER_IMPLEMENTATIONS or "float32" in name:
         return "float32"
     return utils.pick_precision("auto", device)
@@ -262,11 +263,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     flag = parser.add_argument
     flag("--device", default="auto", help="auto, cuda or cpu (default: auto)")
-    flag("--long", action="store_true", help="measure more steps, and batch sizes up to 1,024")
+    flag("--long", action="store_true", help="measure more steps, and also batch sizes up to 1,024")
     flag(
         "--out",
         type=Path,
-        help="result files, without suffix (default: benchmarks/results/speed_ and the device)",
+        help="result files, without suffix (default: benchmarks/results/speed_<device>)",
     )
     args = parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Make one measurement of speed.py, in a process of its own.
+"""Make one measurement for speed.py, in its own process.
 
     python benchmarks/speed_measurements.py '["first batch", "cpu", "sample_data", {}]'
 
@@ -76,11 +76,11 @@ def own_epochs(
 
     Args:
         slices: the training split.
-        device: where to train.
-        recipe, batch_size, flags: of train.py.
+        device: the device to train on.
+        recipe, batch_size, flags: flags of train.py.
         slices_on_device: whether to copy the slices into a GPU's memory, as train.py does.
         keep_memory: whether to call `utils.keep_freed_memory`, as train.py does.
-        channels_last: whether the model has train.py's memory layout.
+        channels_last: whether to use the channels-last memory layout, as train.py does.
     """
     if keep_memory:
         utils.keep_freed_memory()
@@ -98,13 +98,13 @@ def own_epochs(
 def measure_training(
     device: torch.device, data: Path, method: str, epochs: int, batch_size: int = BATCH_SIZE
 ) -> dict:
-    """Measure slices per second over several epochs, after a first one that compiles and caches.
+    """Measure slices per second over several epochs, after a first epoch that compiles and caches.
 
     Args:
-        device: where to train.
+        device: the device to train on.
         data: folder of the data.
         method: a key of OTHER_IMPLEMENTATIONS or OWN_OPTIONS.
-        epochs: their number.
+        epochs: number of epochs that are measured.
         batch_size: slices per step.
     """
     slices = load(data)
@@ -129,7 +129,10 @@ def measure_training(
 
 
 def measure_processes(device: torch.device, data: Path, count: int, epochs: int) -> dict:
-    """Measure slices per second of train.py's last epoch, with validation, by several processes."""
+    """Measure slices per second in the last epoch of train.py, with `count` processes.
+
+    The time includes validation. More than one process are started by torchrun.
+    """
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", count] if count > 1 else []
     threads = max(1, torch.get_num_threads() // count)
     with tempfile.TemporaryDirectory() as runs:
@@ -152,7 +155,7 @@ def measure_processes(device: torch.device, data: Path, count: int, epochs: int)
 
 
 def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> dict:
-    """Measure slices per second of evaluation by the document's model, eager and in float32."""
+    """Measure slices per second in evaluating the document's model, eagerly and in float32."""
     utils.keep_freed_memory()
     slices = load(data)
     model = VQVAE().to(device)
@@ -164,7 +167,7 @@ def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> di
 
 
 def measure_first_batch(device: torch.device, data: Path) -> dict:
-    """Measure seconds from the end of the imports to a first batch on the device.
+    """Measure the seconds from the end of the imports to the first batch on the device.
 
     The slices must be in the cache.
     """
@@ -178,14 +181,14 @@ def measure_first_batch(device: torch.device, data: Path) -> dict:
 
 
 def measure_cache(device: torch.device, data: Path, rounds: int) -> dict:
-    """Measure seconds to decode a split into a new cache, also relative to gzip inflation alone.
+    """Measure the time to decode a split into a new cache, and its ratio to gzip inflation alone.
 
-    Both use as many processes.
+    Both use the same number of processes.
     """
     source = hipmri.find_hipmri(data)
     files = source.splits["train"]
     for file in files:
-        file.read_bytes()  # so that the disk is not measured
+        file.read_bytes()  # into the page cache, so that the disk is not measured
     inflation_times, cache_times = [], []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -207,7 +210,7 @@ def measure_cache(device: torch.device, data: Path, rounds: int) -> dict:
 
 
 def inflated_size(file: Path) -> int:
-    """Return the number of bytes in a gzip file."""
+    """Return the decompressed size of a gzip file, in bytes."""
     return len(gzip.decompress(file.read_bytes()))
 
 
@@ -215,11 +218,12 @@ def inflated_size(file: Path) -> int:
 
 
 def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
-    """Measure how many slices per second the device could train at best.
+    """Measure an upper bound of the slices per second that the device could train.
 
-    The bound is the slower of two: a step's operations at the device's rate of matrix products,
-    and its bytes at the device's copy bandwidth. A multiply-add counts as two operations. Bytes are
-    those that each eager operation reads and writes; none is fused.
+    It is computed from the slower of two times: that of a step's operations at the device's rate of
+    matrix products, and that of its memory traffic at the device's copy bandwidth. A multiply-add
+    counts as two operations. The traffic is the number of bytes that all eager operations read and
+    write, without fusion.
     """
     matrix_rate = measure_matrix_rate(device, precision)
     bandwidth = measure_bandwidth(device)
@@ -243,7 +247,10 @@ def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
 
 
 def measure_matrix_rate(device: torch.device, precision: str) -> float:
-    """Return operations per second of a large matrix product, on a CPU also of a convolution."""
+    """Measure the operations per second of a large matrix product.
+
+    On a CPU, a convolution is also measured, and the larger value is returned.
+    """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
@@ -251,7 +258,7 @@ def measure_matrix_rate(device: torch.device, precision: str) -> float:
     rate = 2 * size**3 / seconds_of(lambda: a @ b, device)
     if device.type == "cuda":
         return rate
-    # On CPUs, another library may compute convolutions, and faster.
+    # On CPUs, convolutions may be computed by another, faster library.
     x = torch.randn(8, 256, 64, 64, dtype=dtype)
     weight = torch.randn(256, 256, 3, 3, dtype=dtype)
     operations = 2 * 9 * 256**2 * 8 * 64**2
@@ -259,7 +266,7 @@ def measure_matrix_rate(device: torch.device, precision: str) -> float:
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Return bytes read and written per second by a large copy."""
+    """Measure the bytes per second that a large copy reads and writes."""
     num_bytes = 1 << 30 if device.type == "cuda" else 1 << 27
     source = torch.randn(num_bytes // 4, device=device)
     target = torch.randn(num_bytes // 4, device=device)
@@ -267,7 +274,7 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 class Traffic(TorchDispatchMode):
-    """Count the bytes that operations read and write; views and allocations are free."""
+    """A counter of the bytes that operations read and write, except views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -287,7 +294,7 @@ class Traffic(TorchDispatchMode):
 
 
 def seconds_of(call: Callable, device: torch.device, rounds: int = 10) -> float:
-    """Return the median duration of a call, after two calls that warm up."""
+    """Return the median duration of a call in seconds, after two warm-up calls."""
     durations = []
     for _ in range(rounds + 2):
         synchronize(device)
@@ -302,7 +309,7 @@ def seconds_of(call: Callable, device: torch.device, rounds: int = 10) -> float:
 
 
 def load(data: Path) -> SliceDataset:
-    """Load the training split of a data set in one of HipMRI's forms."""
+    """Load the training split of a data set in one of HipMRI's layouts."""
     return dataset.load_split(hipmri.find_hipmri(data), "train", progress=False)
 
 
@@ -313,7 +320,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the largest memory use so far in GB: of the GPU, or else of this process."""
+    """Return the peak memory use so far in GB: of a CUDA GPU, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024

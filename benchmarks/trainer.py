@@ -1,4 +1,4 @@
-"""The training of train.py without run folder, validation and plots, to measure steps and epochs.
+"""The training loop of train.py without run folder, validation and plots, for measurements.
 
 trainer = Trainer(config, device)
 train.init_codebook(trainer.model, slices, config, device)
@@ -29,11 +29,11 @@ from training.totals import EpochTotals
 
 
 class Trainer:
-    """A VQ-VAE, its optimizer, and the steps of train.py's loop, in one process and without --gan.
+    """A VQ-VAE, its optimizer, and the training steps of train.py, for one process without --gan.
 
     Args:
-        config: of train.py.
-        device: where to train.
+        config: a configuration of train.py.
+        device: the device to train on.
         channels_last: memory layout of the model; train.py always uses channels-last.
     """
 
@@ -60,14 +60,15 @@ class Trainer:
 
     @property
     def is_compiled(self) -> bool:
-        """Return whether full batches go through a compiled function."""
+        """Whether full batches are processed by a compiled function."""
         return self._losses_of_full_batch is not self._eager_losses
 
     def step(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Augment a batch (B, 1, H, W) and update the model once.
 
         Returns:
-            The losses, (2,), and whether the gradients were finite, (). Neither waits for a GPU.
+            The losses, (2,), and whether the gradients were finite, (). Both are tensors on the
+            device, so that the call does not wait for a GPU.
         """
         is_full = len(images) == self.config.batch_size
         compute = self._losses_of_full_batch if is_full else self._eager_losses

@@ -1,7 +1,7 @@
-"""The variants of ablation.py, and the alternatives to parts of modules.py that were rejected.
+"""The variants of ablation.py, and rejected alternatives to parts of modules.py.
 
-A variant is a set of train.py's flags and, for some, replacements of classes or functions of
-modules.py. A model with replacements can only be loaded within `replace_in_modules`.
+A variant is a set of flags of train.py. Some variants also replace classes or functions of
+modules.py; their models can only be loaded within `replace_in_modules`.
 
 | class or function | replaces | source |
 |---|---|---|
@@ -49,8 +49,8 @@ from modules import (
 class FSQ(nn.Module):
     """Finite scalar quantisation (arXiv 2309.15505): 8 levels in each of 3 channels, 512 codes.
 
-    The codes are fixed. Encoder and decoder are those of the other variants: 1 x 1 convolutions
-    lead from their D channels to the 3 and back.
+    The codes are fixed. Encoder and decoder are the same as in the other variants; 1 x 1
+    convolutions map their D channels to 3 channels and back.
     """
 
     num_codebooks = 1
@@ -76,7 +76,7 @@ class FSQ(nn.Module):
 
     @staticmethod
     def round(z: Tensor) -> Tensor:
-        """Bound and round to -4..3; the gradient is that of the bounded values."""
+        """Bound the values and round them to -4..3; rounding is straight-through for gradients."""
         half_range = 3.5 * 1.001
         bounded = torch.tanh(z + math.tan(0.5 / half_range)) * half_range - 0.5
         return bounded + (bounded.round() - bounded).detach()
@@ -90,9 +90,9 @@ class FSQ(nn.Module):
 
 
 class RotationTrick(VectorQuantizer):
-    """Pass gradients to the encoder through the rotation of z to its embedding (arXiv 2410.06424).
+    """A quantiser that passes gradients through a rotation and scaling of z to its embedding.
 
-    The straight-through estimator, which this replaces, passes them unchanged.
+    See arXiv 2410.06424. The straight-through estimator, which it replaces, passes them unchanged.
     """
 
     def forward(self, z: Tensor) -> Quantized:
@@ -110,7 +110,7 @@ class RotationTrick(VectorQuantizer):
 
 
 class CosineCodes(VectorQuantizer):
-    """Quantise directions only: vectors are scaled to length sqrt(D) (arXiv 2110.04627)."""
+    """A quantiser of directions: vectors are scaled to length sqrt(D) (arXiv 2110.04627)."""
 
     def forward(self, z: Tensor) -> Quantized:
         return super().forward(self.scale_to_sphere(z))
@@ -119,15 +119,16 @@ class CosineCodes(VectorQuantizer):
         super().init_codebook(self.scale_to_sphere(vectors), *arguments, **options)
 
     def scale_to_sphere(self, vectors: Tensor) -> Tensor:
-        """Scale along axis 1 to length sqrt(D)."""
+        """Scale the vectors along axis 1 to length sqrt(D)."""
         return F.normalize(vectors.float(), dim=1) * math.sqrt(self.embedding_dim)
 
 
 class SimVQ(VectorQuantizer):
-    """Train a matrix that multiplies a fixed table of codes (arXiv 2411.02038).
+    """A quantiser whose codebook is a fixed table times a trained matrix (arXiv 2411.02038).
 
-    One gradient moves all codes. It needs codebook "gradient". The table is initialised from data,
-    as other codebooks are, and the matrix is the identity at first.
+    Each gradient step therefore moves all codes. The flag `--codebook gradient` is required. The
+    table is initialised from data, like other codebooks, and the matrix is initialised to the
+    identity.
     """
 
     class Product(nn.Module):
@@ -152,7 +153,7 @@ class SimVQ(VectorQuantizer):
     @torch.no_grad()
     def init_codebook(self, vectors: Tensor, *arguments, **options) -> None:
         product = self.embedding
-        # The k-means writes into the weight of an embedding.
+        # k-means writes the centres into `self.embedding.weight`.
         self.embedding = nn.Embedding(*product.table.shape, device=vectors.device)
         super().init_codebook(vectors, *arguments, **options)
         product.table.copy_(self.embedding.weight)
@@ -163,9 +164,9 @@ class SimVQ(VectorQuantizer):
 
 
 class SubPixelDecoder(Decoder):
-    """Upsample by 3 x 3 convolutions and pixel shuffles, not transposed convolutions.
+    """A decoder that upsamples with 3 x 3 convolutions and pixel shuffles (arXiv 1609.05158).
 
-    See arXiv 1609.05158.
+    The usual decoder upsamples with transposed convolutions.
     """
 
     def __init__(self, *arguments):
@@ -179,7 +180,7 @@ class SubPixelDecoder(Decoder):
 
 
 class NormalisedLayer(ResidualLayer):
-    """Residual layer with batch normalisation before its first activation."""
+    """A residual layer with batch normalisation before its first activation."""
 
     def __init__(self, channels: int, residual_channels: int):
         super().__init__(channels, residual_channels)
@@ -190,9 +191,9 @@ class NormalisedLayer(ResidualLayer):
 
 
 class CodeGridEncoder(Encoder):
-    """Encoder with its residual stack on the code grid, after the last convolution.
+    """An encoder with its residual stack on the code grid, after the last convolution.
 
-    A layer costs a quarter as much there, per channel.
+    There, a layer costs a quarter as much per channel as at twice the resolution.
     """
 
     def __init__(
@@ -211,7 +212,7 @@ class CodeGridEncoder(Encoder):
 
 
 class CodeGridDecoder(Decoder):
-    """Decoder with its residual stack on the code grid, before the first convolution."""
+    """A decoder with its residual stack on the code grid, before the first convolution."""
 
     def __init__(
         self,
@@ -227,9 +228,9 @@ class CodeGridDecoder(Decoder):
 
 
 def four_scales_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Return the weighted sum of `ssim_loss` at four scales: (B, 1, H, W) twice -> ().
+    """Return the weighted sum of `ssim_loss` at four scales: both (B, 1, H, W) -> ().
 
-    MS-SSIM is a product over scales; the gradient of a product has no bound.
+    MS-SSIM itself is a product over scales, whose gradient is unbounded.
     """
     total = 0
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
@@ -243,13 +244,13 @@ def four_scales_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
 
 
 class Variant(NamedTuple):
-    """Flags of train.py, and replacements of parts of modules.py."""
+    """Flags of train.py, and replacements for parts of modules.py."""
 
     flags: str  # of train.py
     replacements: Mapping[str, Callable] = MappingProxyType({})  # name in modules.py -> replacement
 
 
-# At equal bits per pixel, as tests/benchmarks/test_variants.py checks.
+# All variants have the same bits per pixel, which tests/benchmarks/test_variants.py checks.
 VARIANTS = {
     "document": Variant("--recipe document"),
     "document, uniform start": Variant("--recipe document --codebook-init uniform"),

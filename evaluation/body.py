@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def body_mask(images: Tensor) -> Tensor:
-    """Find the body in each slice: the largest bright component, with its holes filled.
+    """Return a mask of the body in each slice: the largest bright component, with holes filled.
 
-    Bright means above Otsu's threshold of log(1 + 50 x), which separates the body from air. On
-    plain intensities it would separate fat from muscle, and the largest component would be a strip
-    of fat.
+    A pixel x is bright if log(1 + 50 x) is above Otsu's threshold. The logarithm makes the
+    threshold separate the body from air. Without it, the threshold would separate fat from muscle,
+    and the largest component would be a strip of fat.
 
     Args:
         images: (B, 1, H, W) in [0, 1].
@@ -55,7 +55,7 @@ def _connected_components(mask: Tensor) -> Tensor:
 
 
 def _fill_holes(mask: Tensor) -> Tensor:
-    """Add to each mask all pixels that are not connected to the slice's border outside of it."""
+    """Fill each mask's holes: the pixels outside it that have no connection to the border."""
     border = torch.ones_like(mask)
     border[..., 1:-1, 1:-1] = False
     outside = _flood((border & ~mask).long(), ~mask)
@@ -63,11 +63,11 @@ def _fill_holes(mask: Tensor) -> Tensor:
 
 
 def _flood(labels: Tensor, mask: Tensor) -> Tensor:
-    """Give each 4-connected region of the mask the largest label in it.
+    """Assign to each 4-connected region of the mask the largest label inside it.
 
-    Sweeps along rows and columns, in both directions, carry labels through runs of the mask until
-    nothing changes. A sweep is a cumulative maximum. Adding 2^20 for each pixel outside the mask
-    stops labels there: after a gap, every pixel exceeds all labels before it.
+    Sweeps along rows and columns, in both directions, propagate labels inside the mask until
+    nothing changes. A sweep is a cumulative maximum. Each pixel is first raised by 2^20 times the
+    number of pixels outside the mask up to it, so that pixels after a gap exceed all before it.
 
     Args:
         labels: (B, 1, H, W) int64, below 2^20, 0 outside the mask.

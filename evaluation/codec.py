@@ -1,4 +1,4 @@
-"""Slices as codes, and back: in memory, and as .npz files.
+"""Encode slices as codes and decode them, in memory and as .npz files.
 
     scan = nifti.read_scan("scan.nii.gz")       # scan.planes: (N, rows, columns)
     coded = encode_planes(model, scan.planes)   # codes, and the mean and std of each slice
@@ -27,17 +27,17 @@ from mri.preprocessing import floor_std, is_constant
 from utils import DataError, first_line, write_bytes
 
 BATCH_SIZE = 16  # slices of up to 512 x 512
-CODES_FORMAT = 1  # of the .npz files
+CODES_FORMAT = 1  # version of the .npz files
 
 
 class Coded(NamedTuple):
-    """N slices as codes: all that `decode_planes` needs besides the model."""
+    """N slices as codes: everything that `decode_planes` needs besides the model."""
 
     codes: np.ndarray  # (N, h, w) or (N, h, w, num_codebooks), uint16, or uint32 if K > 65,536
     mean: np.ndarray  # (N,) float32, in the file's intensities
     std: np.ndarray  # (N,) float32; 0 for a constant slice, which has meaningless codes
     size: tuple[int, int]  # rows and columns of the slices
-    resized: bool = False  # before encoding; decoding then resizes back to `size`
+    resized: bool = False  # whether slices were resized; decoding then resizes to `size`
 
 
 @torch.no_grad()
@@ -47,9 +47,9 @@ def encode_planes(
     """Encode slices of any size, each z-scored by its own mean and std, as in training.
 
     Args:
-        model: in eval mode.
-        planes: (N, rows, columns); their edges are repeated up to a multiple of the stride.
-        resize_to: rows and columns to resize the slices to first.
+        model: the model, in eval mode.
+        planes: (N, rows, columns); padded to multiples of the stride by repeating their edges.
+        resize_to: (rows, columns) to resize the slices to before encoding (default: not resized).
     """
     device = next(model.parameters()).device
     mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
@@ -77,7 +77,7 @@ def encode_planes(
 
 @torch.no_grad()
 def decode_planes(model: VQVAE, coded: Coded) -> np.ndarray:
-    """Decode slices: (N, rows, columns) float32, in the file's intensities."""
+    """Decode slices to (N, rows, columns) float32, in the file's intensities."""
     device = next(model.parameters()).device
     rows, columns = coded.size
     planes = []
@@ -92,7 +92,7 @@ def decode_planes(model: VQVAE, coded: Coded) -> np.ndarray:
 
 
 def split_batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
-    """Split the indices of `count` slices into batches of at most 16, fewer above 512 x 512."""
+    """Split slice indices into batches of at most 16 slices, fewer if above 512 x 512 pixels."""
     batch_size = max(1, BATCH_SIZE * 512**2 // max(512**2, size[0] * size[1]))
     return np.array_split(np.arange(count), -(-count // batch_size))
 
@@ -101,7 +101,7 @@ def split_batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
 
 
 def fingerprint(model: VQVAE) -> str:
-    """Return a hash of all weights; codes can only be decoded by the model that made them."""
+    """Return a hash of all weights, because only the model that made codes can decode them."""
     content = hashlib.sha256()
     for tensor in model.state_dict().values():
         content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -109,10 +109,10 @@ def fingerprint(model: VQVAE) -> str:
 
 
 def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int:
-    """Write codes as .npz and return the number of bytes.
+    """Write codes as an .npz file and return its size in bytes.
 
-    Besides codes, means and stds, the file holds the geometry and the model's fingerprint, and
-    nothing else of the original's header.
+    Besides codes, means and stds, the file contains the scan's geometry and data type, and the
+    model's fingerprint. Nothing else of the original's header is written.
     """
     orientation = scan.cut.orientation
     content = io.BytesIO()
@@ -136,15 +136,15 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
 
 
 def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
-    """Read a file of `write_codes`.
+    """Read a file that `write_codes` wrote.
 
     Returns:
         The codes, and a scan with the original's geometry but without planes.
 
     Raises:
-        DataError: if the file is damaged, or of another format or model.
+        DataError: if the file is damaged, has another format, or was made by another model.
     """
-    not_codes = f"{path} is not an .npz file of --export-codes"
+    not_codes = f"{path} is not an .npz file from --export-codes"
     content = _load_arrays(path, not_codes)
     if content.get("format") is None:
         raise DataError(not_codes)
@@ -154,8 +154,8 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     try:
         if str(content["model"]) != fingerprint(model):
             raise DataError(
-                f"{path} is of the model {content['model']}, and this model is "
-                f"{fingerprint(model)}; name the run that made it with --run"
+                f"{path} was made by model {content['model']}; this model is "
+                f"{fingerprint(model)}. Name the run that made the file with --run"
             )
         rows, columns = map(int, content["size"])
         coded = Coded(
@@ -178,7 +178,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{not_codes} ({error})") from error
     if not (_has_valid_codes(coded, model) and _has_valid_geometry(scan, coded)):
-        raise DataError(f"{path} is damaged: its parts do not fit together; export it again")
+        raise DataError(f"{path} is damaged: its arrays are inconsistent; export it again")
     return coded, scan
 
 
@@ -186,7 +186,7 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz file.
 
     Raises:
-        DataError: with the message if it cannot be read, or if it is too large to be read.
+        DataError: if the file cannot be read (with `message`), or is too large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -196,11 +196,11 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
                 return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:  # zipfile and numpy raise many types for damaged files
         raise DataError(f"{message} ({first_line(error)})") from error
-    raise DataError(f"{path} unpacks to {size:,} bytes, more than any file of --export-codes")
+    raise DataError(f"{path} unpacks to {size:,} bytes, more than any file from --export-codes")
 
 
 def _has_valid_codes(coded: Coded, model: VQVAE) -> bool:
-    """Return whether the arrays fit each other and the model."""
+    """Return whether the arrays are consistent with each other and with the model."""
     codes = coded.codes
     quantizer = model.vector_quantization
     if codes.dtype not in (np.uint16, np.uint32) or codes.ndim < 3 or codes.size == 0:
@@ -218,7 +218,7 @@ def _has_valid_codes(coded: Coded, model: VQVAE) -> bool:
 
 
 def _has_valid_geometry(scan: nifti.Scan, coded: Coded) -> bool:
-    """Return whether `scan.to_bytes` can write the decoded slices."""
+    """Return whether the geometry is valid and fits the slices, as `scan.to_bytes` requires."""
     num_pixels = len(coded.codes) * math.prod(coded.size)
     if num_pixels != math.prod(scan.shape) or not 0 < num_pixels <= nifti.MAX_VOXELS:
         return False

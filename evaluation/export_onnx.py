@@ -1,11 +1,11 @@
 """Export a model's encoder and decoder to ONNX, for use in other programs.
 
-    python -m evaluation.export_onnx -o out               # of the newest run
+    python -m evaluation.export_onnx -o out               # model of the newest run
     python -m evaluation.export_onnx --run runs/x -o out
 
-Writes encoder.onnx, z-scored `images` (B, 1, H, W) float32 -> `codes` (B, h, w) int64, and
-decoder.onnx, the reverse. B, h and w are free; H and W are multiples of the model's stride. Needs
-the packages onnx and onnxscript.
+encoder.onnx maps z-scored `images`, (B, 1, H, W) float32, to `codes`, (B, h, w) int64.
+decoder.onnx maps `codes` to `images`. B, h and w may have any size; H and W must be multiples of
+the model's stride. The packages onnx and onnxscript are required.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
     """Write encoder.onnx and decoder.onnx to the folder `out`.
 
     Args:
-        run, runs_dir: the run with the model, see `reconstruct.find_run`.
+        run, runs_dir: the run with the model (see `reconstruct.find_run`).
         out: the folder to write to.
 
     Raises:
@@ -60,7 +60,7 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     height = torch.export.Dim("h", min=1)
     width = torch.export.Dim("w", min=1)
-    images = torch.zeros(2, 1, 16 * model.stride, 8 * model.stride)  # an example
+    images = torch.zeros(2, 1, 16 * model.stride, 8 * model.stride)  # example input for tracing
     image_sizes = {0: batch, 2: model.stride * height, 3: model.stride * width}
     code_sizes = {0: batch, 1: height, 2: width}
     _export_module(_Encoder(model), images, image_sizes, "images", "codes", out / "encoder.onnx")
@@ -72,7 +72,7 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
 def _export_module(
     module: nn.Module, example: Tensor, sizes: dict, input_name: str, output_name: str, path: Path
 ) -> None:
-    """Write a module with one input and one output; sizes: {dimension: its free size}."""
+    """Export a module with one input and one output; sizes: {dimension: symbolic size}."""
     try:
         program = torch.onnx.export(
             module.eval(),
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--run", metavar="DIR", help="folder of the run (default: the newest in --runs-dir)"
+        "--run", metavar="DIR", help="folder of the run (default: the newest run in --runs-dir)"
     )
     parser.add_argument(
         "--runs-dir", metavar="DIR", default="runs", help="folder of all runs (default: runs)"

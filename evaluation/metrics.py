@@ -1,6 +1,6 @@
-"""Scores of reconstructions: SSIM in four conventions, PSNR, scores per organ, and code usage.
+"""Scores of reconstructions: four SSIM variants, PSNR, scores per organ, and codebook usage.
 
-Published SSIM values differ more by convention than by model. Each name here is one convention:
+Published SSIM values differ more by convention than by model. Each name stands for one convention:
 
     name          how the two images are scaled                       SSIM window
     ------------  --------------------------------------------------  ----------------------------
@@ -13,10 +13,10 @@ Published SSIM values differ more by convention than by model. Each name here is
                   percentiles, and clipped
     psnr          as ssim                                             none; in dB, at most 100
 
-- The reconstruction is scaled by the original's numbers, never by its own.
-- SSIM is that of Wang et al. 2004 with K1 = 0.01, K2 = 0.03 and data range 1, for all four names.
-- A slice's SSIM is the mean over the windows that are wholly inside the slice; for `ssim_body`,
-  over those centred in the body (`body_mask`).
+- The reconstruction is scaled by statistics of the original, never by its own.
+- All four variants use SSIM by Wang et al. 2004 with K1 = 0.01, K2 = 0.03 and data range 1.
+- A slice's SSIM is the mean over the windows that are completely inside the slice. `ssim_body`
+  averages only the windows that are centred in the body (`body_mask`).
 - A split's score is the mean over its slices, reported with the mean of each case. Constant slices
   have no score. `ssim` selects the best checkpoint.
 """
@@ -51,7 +51,7 @@ def slice_scores(
     Args:
         originals: (B, 1, H, W), in any unit, H and W at least 11.
         reconstructions: the same shape and unit.
-        names: scores to compute, of SCORE_NAMES.
+        names: the scores to compute, from SCORE_NAMES.
 
     Returns:
         {name: (B,)}.
@@ -76,58 +76,61 @@ def slice_scores(
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim`: (B, 1, H, W) twice -> (B,)."""
+    """Compute `ssim`: both (B, 1, H, W) -> (B,).
+
+    `modules.ssim_loss` is the differentiable version, which does not clip the reconstructions.
+    """
     originals, reconstructions = _scale_to_range(originals, reconstructions)
-    return ssim_map(reconstructions, originals).mean((1, 2, 3))
+    return ssim_map(originals, reconstructions).mean((1, 2, 3))
 
 
 def ssim_zscore(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim_zscore`: (B, 1, H, W) twice -> (B,)."""
+    """Compute `ssim_zscore`: both (B, 1, H, W) -> (B,)."""
     pixels = originals.flatten(1)
     mean = pixels.mean(1).view(-1, 1, 1, 1)
     std = pixels.std(1, correction=0).view(-1, 1, 1, 1).clamp_min(1e-12)
-    return ssim_map((reconstructions - mean) / std, (originals - mean) / std).mean((1, 2, 3))
+    return ssim_map((originals - mean) / std, (reconstructions - mean) / std).mean((1, 2, 3))
 
 
 def ssim_uniform(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim_uniform`: (B, 1, H, W) twice -> (B,)."""
+    """Compute `ssim_uniform`: both (B, 1, H, W) -> (B,)."""
     originals, reconstructions = _scale_to_range(originals, reconstructions)
-    return ssim_map(reconstructions, originals, kernel_size=7, gaussian=False).mean((1, 2, 3))
+    return ssim_map(originals, reconstructions, kernel_size=7, gaussian=False).mean((1, 2, 3))
 
 
 def ssim_body(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim_body`: (B, 1, H, W) twice -> (B,).
+    """Compute `ssim_body`: both (B, 1, H, W) -> (B,).
 
-    Unlike `ssim`, it does not depend on single very bright voxels, which darken all other pixels
-    of both images and so make them more similar, or on the air around the body.
+    Unlike `ssim`, it depends neither on the air around the body nor on single very bright voxels.
+    Such voxels darken all other pixels of both images, which makes the images more similar.
     """
     percentiles = torch.tensor([0.005, 0.995], device=originals.device)
     low, high = torch.quantile(originals.flatten(1), percentiles, dim=1)  # (B,) each
     originals = rescale(originals, low, high)
-    similarity = ssim_map(rescale(reconstructions, low, high), originals)
+    similarity = ssim_map(originals, rescale(reconstructions, low, high))
     mask = body_mask(originals.cpu()).to(similarity.device)
     mask = _crop_centre(mask, *similarity.shape[-2:])
     return (similarity * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `psnr` in dB: (B, 1, H, W) twice -> (B,)."""
+    """Compute `psnr` in dB: both (B, 1, H, W) -> (B,)."""
     originals, reconstructions = _scale_to_range(originals, reconstructions)
     return _decibels((reconstructions - originals).square().mean((1, 2, 3)))
 
 
 def ssim_map(
-    reconstructions: Tensor, originals: Tensor, kernel_size: int = 11, gaussian: bool = True
+    originals: Tensor, reconstructions: Tensor, kernel_size: int = 11, gaussian: bool = True
 ) -> Tensor:
-    """Compute SSIM (Wang et al. 2004) for each window that is wholly inside the slice.
+    """Compute SSIM (Wang et al. 2004) for each window that is completely inside the slice.
 
-    The mean that torchmetrics returns includes windows over a reflected border, in some versions;
-    scikit-image's does not.
+    scikit-image averages over the same windows. Some versions of torchmetrics also average over
+    windows that extend into a reflected border.
 
     Args:
-        reconstructions, originals: (B, 1, H, W), of data range 1.
+        originals, reconstructions: both (B, 1, H, W), with a data range of 1.
         kernel_size: side of the window in pixels.
-        gaussian: Gaussian window of sigma 1.5, else a uniform one.
+        gaussian: use a Gaussian window with sigma 1.5, otherwise a uniform window.
 
     Returns:
         (B, 1, H - kernel_size + 1, W - kernel_size + 1).
@@ -147,12 +150,13 @@ def ssim_map(
 
 
 def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> Tensor:
-    """Compute the power of each reconstruction relative to its original, in an octave of frequency.
+    """Compute the power of each reconstruction relative to its original in one frequency octave.
 
-    A ratio of 1 means as sharp as the original. A Hann window suppresses the slice's edges.
+    A ratio of 1 means that the reconstruction is as sharp as the original. A Hann window suppresses
+    the slice's edges.
 
     Args:
-        originals, reconstructions: (B, 1, H, W), z-scored.
+        originals, reconstructions: both (B, 1, H, W), z-scored.
         octave: 0 for radial frequencies from half the Nyquist frequency up to it, 1 for the octave
             below, and so on.
 
@@ -176,14 +180,14 @@ def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> 
 
 
 def rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Scale (B, 1, H, W) so that low (B,) becomes 0 and high (B,) becomes 1, and clip to [0, 1]."""
+    """Scale images (B, 1, H, W) from the range low (B,) to high (B,) to [0, 1], and clip them."""
     low = low.view(-1, 1, 1, 1)
     high = high.view(-1, 1, 1, 1)
     return ((images - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
 
 def _scale_to_range(originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both, scaled to [0, 1] by the originals' minimum and maximum, and clipped."""
+    """Scale both to [0, 1] by the minimum and maximum of the originals, and clip them."""
     pixels = originals.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)
     return rescale(originals, low, high), rescale(reconstructions, low, high)
@@ -207,17 +211,17 @@ def _decibels(squared_error: Tensor) -> Tensor:
 def organ_scores(
     originals: Tensor, reconstructions: Tensor, labels: Tensor
 ) -> dict[str, dict[str, Tensor]]:
-    """Score each reconstruction inside each organ of ORGANS, without the background.
+    """Score each reconstruction inside each organ, which are ORGANS without the background.
 
     Args:
-        originals, reconstructions: (B, 1, H, W), in the same unit.
+        originals, reconstructions: both (B, 1, H, W), in the same unit.
         labels: (B, H, W), indices of ORGANS.
 
     Returns:
-        {organ: {score: (B,)}}, NaN for slices with fewer than 20 pixels of the organ. `psnr` and
-        `ssim` are means over the organ's pixels of the squared error and the SSIM map of the scores
-        with the same names. `bias` is the mean of reconstruction minus original, in standard
-        deviations of the original slice.
+        {organ: {score: (B,)}}, NaN for slices with fewer than 20 pixels of the organ. `ssim` and
+        `psnr` scale images as the scores of the same names do. `ssim` averages the SSIM map over
+        the organ's pixels, and `psnr` uses the mean squared error over them. `bias` is the mean of
+        reconstruction minus original, in standard deviations of the original slice.
     """
     originals = originals.float()
     reconstructions = reconstructions.float()
@@ -226,7 +230,7 @@ def organ_scores(
     bias = (reconstructions - originals) / std
     originals, reconstructions = _scale_to_range(originals, reconstructions)
     squared_error = (reconstructions - originals).square()
-    similarity = ssim_map(reconstructions, originals)
+    similarity = ssim_map(originals, reconstructions)
     scores = {}
     for label, organ in enumerate(ORGANS[1:], start=1):
         mask = labels == label
@@ -255,7 +259,7 @@ class Evaluation(NamedTuple):
     """Results of a model on a split of N slices."""
 
     scores: dict[str, Tensor]  # {name: (N,)}, NaN for constant slices
-    counts: Tensor  # (num_codebooks K,) int64, how often each code is used
+    counts: Tensor  # (num_codebooks * K,) int64, how often each code is used
     loss: float  # mean of the training loss over the slices
 
 
@@ -270,16 +274,16 @@ def evaluate(
 ) -> Evaluation:
     """Reconstruct and score a whole split.
 
-    Several processes share the slices, and each returns the results of all. The results depend
-    neither on the batch size nor on the number of processes.
+    Data-parallel processes share the slices, and each returns the results of all slices. The
+    results depend neither on the batch size nor on the number of processes.
 
     Args:
         model: a VQVAE, on the device; put into eval mode for the duration of the call.
-        data: a `dataset.SliceDataset`, or any object with its length, `batches` and `constant`.
+        data: a `dataset.SliceDataset`, or any object with a length, `batches` and `constant`.
         batch_size: slices per batch.
-        device: where to compute.
-        names: scores to compute, of SCORE_NAMES.
-        progress: wraps the batches, for instance in a progress bar.
+        device: the device to compute on.
+        names: the scores to compute, from SCORE_NAMES.
+        progress: function that wraps the batches, for instance in a progress bar.
     """
     was_training = model.training
     model.eval()
@@ -303,7 +307,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_organs(model: nn.Module, data, batch_size: int) -> dict[str, dict]:
-    """Score a split inside each organ, if there are segmentations next to its slices.
+    """Reconstruct a split and score it inside each organ, if its slices have segmentations.
 
     Args:
         model: a VQVAE in eval mode.
@@ -311,8 +315,9 @@ def evaluate_organs(model: nn.Module, data, batch_size: int) -> dict[str, dict]:
         batch_size: slices per batch.
 
     Returns:
-        {organ: {score: result of `mean_by_case`, "slices": their number}} for each organ that at
-        least one slice shows; {} without segmentations. A score's mean is None if no slice has it.
+        {organ: {score: result of `mean_by_case`, "slices": number of scored slices}}, for organs
+        with at least one scored slice; {} without segmentations. A mean is None if no slice has the
+        score.
     """
     labels = data.labels()
     if labels is None:
@@ -334,7 +339,7 @@ def evaluate_organs(model: nn.Module, data, batch_size: int) -> dict[str, dict]:
             continue
         results[organ] = {}
         for name, organ_values in values.items():
-            # At the slice's edge, an organ has a PSNR but may have no window of SSIM.
+            # At the slice's edge, an organ has a PSNR, but may contain no SSIM window's centre.
             has_score = ~np.isnan(organ_values)
             scored_cases = cases[has_score].tolist()
             results[organ][name] = mean_by_case(organ_values[has_score], scored_cases)
@@ -370,7 +375,7 @@ def bootstrap_interval(values: list[float]) -> tuple[float, float]:
 
 
 def code_usage(counts: Tensor) -> tuple[int, float]:
-    """Return the number of codes used, and their perplexity exp(entropy).
+    """Return the number of codes used, and the perplexity of all codes, exp(entropy).
 
     Args:
         counts: (K,), how often each code is used in a whole split.

@@ -1,8 +1,8 @@
 """Figures of slices, codes and runs, written as PNG files.
 
-Slices have rows left-right and columns inferior-superior, as in HipMRI. They are shown with
-superior up and, if the voxel spacing is known, in true proportions. A slice and its reconstruction
-share one grey window, from the original's 0.5 to its 99.5 percentile.
+In a slice, the row index runs left-right and the column index inferior-superior, as in HipMRI.
+Figures show superior at the top and, if the voxel spacing is known, true proportions. A slice and
+its reconstruction share one grey window, from the 0.5 to the 99.5 percentile of the original.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from utils import write_atomically
 
-matplotlib.use("Agg")  # files only: works without a screen
+matplotlib.use("Agg")  # writes files only, so no display is needed
 import matplotlib.pyplot as plt
 
 MAX_COLUMNS = 8  # of slices in one figure
@@ -30,7 +30,7 @@ MAX_COLUMNS = 8  # of slices in one figure
 def spread_indices(count: int, number: int = 4) -> Tensor:
     """Return at most `number` indices, evenly spaced in range(count), without repetition.
 
-    They keep clear of both ends: the first and last slices of a volume show little.
+    Both ends are avoided, as the first and last slices of a volume show little.
     """
     positions = torch.linspace(0, count - 1, number + 2)[1:-1]
     return positions.round().long().unique()
@@ -44,11 +44,11 @@ def plot_reconstructions(
     heading: str,
     spacing: Sequence[float] | None = None,
 ) -> None:
-    """Plot original, reconstruction and signed error below each other, one column per slice.
+    """Plot original, reconstruction and signed error in three rows, with one column per slice.
 
     Args:
         path: the file to write.
-        originals, reconstructions: (B, 1, H, W), z-scored, B at most 8.
+        originals, reconstructions: both (B, 1, H, W), z-scored, B at most 8.
         titles: title of each slice.
         heading: title of the figure.
         spacing: mm between rows and between columns; None for square pixels.
@@ -96,7 +96,7 @@ def plot_slices(
         titles: title of each slice.
         heading: title of the figure.
         columns: slices per row.
-        crop: rows and columns of a part that is shown enlarged, to the right of each slice.
+        crop: rows and columns of a crop that is shown enlarged, to the right of each slice.
         spacing: mm between rows and between columns; None for square pixels.
     """
     panels = []
@@ -126,7 +126,7 @@ def _upright(image: Tensor) -> np.ndarray:
 
 
 def _grey_window(original: Tensor) -> dict:
-    """Return the options of `imshow` for a slice and its reconstruction."""
+    """Return the `imshow` options that a slice and its reconstruction share."""
     low, high = np.quantile(original.float().cpu().numpy(), (0.005, 0.995)).tolist()
     return {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
 
@@ -139,7 +139,7 @@ def _panel_size(
     Args:
         images: (..., H, W).
         spacing: mm between rows and between columns; None for square pixels.
-        width: inches; slices that are tall on the page get less.
+        width: width in inches; panels of slices that are tall on the page are narrower.
 
     Returns:
         Width and height in inches, and the height of a pixel relative to its width.
@@ -211,7 +211,7 @@ def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str
     )
     for axis, (name, values) in zip(axes[0], scores.items(), strict=True):
         values = values[np.isfinite(values)]
-        limits = (values.min() - 1e-3, values.max() + 1e-3)  # not empty if all scores are equal
+        limits = (values.min() - 1e-3, values.max() + 1e-3)  # a range even if all scores are equal
         axis.hist(values, bins=min(40, max(5, len(values) // 3)), range=limits, color="0.4")
         axis.axvline(values.mean(), color="C3", label=f"mean {values.mean():.3f}")
         axis.set(xlabel=name)
@@ -230,7 +230,7 @@ def plot_code_usage(path: Path, counts: Tensor, heading: str) -> None:
     percentages = frequencies.sort(descending=True).values.numpy() * 100
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     axis.bar(np.arange(1, len(percentages) + 1), percentages, width=1.0, color="0.3")
-    axis.axhline(100 / len(percentages), color="C3", linewidth=1, label="equal use of all codes")
+    axis.axhline(100 / len(percentages), color="C3", linewidth=1, label="uniform usage")
     axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
     axis.legend()
     figure.suptitle(escape_dollars(heading), fontsize=10)
@@ -246,13 +246,13 @@ def plot_code_map(
     title: str,
     spacing: Sequence[float] | None = None,
 ) -> None:
-    """Plot a slice, the image of its codes, and its reconstruction.
+    """Plot a slice, its codes as colours, and its reconstruction.
 
     Args:
         path: the file to write.
-        original, reconstruction: (1, H, W).
+        original, reconstruction: both (1, H, W).
         indices: (h, w), the codes.
-        colours: (K, 3) in [0, 1], see `code_colours`.
+        colours: (K, 3) in [0, 1] (see `code_colours`).
         title: title of the figure.
         spacing: mm between rows and between columns; None for square pixels.
     """
@@ -276,8 +276,8 @@ def plot_code_map(
 def code_colours(embeddings: Tensor) -> Tensor:
     """Return a colour for each code, so that similar embeddings have similar colours.
 
-    Red, green and blue are the ranks along the three main directions of the embeddings; ranks
-    spread the colours evenly.
+    Red, green and blue are the ranks of the embeddings along their first three principal
+    components. Ranks spread the colours evenly.
 
     Args:
         embeddings: (K, D).
@@ -296,7 +296,7 @@ def code_colours(embeddings: Tensor) -> Tensor:
 
 
 def escape_dollars(text: str) -> str:
-    """Keep matplotlib from reading text between dollar signs, as in file names, as a formula."""
+    """Escape dollar signs, as in file names, which matplotlib would read as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -304,9 +304,9 @@ def fit_title(text: str, inches: float, points: float) -> str:
     """Shorten each line of a title to the available width, with an ellipsis in the middle.
 
     Args:
-        text: the title, with file names as they are.
-        inches: available width.
-        points: font size; a character is about 0.6 times as wide.
+        text: the title; dollar signs in it are escaped.
+        inches: available width in inches.
+        points: font size in points; a character is about 0.6 times as wide.
     """
     limit = max(8, int(inches * 72 / (0.6 * points)))  # characters
     lines = []
@@ -319,7 +319,7 @@ def fit_title(text: str, inches: float, points: float) -> str:
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a figure atomically, in the format of the path's suffix, and close it."""
+    """Write a figure atomically, in the format that the path's suffix names, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file_format = path.suffix[1:]
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=file_format, dpi=110))

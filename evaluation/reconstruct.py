@@ -1,8 +1,8 @@
 """Reconstruct the user's own files: slices and volumes, at their own size.
 
-`predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, OUT receives a NIfTI file with
-the same shape, affine and data type, a picture, and a row of scores.csv; on request also the error
-as NIfTI, and the codes as .npz.
+`predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, it writes to OUT a NIfTI file
+with the same shape and affine, a figure, and a row in scores.csv. On request, it also writes the
+absolute error as NIfTI and the codes as .npz.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from training.run_folder import newest_run, training_files
 from utils import DataError, UserError
 
 PELVIS_MODEL = Path(__file__).parents[1] / "resources" / "pelvis.pt"
-MIN_SIDE = 11  # of a slice, to have scores: the window of SSIM
-MAX_PRINTED = 20  # files in the printed table
+MIN_SIDE = 11  # slices with a smaller side have no scores: the SSIM window is 11 x 11
+MAX_PRINTED = 20  # number of files in the printed table
 
 
 def reconstruct_files(
@@ -55,16 +55,17 @@ def reconstruct_files(
     Args:
         paths: files, or folders of files.
         out: the folder to write to.
-        run, runs_dir: the run with the model, see `find_run`.
-        device: where to compute.
-        axis: axis that volumes are cut along, see `nifti.read_scan`; None for that of the run.
-        resize: bring slices to the size of the training slices, and back.
-        error_map: also write the absolute error, as NIfTI.
-        export_codes: also write the codes, as .npz.
-        from_codes: the files are .npz files of `export_codes`; write their reconstructions.
+        run, runs_dir: the run with the model (see `find_run`).
+        device: the device to compute on.
+        axis: axis along which volumes are cut (see `nifti.read_scan`); None for that of the run.
+        resize: resize slices to the size of the training slices, and reconstructions back.
+        error_map: also write the absolute error as NIfTI.
+        export_codes: also write the codes as .npz.
+        from_codes: decode `paths`, which are .npz files from `export_codes`.
 
     Raises:
-        UserError: if a path does not exist, or, after all others are done, if files cannot be used.
+        UserError: if a path does not exist, or if files cannot be used. In the second case, all
+            other files are reconstructed first.
     """
     inputs = find_files(paths, out, "npz" if from_codes else "nifti")
     names = output_names(inputs)
@@ -96,7 +97,7 @@ def reconstruct_files(
     if rows:
         _write_scores(out / "scores.csv", rows)
         _print_scores(rows)
-    print(f"{len(inputs) - len(errors)} of {len(inputs)} files done, in {out}")
+    print(f"{len(inputs) - len(errors)} of {len(inputs)} files reconstructed, results in {out}")
     if errors:
         listing = "\n  ".join(errors)
         raise UserError(f"{len(errors)} of {len(inputs)} files cannot be used:\n  {listing}")
@@ -118,7 +119,7 @@ def load_run_model(run: Path | None, device: torch.device) -> tuple[VQVAE, dict]
 
     Returns:
         The model, and a description of its training slices: "size" (rows, columns), "spacing" (mm
-        between rows and between columns, or None) and "axis" (that volumes were cut along).
+        between rows and between columns, or None) and "axis" (along which volumes were cut).
     """
     path = run / "best.pt" if run else PELVIS_MODEL
     model = load_model(VQVAE, path, device)
@@ -131,9 +132,10 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
     """List the files to read, in the order of `paths`.
 
     Args:
-        paths: files of any name, and folders, searched at any depth for files of `file_type`.
+        paths: files and folders. A file may have any name. Folders are searched recursively for
+            files of `file_type`, without segmentations and outputs of predict.py.
         out: the output folder; files in it are skipped, unless it is one of `paths` itself.
-        file_type: "nifti" (segmentations and reconstructions are skipped in folders) or "npz".
+        file_type: "nifti" or "npz".
 
     Raises:
         UserError: if a path does not exist, or no file is found.
@@ -150,16 +152,16 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
         elif path.exists():
             found.append(path)
         else:
-            raise UserError(f"there is no {path}; expected a file or a folder of files")
+            raise UserError(f"{path} does not exist; expected a file or a folder of files")
     if not found:
         endings = {"nifti": ".nii or .nii.gz", "npz": ".npz"}
         folders = ", ".join(map(str, paths))
-        raise UserError(f"no {endings[file_type]} file in {folders}; name one, or its folder")
+        raise UserError(f"no {endings[file_type]} file in {folders}; name a file, or its folder")
     return found
 
 
 def output_names(inputs: list[Path]) -> list[str]:
-    """Return a unique name for the outputs of each file: its own, with a number if it is taken."""
+    """Return a unique output name for each file: its own name, numbered if already taken."""
     names: dict[str, Path] = {}
     for file in inputs:
         stem = files.parse_name(file.name).stem.removesuffix(".npz").removesuffix("_codes")
@@ -189,12 +191,12 @@ def reconstruct_file(
     """Reconstruct a file, write the results, and return its row of scores.csv.
 
     Args:
-        model: in eval mode.
-        file: a NIfTI file; scores per organ are added if there is a segmentation next to it.
+        model: the model, in eval mode.
+        file: a NIfTI file; scores per organ are added if `files.find_segmentation` finds labels.
         target: path of the outputs, to which endings such as "_reconstruction.nii.gz" are added.
-        axis: axis that a volume is cut along, see `nifti.read_scan`.
-        resize_to: rows and columns to resize the slices to before encoding.
-        model_spacing: voxel spacing of the training slices in mm, to warn of large differences.
+        axis: axis along which a volume is cut (see `nifti.read_scan`).
+        resize_to: (rows, columns) to resize the slices to before encoding; None: not resized.
+        model_spacing: pixel spacing of the training slices in mm, to warn of large differences.
         error_map, export_codes: see `reconstruct_files`.
 
     Raises:
@@ -222,7 +224,7 @@ def reconstruct_file(
         heading = f"{target.name}, {model.bits_per_pixel:.4f} bits per pixel"
         _plot(_output(target, ".png"), scan, planes, coded, empty, scores["ssim"], heading)
 
-    # Two float32 per slice are its mean and std.
+    # 64 bits per slice: its mean and std, two float32.
     bits_per_code = math.log2(model.vector_quantization.num_embeddings)
     bits = coded.codes.size * bits_per_code + 64 * len(planes)
     row = {
@@ -244,7 +246,7 @@ def reconstruct_file(
 
 
 def decode_file(model: VQVAE, file: Path, path: Path) -> None:
-    """Write the reconstruction, as NIfTI, of an .npz file with codes; raises DataError."""
+    """Decode an .npz file of codes and write the slices as NIfTI; raise DataError if it is bad."""
     coded, scan = read_codes(file, model)
     utils.write_bytes(path, scan.to_bytes(decode_planes(model, coded)))
 
@@ -257,18 +259,18 @@ def _describe_membership(file: Path, trained_on: set[Path] | None) -> str:
 
 
 def _output(target: Path, ending: str) -> Path:
-    return target.with_name(target.name + ending)  # names may contain dots
+    return target.with_name(target.name + ending)  # `with_suffix` fails if names contain dots
 
 
 def _error_bytes(scan: nifti.Scan, planes: np.ndarray) -> bytes:
-    """Return the absolute error as NIfTI; of integer files as int16, which is much smaller."""
+    """Return the absolute error as NIfTI; for integer files, as int16, which is much smaller."""
     error = np.abs(planes - scan.planes)
     is_integer = scan.dtype.kind in "iu" and error.max() < 32767
     return scan.to_bytes(error, np.dtype("i2" if is_integer else "f4"))
 
 
 def _warn_of_spacing(file: Path, scan: nifti.Scan, model_spacing: Sequence[float] | None) -> None:
-    """Print a warning if voxels are over 1.5 times larger or smaller than those in training."""
+    """Warn if voxels are more than 1.5 times as large, or as small, as those in training."""
     if not model_spacing or min(*model_spacing, *scan.spacing) <= 0:
         return
     ratios = np.array(scan.spacing) / np.array(model_spacing)
@@ -287,7 +289,7 @@ def _read_labels(file: Path, scan: nifti.Scan) -> np.ndarray | None:
     mask = files.find_segmentation(file)
     if mask is None:
         return None
-    message = f"{file} is reconstructed but not scored, as its segmentation"
+    message = f"{file} is reconstructed but not scored, because its segmentation"
     try:
         labels = nifti.read_scan(mask, scan.axis).planes
     except ValueError as error:
@@ -300,7 +302,7 @@ def _read_labels(file: Path, scan: nifti.Scan) -> np.ndarray | None:
 def _score_planes(
     scan: nifti.Scan, planes: np.ndarray, empty: np.ndarray, labels: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Score reconstructed slices, and with labels also inside each organ.
+    """Score reconstructed slices; if there are labels, score them inside each organ too.
 
     Returns:
         {name: (N,)}, NaN for empty slices and for slices with a side below 11 pixels.
@@ -358,7 +360,7 @@ def _plot(
 
 def _write_scores(path: Path, rows: list[dict]) -> None:
     """Write scores.csv, with empty cells for organs that a file does not show."""
-    columns: dict[str, None] = {}  # a set that keeps its order
+    columns: dict[str, None] = {}  # used as an ordered set
     for row in rows:
         columns |= dict.fromkeys(row)
     complete_rows = [dict.fromkeys(columns, "") | row for row in rows]
@@ -366,7 +368,7 @@ def _write_scores(path: Path, rows: list[dict]) -> None:
 
 
 def _print_scores(rows: list[dict]) -> None:
-    """Print the scores of the first files, and a warning about files of the training split."""
+    """Print the scores of the first files, and a note if the model was trained on some files."""
     print(
         f"\n{'file':40}{'slices':>8}{'empty':>7}{'ssim':>9}{'ssim_body':>11}{'psnr (dB)':>11}"
         f"{'bits per pixel':>16}"

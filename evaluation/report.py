@@ -1,10 +1,10 @@
 """Write one HTML page about a run, or a comparison of several runs.
 
     python -m evaluation.report runs/x                            # writes runs/x/report.html
-    python -m evaluation.report runs/x runs/y -o compare.html     # side by side: scores, rate, time
+    python -m evaluation.report runs/x runs/y -o compare.html     # compares scores, rate, time
 
-train.py and predict.py --html also write a run's page. A page is one file with its pictures inside:
-it can be mailed, and opened without a network.
+train.py and predict.py --html also write a run's page. A page is a single file that contains its
+figures, so it can be sent by e-mail and opened offline.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ $sections
 </html>
 """)
 
-MAX_EPOCHS = 12  # rows of the table of epochs
-MAX_CASES = 12  # columns of the table of scores
+MAX_EPOCHS = 12  # rows of the table of epochs, besides the last epoch
+MAX_CASES = 12  # columns of cases in the table of scores
 WORST_SLICES = 8
 EPOCH_COLUMNS = (
     "epoch",
@@ -71,7 +71,7 @@ def write_report(run: Path) -> Path:
     sections = {
         "Configuration": _configuration_html(utils.read_json(run / "config.json")),
         "Curves": _curves_html(run),
-        "Panels": _panels_html(run),
+        "Reconstructions": _panels_html(run),
     }
     splits = _evaluated_splits(run)
     for split in splits:
@@ -92,7 +92,7 @@ def _evaluated_splits(run: Path) -> list[str]:
 
 
 def _configuration_html(config: dict) -> str:
-    """Return the tables of config.json, with the long ones folded."""
+    """Return the tables of config.json; the long ones are collapsed."""
     names = ("bits_per_pixel", "slices", "device", "precision")
     overview = [(name, config[name]) for name in names if name in config]
     arguments = _table_html(["argument", "value"], config.get("arguments", {}).items())
@@ -105,7 +105,7 @@ def _configuration_html(config: dict) -> str:
 
 
 def _curves_html(run: Path) -> str:
-    """Return the plot of the training curves, and a table of up to 12 epochs and the last one."""
+    """Return the training curves, and a table of up to 12 epochs and the last epoch."""
     history = _read_rows(run / "metrics.csv")
     columns = [name for name in EPOCH_COLUMNS if history and name in history[0]]
     step = -(-len(history) // MAX_EPOCHS) or 1
@@ -117,20 +117,20 @@ def _curves_html(run: Path) -> str:
 
 
 def _panels_html(run: Path) -> str:
-    """Return the newest picture of reconstructed validation slices."""
+    """Return the newest figure of reconstructed validation slices."""
     pictures = list((run / "plots").glob("epoch_*/*.png"))
     newest = max(pictures, key=lambda path: int(path.parent.name.split("_")[1]), default=None)
-    return _picture_html(newest, "validation slices of the last panel")
+    return _picture_html(newest, "reconstructions of validation slices")
 
 
 def _split_sections(folder: Path) -> dict[str, str]:
-    """Return the sections about a split: {name: HTML}, from what predict.py wrote to its folder."""
+    """Return the sections about a split, {name: HTML}, from the files that predict.py wrote."""
     summary = utils.read_json(folder / "metrics.json")
     sections = {"Scores": _scores_html(summary)}
     if summary.get("organs"):
         sections["By organ"] = _organs_html(summary["organs"])
     usage = f"{summary['codes_used']} codes used, perplexity {summary['perplexity']:.0f}"
-    sections["Code use"] = (
+    sections["Codebook usage"] = (
         f"<p>{html.escape(usage)}</p>\n"
         + _picture_html(folder / "code_use.png", usage)
         + _picture_html(folder / "code_map.png", "codes of a slice")
@@ -140,7 +140,7 @@ def _split_sections(folder: Path) -> dict[str, str]:
 
 
 def _scores_html(summary: dict) -> str:
-    """Return the table of scores: their means over the slices, and over those of each case."""
+    """Return the table of scores: the mean over all slices, and over the slices of each case."""
     cases = list(summary["ssim"]["by_case"])[:MAX_CASES]
     rows = []
     for name in SCORE_NAMES:
@@ -165,7 +165,7 @@ def _organs_html(organs: dict[str, dict]) -> str:
 
 
 def _worst_slices_html(folder: Path) -> str:
-    """Return the table of the slices with the lowest ssim, and the picture of some."""
+    """Return a table of the slices with the lowest ssim, and the figure with the worst ones."""
     slices = [row for row in _read_rows(folder / "slices.csv") if row["ssim"]]
     slices.sort(key=lambda row: float(row["ssim"]))
     rows = []
@@ -183,7 +183,7 @@ def _worst_slices_html(folder: Path) -> str:
 
 
 def write_comparison(runs: list[Path], path: Path) -> Path:
-    """Write a page with a table and the curves of several runs to `path`, and return it."""
+    """Write a page with a table and curves of several runs to `path`, and return the path."""
     rows = []
     curves = []
     points = []
@@ -227,7 +227,7 @@ def _page_html(title: str, sections: dict[str, str]) -> str:
 
 
 def _table_html(head: list[str], rows) -> str:
-    """Return a table; head: text of the columns, rows: sequences of cells of any plain type."""
+    """Return a table; head: column titles; rows: sequences of cells of any plain type."""
     lines = [_row_html("th", head)]
     for row in rows:
         lines.append(_row_html("td", [_format_cell(cell) for cell in row]))
@@ -244,31 +244,31 @@ def _note_html(text: str) -> str:
 
 
 def _details_html(summary: str, content: str) -> str:
-    """Return a part that is folded until the reader opens it; content: HTML."""
+    """Return a part that is collapsed until the reader opens it; content: HTML."""
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>\n"
 
 
 def _picture_html(path: Path | None, description: str) -> str:
-    """Return the picture of a PNG file, or a line that says that it does not exist yet."""
+    """Return a PNG file as a figure, or a line that says that the file does not exist yet."""
     if path is None or not path.exists():
-        return _note_html(f"{description}: not made yet")
+        return _note_html(f"{description}: not created yet")
     return _image_html(path.read_bytes(), description)
 
 
 def _image_html(png: bytes, description: str) -> str:
-    """Return a picture that is part of the page."""
+    """Return a PNG as a figure that is embedded in the page."""
     content = base64.b64encode(png).decode()
     address = f"data:image/png;base64,{content}"
     return f'<figure><img alt="{html.escape(description)}" src="{address}"></figure>\n'
 
 
 def _format_cell(value) -> str:
-    """Format a value for a table, floats to four digits."""
+    """Format a value for a table; floats get four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _round_cell(text: str) -> str:
-    """Round a number of metrics.csv to four digits; keep integers."""
+    """Round a number of metrics.csv to four significant digits; keep integers unchanged."""
     return f"{float(text):.4g}" if "." in text else text
 
 
@@ -298,9 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for run in args.runs:
         if not (run / "config.json").exists():
-            raise UserError(
-                f"{run} has no config.json; expected the folder of a run that train.py made"
-            )
+            raise UserError(f"{run} has no config.json; expected the folder of a run of train.py")
     if len(args.runs) == 1:
         path = write_report(args.runs[0])
     else:

@@ -1,4 +1,4 @@
-"""One grid of codes of the prior: causal convolutions, and logits from embeddings."""
+"""One of the prior's grids of codes: its causal convolutions and its logits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class CausalConv2d(nn.Conv2d):
-    """A convolution that sees only neighbours that come earlier in reading order (PixelCNN).
+    """A masked convolution that sees only positions earlier in reading order, as in PixelCNN.
 
     See arXiv 1601.06759, section 3.4.
 
     Args:
-        channels: input channels.
-        out_channels: output channels.
-        kernel_size: odd number.
-        itself: whether a position sees its own input too (mask B), or not (mask A).
+        channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: number of rows and columns of the kernel; must be odd.
+        itself: whether a position also sees its own input (mask B) or not (mask A).
     """
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int, itself: bool):
@@ -32,11 +32,12 @@ class CausalConv2d(nn.Conv2d):
         """Compute the output at one position.
 
         Args:
-            padded: (B, channels, h + k // 2, w + 2 (k // 2)), with zeros above, left and right.
+            padded: the input, padded with zeros above, left and right for the kernel size k:
+                (B, channels, h + k // 2, w + 2 (k // 2)).
             row, column: position in the grid without padding.
 
         Returns:
-            (B, out_channels).
+            The output, (B, out_channels).
         """
         width = self.kernel_size[0]
         height = width // 2 + 1  # the rows below the centre are masked
@@ -46,30 +47,31 @@ class CausalConv2d(nn.Conv2d):
 
 
 class CodeGrid(nn.Module):
-    """One grid of codes of `CodePrior`: computes the transformer's input, and logits of its output.
+    """One grid of codes of `CodePrior`: the layers before and after the transformer.
 
-    Causal convolutions compute local features of each code from the codes just before it. The
-    transformer has one position per segment, SEGMENT consecutive codes of a row: it reads the local
-    features of a segment's first code, and its output is context for all codes of the segment.
-    Inputs and outputs use the codebook's embeddings, so similar codes start with similar logits.
+    Causal convolutions compute the local features of each code from nearby earlier codes. The
+    transformer has one position per segment, which is SEGMENT consecutive codes of a row. It reads
+    the local features of the segment's first code, and its output is the context of all codes in
+    the segment. Both the inputs and the logits are computed with the codebook's embeddings, so
+    similar codes tend to have similar logits.
 
-    Attributes that hold parameters or buffers have the names that they have in checkpoints.
+    Checkpoints contain the names of the attributes that hold parameters or buffers.
 
     Args:
         num_embeddings: K, number of codes.
-        embedding_dim: D, length of their embeddings.
-        height, width: number of rows and columns; the width is divisible by SEGMENT.
-        coarse_shape: (K, D) of the next coarser grid, of which each code stands for 2 x 2 codes of
-            this one; None if there is none.
-        bias_per_place: whether the output biases depend on row, column and part of the volume;
-            otherwise, on the coarser grid's code.
+        embedding_dim: D, length of each embedding.
+        height, width: number of rows and columns; the width must be divisible by SEGMENT.
+        coarse_shape: (K, D) of the next coarser grid, in which each code covers 2 x 2 codes of this
+            grid; None for the coarsest grid.
+        bias_per_place: whether the output biases depend on the row, the column and the part of the
+            volume; otherwise they depend on the coarser grid's code.
         channels: C, width of the transformer.
-        dropout: fraction of dropped activations.
+        dropout: dropout probability.
         num_layers: number of 3 x 3 convolutions.
     """
 
     SEGMENT = 4
-    PARTS = 5  # of a volume, each with its own biases
+    PARTS = 5  # number of parts of a volume; each part has its own biases
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class CodeGrid(nn.Module):
         self.bias_per_place = bias_per_place
         self.num_positions = height * width // self.SEGMENT  # T
         self.register_buffer("embedding", torch.zeros(num_embeddings, embedding_dim))
-        self.register_buffer("brightness", torch.zeros(num_embeddings))  # mean, per code
+        self.register_buffer("brightness", torch.zeros(num_embeddings))  # mean per code
 
         # Input: local features
         self.first = CausalConv2d(embedding_dim, channels, 7, itself=False)
@@ -127,21 +129,22 @@ class CodeGrid(nn.Module):
 
     @torch.no_grad()
     def set_codebook(self, embedding: Tensor, brightness: Tensor) -> None:
-        """Set the embeddings, (K, D), which are standardised, and each code's brightness, (K,)."""
+        """Standardise and store the embeddings (K, D); store the codes' brightness (K,)."""
         self.embedding.copy_((embedding - embedding.mean(0)) / embedding.std())
         self.brightness.copy_(brightness)
 
     @torch.no_grad()
     def init_bias_from_counts(self, codes: Tensor, coarse: Tensor | None, position: Tensor) -> None:
-        """Set the biases so that an untrained grid predicts the frequencies of the codes.
+        """Set the biases so that an untrained grid predicts the frequencies of the training codes.
 
         With `bias_per_place`, codes are counted per part of the volume in the 3 x 3 neighbourhood
-        of each place. Otherwise they are counted per coarse code, at each of its 2 x 2 places.
+        of each place. Otherwise they are counted per coarse code and place in its 2 x 2 block.
 
         Args:
-            codes: (N, height, width) of the training slices.
-            coarse: (N, height/2, width/2), codes of the next coarser grid, if there is one.
-            position: (N,), as for `CodePrior.forward`.
+            codes: codes of the training slices, (N, height, width).
+            coarse: their codes in the next coarser grid, (N, height/2, width/2); None if there is
+                no coarser grid.
+            position: their positions, (N,), as for `CodePrior.forward`.
         """
         num_embeddings = len(self.embedding)
         frequencies = torch.bincount(codes.flatten(), minlength=num_embeddings) + 0.1
@@ -150,14 +153,14 @@ class CodeGrid(nn.Module):
             counts = self._count_per_place(codes, position)
         else:
             counts = self._count_per_coarse_code(codes, coarse)
-        # A prior worth 20 codes: where few were counted, the overall frequencies dominate.
+        # Add 20 pseudo-counts: where few codes were counted, the marginal frequencies dominate.
         smoothed = (counts + 20 * frequencies) / (counts.sum(-1, keepdim=True) + 20)
         self.bias.copy_(smoothed.log())
         nn.init.zeros_(self.last[1].weight)
         nn.init.zeros_(self.last[1].bias)
 
     def _count_per_place(self, codes: Tensor, position: Tensor) -> Tensor:
-        """Count codes per part of the volume and 3 x 3 neighbourhood, (PARTS + 1, h w, K)."""
+        """Count codes per part of the volume and 3 x 3 neighbourhood: (PARTS + 1, h * w, K)."""
         counts = torch.zeros_like(self.bias)
         parts = self.part(position)
         for batch, part in zip(codes.split(64), parts.split(64), strict=True):
@@ -168,7 +171,7 @@ class CodeGrid(nn.Module):
         return counts
 
     def _count_per_coarse_code(self, codes: Tensor, coarse: Tensor | None) -> Tensor:
-        """Count codes per coarse code and place in its 2 x 2 block, (coarse K, 4, K)."""
+        """Count codes per coarse code and place in its 2 x 2 block: (coarse K, 4, K)."""
         counts = torch.zeros_like(self.bias)
         if coarse is None:
             coarse = torch.zeros_like(codes[:, ::2, ::2])
@@ -180,18 +183,18 @@ class CodeGrid(nn.Module):
         return counts
 
     def part(self, position: Tensor) -> Tensor:
-        """Return the part of the volume, (B,) int64, of positions (B,); PARTS if unknown (NaN)."""
+        """Return the part of the volume of each position: (B,) -> (B,) int64; NaN gives PARTS."""
         part = (position.nan_to_num(0.0) * self.PARTS).long().clamp(0, self.PARTS - 1)
         return part.masked_fill(position.isnan(), self.PARTS)
 
     # ------------------------------------------------ outlines
 
     def block_brightness(self, codes: Tensor) -> Tensor:
-        """Return the mean brightness of 2 x 2 blocks: (B, h, w) -> (B, h/2, w/2)."""
+        """Return the mean brightness of each 2 x 2 block of codes: (B, h, w) -> (B, h/2, w/2)."""
         return F.avg_pool2d(self.brightness[codes][:, None], 2)[:, 0]
 
     def quantise_brightness(self, brightness: Tensor) -> Tensor:
-        """Return the codes with the nearest brightness, int64; this grid's must be ascending."""
+        """Return the code of nearest brightness, int64; `self.brightness` must be ascending."""
         borders = (self.brightness[1:] + self.brightness[:-1]) / 2
         return torch.bucketize(brightness, borders)
 
@@ -207,10 +210,11 @@ class CodeGrid(nn.Module):
 
         Args:
             codes: (B, height, width).
-            context: (B, C, height, width) of the coarser grid, or something that broadcasts.
+            context: context from the coarser grid, (B, C, height, width) or a shape that
+                broadcasts to it.
 
         Returns:
-            (B, C, height, width).
+            The local features, (B, C, height, width).
         """
         x = self.first(self.embedding[codes].movedim(-1, 1)) + context
         for near, mix in zip(self.near, self.mix, strict=True):
@@ -231,11 +235,11 @@ class CodeGrid(nn.Module):
         """Return the output biases of each code, (B, height, width, K).
 
         Args:
-            coarse: (B, height/2, width/2), codes of the next coarser grid, if there is one.
+            coarse: codes of the next coarser grid, (B, height/2, width/2); None if there is none.
             position, view: (B,), as for `CodePrior.forward`.
         """
-        # F.embedding, not indexing: the gradient of indexing is summed in another order each time,
-        # so a resumed run would differ.
+        # F.embedding instead of indexing: the backward pass of indexing sums in a different order
+        # each time, so a resumed run would differ.
         if self.bias_per_place:
             table = F.embedding(self.part(position), self.bias.flatten(1))
             table = table.view(-1, self.height, self.width, len(self.embedding))
@@ -250,14 +254,14 @@ class CodeGrid(nn.Module):
         return blocks.flatten(3, 4).flatten(1, 2)
 
     def logits(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Compute logits by similarity to the embeddings.
+        """Compute logits as similarities to the embeddings.
 
         Args:
-            x: (..., C), local features plus context.
-            bias: (..., K), see `initial_logits`.
+            x: local features plus context, (..., C).
+            bias: output biases, (..., K) (see `initial_logits`).
 
         Returns:
-            (..., K) float32.
+            The logits, (..., K) float32.
         """
         x = x + self.perceptron(x)
         return (self.last(x) @ self.embedding.T).float() + bias
@@ -266,9 +270,9 @@ class CodeGrid(nn.Module):
         """Compute the logits of all codes, (B, height, width, K) float32.
 
         Args:
-            features: (B, C, height, width) local features.
-            h: (B, T, C) output of the transformer.
-            bias: (B, height, width, K), see `initial_logits`.
+            features: local features, (B, C, height, width).
+            h: output of the transformer, (B, T, C).
+            bias: output biases, (B, height, width, K) (see `initial_logits`).
         """
         context = self.to_codes(h).view(-1, self.height, self.width, self.channels)
         return self.logits(features.movedim(1, -1) + context, bias)
@@ -277,17 +281,20 @@ class CodeGrid(nn.Module):
 def outline_embedding(
     coarse: CodeGrid, fine: CodeGrid, codes: Tensor, outline: Tensor, embedding_dim: int
 ) -> Tensor:
-    """Compute the embeddings of outline codes: the mean of the codes below, and the brightness.
+    """Compute the embeddings of outline codes.
+
+    An embedding is the mean embedding of the finer codes that the outline code covers, followed by
+    its brightness. Both parts are standardised.
 
     Args:
-        coarse: the outline's grid, with its brightness.
-        fine: the next finer grid, with its embeddings.
-        codes: (N, h, w) of the finer grid.
-        outline: (N, h/2, w/2), their outline.
+        coarse: the outline's grid, with its brightness set.
+        fine: the next finer grid, with its embeddings set.
+        codes: codes of the finer grid, (N, h, w).
+        outline: outline codes of the same slices, (N, h/2, w/2).
         embedding_dim: D of the VQ-VAE.
 
     Returns:
-        (number of outline codes, D + 1).
+        The embeddings, (number of outline codes, D + 1).
     """
     sums = torch.zeros(len(coarse.brightness), embedding_dim)
     counts = torch.full_like(coarse.brightness, 1e-6)

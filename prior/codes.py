@@ -1,4 +1,4 @@
-"""The codes of a data set, on which the prior is trained, and their bits without a prior."""
+"""The codes that the prior is trained on, and their compressed size without a prior."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import dataset
 from modules import VQVAE
 from mri.files import SliceName
 
-# The views of a slice: itself, and mirrored left-right, inferior-superior, and both. Each entry
+# The views of a slice: as it is, and mirrored left-right, inferior-superior, or both. Each entry
 # lists the axes of (B, 1, H, W) that are flipped.
 MIRRORS = ((), (-2,), (-1,), (-2, -1))
 
 
 @dataclass(frozen=True, eq=False)
 class CodeDataset:
-    """The codes of a split's slices and of their mirror images. `encode_split` makes it."""
+    """The codes of a split's slices and of their mirror images, made by `encode_split`."""
 
-    codes: Tensor  # (N, V, h, w) int32, V views as in MIRRORS
-    positions: Tensor  # (N,), of the slices in their volumes, 0 to 1; NaN if unknown
+    codes: Tensor  # (N, V, h, w) int32; V is the number of views (see MIRRORS)
+    positions: Tensor  # (N,), positions of the slices in their volumes, 0 to 1; NaN if unknown
     brightness: Tensor  # (K,), mean brightness of the pixels that each code stands for
-    names: Sequence[SliceName]  # of the N slices
+    names: Sequence[SliceName]  # names of the N slices
     spacing: Sequence[float] | None = None  # mm between rows and columns, if known
 
     def __len__(self) -> int:
@@ -50,13 +50,13 @@ def encode_split(
 ) -> CodeDataset:
     """Encode all slices of a split, each in several views.
 
-    The brightness of a pixel is asinh(z-score). It grows like a logarithm, because fat and bladder
-    would take up most of a linear scale.
+    The brightness of a pixel is asinh(z-score), which grows like a logarithm. On a linear scale,
+    fat and bladder would take up most of the range.
 
     Args:
-        model: the VQ-VAE, with one codebook.
+        model: the VQ-VAE; it must have only one codebook.
         slices: the split.
-        mirrors: the views, such as MIRRORS; the first must be the slice itself.
+        mirrors: the views to encode, such as MIRRORS; the first must be the slice itself.
     """
     device = next(model.parameters()).device
     num_embeddings = model.vector_quantization.num_embeddings
@@ -82,22 +82,22 @@ def encode_split(
 
 
 def hash_codebook(model: VQVAE) -> str:
-    """Return 16 hexadecimal digits that change with the codebook."""
+    """Return a hash of the codebook, 16 hexadecimal digits."""
     embedding = model.vector_quantization.embedding.weight.detach().cpu()
     return hashlib.sha256(embedding.numpy().tobytes()).hexdigest()[:16]
 
 
 def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[str, float]:
-    """Compute the bits per code of three context-free baselines.
+    """Compute the bits per code of three baselines that need no prior.
 
     Args:
-        train: (M, h, w), training codes, for the frequencies.
-        codes: (N, h, w), codes to compress.
+        train: training codes, (M, h, w), in which frequencies are counted.
+        codes: codes to compress, (N, h, w).
         num_embeddings: K, number of codes.
 
     Returns:
-        "fixed_length": log2 K; "empirical_entropy": cross entropy under the frequencies in
-        `train`; "gzip": the codes of each slice compressed separately.
+        "fixed_length": log2 K; "empirical_entropy": cross entropy under the marginal frequencies of
+        `train`; "gzip": size of the gzip files if each slice is compressed separately.
     """
     counts = torch.bincount(train.flatten(), minlength=num_embeddings).double() + 0.1
     bits = -(counts / counts.sum()).log2()  # (K,)

@@ -1,4 +1,4 @@
-"""Evaluate sampled slices: their distances to real slices, and how many may be copies."""
+"""Evaluate sampled slices: measure their distances to real slices, and search for copies."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from tqdm import tqdm
 from prior import realism
 from prior.sampling import Sampler
 
-NUM_SUBSETS = 5  # per distance
+NUM_SUBSETS = 5  # random subsets over which each distance is averaged
 
 
 def evaluate_samples(
     sampler: Sampler, sampled: Tensor, images: dict[str, Tensor], cases: Sequence[str]
 ) -> dict:
-    """Compare sampled slices with real ones, with reconstructions, and with independent codes.
+    """Measure the distance of sampled slices to the training slices, and search for copies.
+
+    For comparison, the same distance is measured for real test slices, for reconstructions, and for
+    slices that are decoded from independently sampled codes.
 
     Args:
-        sampler: gives the VQ-VAE, the device and the seed.
-        sampled: (count, 1, H, W).
-        images: split -> real slices, (N, 1, H, W), of "train", "validate" and "test".
+        sampler: provides the VQ-VAE, the device and the seed.
+        sampled: the sampled slices, (count, 1, H, W).
+        images: "train", "validate" and "test" -> real slices of that split, (N, 1, H, W).
         cases: case of each training slice.
 
     Returns:
-        The part of evaluation.json that does not depend on flags: number of slices and cases, rows
-        of `realism.distance_table`, and the result of `realism.search_copies`.
+        Entries of evaluation.json: "drawn" is the number of sampled slices, "slices_a_side" the
+        number of slices in each of the two sets between which a distance is measured, "distances"
+        the rows of `realism.distance_table`, and "audit" the result of `realism.search_copies`.
     """
     device = sampler.device
     training = images["train"]
@@ -71,7 +75,7 @@ def evaluate_samples(
 
 
 def sample_independently(codes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Sample codes by their frequencies, without context: from (N, h, w), (count, h, w)."""
+    """Sample each code independently from the marginal frequencies: (N, h, w) -> (count, h, w)."""
     pool = codes.flatten()
     return pool[torch.randint(len(pool), (count, *codes.shape[1:]), generator=generator)]
 
@@ -80,8 +84,8 @@ def print_evaluation(result: dict) -> None:
     """Print the result of `evaluate_samples` as tables."""
     rows = {row["set"]: row for row in result["distances"]}
     print(
-        f"\ndistance to the training slices, {result['slices_a_side']} slices per side: mean of "
-        f"{NUM_SUBSETS} subsets ± half the range"
+        f"\ndistance to the training slices: mean ± half the range over {NUM_SUBSETS} random "
+        f"subsets of {result['slices_a_side']} slices"
     )
     print(f"{'':28}{'kernel distance':>22}{'Frechet distance':>22}")
     for name, row in rows.items():
@@ -93,21 +97,23 @@ def print_evaluation(result: dict) -> None:
     high = rows["codes drawn independently"]["kernel"]["mean"]
     sampled = rows["drawn from the prior"]["kernel"]["mean"]
     print(
-        "kernel distance of the samples, from the first row (0 %) to the last (100 %): "
+        "kernel distance of the samples on a scale from the first row (0 %) to the last (100 %): "
         f"{(sampled - low) / (high - low):.1%}"
     )
     if result["cases"] == 1:
         print(
-            "note: there is one training case, so the two halves show the same patient, and the "
-            "first row is lower than for different patients"
+            "note: there is only one training case. Both halves show the same patient, so the "
+            "first row is lower than it would be for different patients"
         )
     print(
-        "\ndistance to the nearest training slice; samples below the 1st percentile of held-out "
-        "reconstructions are flagged as copies, about 1 % of them by chance"
+        "\ndistance to the nearest training slice: samples below the 1st percentile of held-out "
+        "reconstructions are flagged as possible copies; about 1 % are flagged by chance"
     )
     for name, search in result["audit"].items():
+        by_case = search["flagged_by_case"]
+        suffix = f", by case of the nearest slice: {by_case}" if by_case else ""
         print(
             f"{name:10}held-out median {search['held_out_median']:.3f}, 1st percentile "
             f"{search['threshold']:.3f}; sampled median {search['drawn_median']:.3f}; flagged "
-            f"{search['flagged']:.1%} {search['flagged_by_case'] or ''}"
+            f"{search['flagged']:.1%}{suffix}"
         )

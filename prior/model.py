@@ -38,16 +38,16 @@ class CausalBlock(nn.Module):
     def forward(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, step: int = 0
     ) -> Tensor:
-        """Transform all positions or, with a cache, one.
+        """Transform all positions or, with a cache, only position `step`.
 
         Args:
-            x: (B, T, C); with a cache (B, 1, C), position `step`.
-            cache: keys and values of the positions before, (B, heads, T, C/heads) each; those of
-                position `step` are added.
+            x: (B, T, C); with a cache, (B, 1, C).
+            cache: keys and values of the earlier positions, (B, heads, T, C/heads) each; the keys
+                and values of position `step` are written into it.
             step: index of the position.
 
         Returns:
-            The same shape as x.
+            A tensor of the same shape as x.
         """
         qkv = self.queries_keys_values(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads) each
@@ -65,30 +65,31 @@ class CausalBlock(nn.Module):
 class CodePrior(nn.Module):
     """A causal transformer over grids of codes, coarse to fine.
 
-    The last grid holds the codes. Before it come outlines: grids of half the height and width of
-    the next one, which hold the quantised mean brightness of its 2 x 2 blocks. Outlines are
-    functions of the codes, and their probability is included: -ln p(outlines) - ln p(codes |
-    outlines) is an upper bound of -ln p(codes). They decide the layout in few steps. Each grid is
-    conditioned on the whole grid before it, as in VQ-VAE-2 (arXiv 1906.00446).
+    The last grid holds the codes. The grids before it are outlines. An outline has half the height
+    and width of the next grid and holds the quantised mean brightness of that grid's 2 x 2 blocks,
+    so it fixes the layout of a slice in few steps. Outlines are functions of the codes, and their
+    probability is counted: -ln p(outlines) - ln p(codes | outlines) is an upper bound of
+    -ln p(codes). Each grid is conditioned on the whole previous grid, as in VQ-VAE-2 (arXiv
+    1906.00446).
 
     Args:
         num_embeddings: K, number of codes of the VQ-VAE.
-        embedding_dim: D, length of their embeddings.
-        height, width: of the code grid; the height must be divisible by 2^num_grids, the width by
-            twice that.
-        channels: C, width of the transformer.
+        embedding_dim: D, length of each embedding.
+        height, width: size of the code grid; the height must be divisible by 2^num_grids, the width
+            by twice that.
+        channels: C, width of the transformer; must be divisible by num_heads.
         num_layers: number of transformer blocks.
         num_heads: number of attention heads.
-        dropout: fraction of dropped activations.
-        num_grids: 1 for the codes only, 2 or 3 with one or two outlines.
+        dropout: dropout probability.
+        num_grids: 1 for the codes only, 2 or 3 to add one or two outlines.
         num_outlines: number of brightness levels of an outline.
 
     Raises:
-        ValueError: if the height, the width or the channels are not divisible as they must be.
+        ValueError: if the height, the width or the channels are not divisible as required.
     """
 
-    NUM_VIEWS = 4  # a slice as it is, and its mirror images, see `prior.codes.MIRRORS`
-    FREQUENCIES = 4  # of the sines and cosines that encode the position in the volume
+    NUM_VIEWS = 4  # a slice as it is, and its mirror images (see `prior.codes.MIRRORS`)
+    FREQUENCIES = 4  # number of sines and of cosines that encode the position in the volume
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class CodePrior(nn.Module):
             raise ValueError(
                 f"channels is {channels}; expected a multiple of num_heads {num_heads}"
             )
-        self.block = 2**num_grids  # `sample` takes prefixes of a multiple of this many rows
+        self.block = 2**num_grids  # the `prefix_rows` of `sample` must be a multiple of it
         if height % self.block or width % (2 * self.block):
             expected = f"{self.block} and {2 * self.block}"
             raise ValueError(
@@ -124,7 +125,7 @@ class CodePrior(nn.Module):
         self.grids = nn.ModuleList()
         for halvings in reversed(range(num_grids)):
             if halvings:
-                shape = (num_outlines, embedding_dim + 1)  # one more number: the brightness
+                shape = (num_outlines, embedding_dim + 1)  # the last number is the brightness
             else:
                 shape = (num_embeddings, embedding_dim)
             grid = CodeGrid(
@@ -158,14 +159,14 @@ class CodePrior(nn.Module):
         position: Tensor,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Copy the VQ-VAE's codebook, compute outlines, and start at the codes' frequencies.
+        """Copy the VQ-VAE's codebook, fit the outlines, and set the biases from code frequencies.
 
         Args:
-            embedding: (K, D), the codebook.
-            brightness: (K,), mean brightness of what each code stands for.
-            codes: (N, h, w) of the training slices.
-            position: (N,), as for `forward`.
-            generator: for k-means.
+            embedding: the codebook, (K, D).
+            brightness: mean brightness of the pixels that each code stands for, (K,).
+            codes: codes of the training slices, (N, h, w).
+            position: their positions, (N,), as for `forward`.
+            generator: random generator for k-means.
         """
         self.grids[-1].set_codebook(embedding, brightness)
         for coarse, fine in self._pairs_fine_to_coarse():
@@ -189,11 +190,11 @@ class CodePrior(nn.Module):
         return torch.allclose(own, standardised, atol=1e-4)
 
     def _pairs_fine_to_coarse(self) -> list[tuple[CodeGrid, CodeGrid]]:
-        """Return (coarse, fine) for each two successive grids, the finest first."""
+        """Return the pairs (coarse, fine) of successive grids, the finest pair first."""
         return list(itertools.pairwise(self.grids))[::-1]
 
     def to_grids(self, codes: Tensor) -> list[Tensor]:
-        """Return the outlines and the codes (B, h, w), coarse to fine: (B, h/2, w/2), (B, h, w)."""
+        """Compute the outlines of codes (B, h, w); return all grids from coarse to fine."""
         grids = [codes]
         for coarse, fine in self._pairs_fine_to_coarse():
             brightness = fine.block_brightness(grids[0])
@@ -203,15 +204,15 @@ class CodePrior(nn.Module):
     # ------------------------------------------------ all codes at once
 
     def forward(self, grid_codes: list[Tensor], position: Tensor, view: Tensor) -> list[Tensor]:
-        """Compute the logits of each code, given those before it.
+        """Compute the logits of each code, given the codes before it.
 
         Args:
-            grid_codes: codes of each grid, see `to_grids`.
-            position: (B,), of the slices in their volumes, 0 to 1; NaN if unknown.
-            view: (B,) int64, 0 to 3: index into `prior.codes.MIRRORS`.
+            grid_codes: codes of each grid (see `to_grids`).
+            position: positions of the slices in their volumes, (B,), 0 to 1; NaN if unknown.
+            view: indices into `prior.codes.MIRRORS`, (B,) int64, 0 to 3.
 
         Returns:
-            For each grid, (B, h, w, K) float32.
+            The logits of each grid, (B, h, w, K) float32.
         """
         features, inputs, biases = [], [], []
         for n, (grid, codes) in enumerate(zip(self.grids, grid_codes, strict=True)):
@@ -231,14 +232,14 @@ class CodePrior(nn.Module):
         return logits
 
     def cross_grid_context(self, index: int, coarse: Tensor | None) -> Tensor:
-        """Compute the context that a grid gets from the whole next coarser one.
+        """Compute the context that a grid gets from the whole next coarser grid.
 
         Args:
-            index: of the grid.
-            coarse: (B, h, w), codes of the coarser grid; None for the first grid.
+            index: index of the grid.
+            coarse: codes of the coarser grid, (B, h, w); None for the first grid.
 
         Returns:
-            (B, C, 2 h, 2 w); zeros (1, 1, 1, 1) for the first grid.
+            The context, (B, C, 2 h, 2 w); zeros (1, 1, 1, 1) for the first grid.
         """
         if coarse is None:
             return self.views.new_zeros(1, 1, 1, 1)
@@ -264,18 +265,18 @@ class CodePrior(nn.Module):
         choose: Callable[[int, Tensor, int, int], Tensor],
         progress: Callable = iter,
     ) -> Tensor:
-        """Choose all codes in order, each given those before it; call it in eval mode.
+        """Choose all codes in order, each given the codes before it; requires eval mode.
 
-        Sampling, completing and entropy coding use it, each with its own `choose`.
+        Sampling, completing and entropy coding call this method with different `choose`.
 
         Args:
             position, view: (B,), as for `forward`.
-            choose: called with the index of the grid, logits (B, K), row and column of the code;
-                returns the codes, (B,).
-            progress: wraps the range of steps, such as tqdm.
+            choose: called with the index of the grid, the logits (B, K), the row and the column of
+                the code; returns the chosen codes, (B,).
+            progress: a function such as tqdm, which wraps the range of steps.
 
         Returns:
-            (B, h, w) int64.
+            The codes, (B, h, w) int64.
         """
         condition = self.condition(position, view)[:, None]  # (B, 1, C)
         num_positions = sum(grid.num_positions for grid in self.grids)
@@ -290,7 +291,7 @@ class CodePrior(nn.Module):
             context = self.cross_grid_context(n, codes)
             bias = grid.initial_logits(codes, position, view)
             codes = self._decode_grid(n, context, bias, condition, caches, steps, choose)
-        next(steps, None)  # closes a progress bar
+        next(steps, None)  # lets tqdm close its bar
         return codes
 
     def _decode_grid(
@@ -303,13 +304,13 @@ class CodePrior(nn.Module):
         steps: Iterator[int],
         choose: Callable[[int, Tensor, int, int], Tensor],
     ) -> Tensor:
-        """Choose the codes of one grid, (B, height, width); see `forward` and `decode`."""
+        """Choose the codes of one grid, (B, height, width) (see `forward` and `decode`)."""
         grid = self.grids[index]
         batch, device = len(condition), condition.device
         height, width, channels = grid.height, grid.width, grid.channels
         codes = torch.zeros(batch, height, width, dtype=torch.long, device=device)
         context = context.expand(batch, channels, height, width)
-        # Padded inputs of the convolutions: of the first 7 x 7 one, and of the 3 x 3 ones.
+        # Padded inputs of the first convolution (7 x 7) and of the 3 x 3 convolutions
         embedded = torch.zeros(batch, grid.embedding.shape[1], height + 3, width + 6, device=device)
         layer_inputs = []
         for _ in grid.near:
@@ -346,14 +347,14 @@ class CodePrior(nn.Module):
         prefix_rows: int = 0,
         progress: Callable = iter,
     ) -> Tensor:
-        """Sample codes, (B, h, w); the same generator and arguments give the same codes.
+        """Sample codes, (B, h, w); the same generator state and arguments give the same codes.
 
         Args:
             position, view: (B,), as for `forward`.
-            generator: on the CPU.
+            generator: random generator on the CPU.
             temperature, top_k, top_p: see `sample_codes`.
-            prefix: (B, h, w), codes of which the first rows are kept.
-            prefix_rows: number of those rows, divisible by `block`.
+            prefix: codes, (B, h, w), whose first rows are kept; the others are sampled.
+            prefix_rows: number of rows that are kept; must be divisible by `block`.
             progress: as for `decode`.
         """
         prefix_grids = self.to_grids(prefix) if prefix_rows else []
@@ -377,11 +378,11 @@ def sample_codes(
     """Sample one code from each row of logits: (B, K) -> (B,) int64.
 
     Args:
-        logits: on any device.
-        generator: on the CPU.
-        temperature: divides the logits; 0 takes the most likely code.
-        top_k: number of most likely codes to sample from; 0 for all.
-        top_p: probability that the most likely codes to sample from must reach together (nucleus
+        logits: the logits, on any device.
+        generator: random generator on the CPU.
+        temperature: divides the logits; 0 always chooses the most likely code.
+        top_k: sample only from the `top_k` most likely codes; 0 means all.
+        top_p: sample only from the most likely codes that reach this total probability (nucleus
             sampling, arXiv 1904.09751).
     """
     if temperature == 0:
@@ -392,6 +393,6 @@ def sample_codes(
     if top_k:
         probabilities[:, top_k:] = 0
     probability_before = probabilities.cumsum(1) - probabilities
-    probabilities[probability_before >= top_p] = 0  # never the first, as 0 < top_p
+    probabilities[probability_before >= top_p] = 0  # keeps the most likely code, as top_p > 0
     ranks = torch.multinomial(probabilities, 1, generator=generator)
     return order.gather(1, ranks)[:, 0].to(logits.device)

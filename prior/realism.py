@@ -1,22 +1,22 @@
 """Measure how realistic sampled slices are, and search them for copies of training slices.
 
     features = Features().fit(training)                         # fixed random filters, no download
-    kernel_distance(features(sampled), features(training))      # mean 0 for equal distributions
+    kernel_distance(features(sampled), features(training))      # about 0 for equal distributions
     search_copies(sampled, held_out, training, features, cases)
 
-Images are z-scored slices (N, 1, H, W). The distances depend on these features: values published
-elsewhere are not comparable.
+Images are z-scored slices (N, 1, H, W). The distances depend on these features, so they cannot be
+compared with published values.
 
-How a copied sample is recognised: its distance to the nearest training slice is below the 1st
-percentile of the same distance of held-out slices, which are reconstructions of validation and
-test slices. About 1 % of the samples are therefore flagged by chance; a fraction well above 1 %
-suggests that the prior repeats its training slices. There are two searches, both over the four
-views in MIRRORS:
+A sample is flagged as a possible copy if it is nearer to a training slice than a threshold. The
+threshold is the 1st percentile of the distances of held-out reconstructions (of validation and test
+slices) to their nearest training slices. About 1 % of the samples are therefore flagged by chance;
+a fraction well above 1 % suggests that the prior repeats its training slices. There are two
+searches, both over the four views in MIRRORS:
 
-- `nearest_pixels`: over shifts of up to 8 pixels in steps of 2, along both axes;
-- `nearest_features`: over shifts of -8, 0 and 8 pixels only, along both axes.
+- `nearest_pixels` searches over shifts of up to 8 pixels in steps of 2, along both axes;
+- `nearest_features` searches over shifts of -8, 0 and 8 pixels, along both axes.
 
-Neither looks for rotated or scaled copies, larger shifts, or copies of a part of a slice.
+Neither finds rotated or scaled copies, larger shifts, or copies of a part of a slice.
 """
 
 from __future__ import annotations
@@ -47,18 +47,27 @@ def search_copies(
     cases: Sequence[str],
     progress: Callable = iter,
 ) -> dict[str, dict]:
-    """Flag the sampled slices that may be copies, by pixels and by features; see the module.
+    """Search for sampled slices that may be copies, by pixels and by features (see the module).
+
+    All three sets of slices are (N, 1, H, W), each with its own N, on the same device.
 
     Args:
-        sampled, held_out, training: (N, 1, H, W), each with its own N, on the same device.
-        features: fitted to the training slices.
+        sampled: slices decoded from sampled codes.
+        held_out: reconstructions of validation and test slices, which set the threshold.
+        training: the original training slices, not their reconstructions.
+        features: `Features` fitted to the training slices.
         cases: case of each training slice.
-        progress: wraps the list of shifts, such as tqdm.
+        progress: a function such as tqdm, which wraps the list of shifts.
 
     Returns:
-        {"pixels": {...}, "features": {...}}, each with the threshold, both medians, the fraction of
-        flagged slices, the number of flagged slices by case of the nearest training slice, and for
-        each sampled slice the distance and the index of that training slice.
+        {"pixels": {...}, "features": {...}}, each with
+
+        - "threshold": 1st percentile of the distances of the held-out slices;
+        - "held_out_median", "drawn_median": median distance of the held-out and sampled slices;
+        - "flagged": fraction of the sampled slices with a distance below the threshold;
+        - "flagged_by_case": case of the nearest training slice -> number of flagged slices;
+        - "distance", "nearest": for each sampled slice, the distance to the nearest training slice,
+          and the index of that training slice.
     """
     by_pixels = (
         nearest_pixels(held_out, training, progress),
@@ -91,16 +100,16 @@ def nearest_pixels(
 ) -> tuple[Tensor, Tensor]:
     """Find the nearest training slice by root mean squared difference of pixels.
 
-    The smallest over flips and shifts counts. Images are compared at half resolution, without a
-    margin of SHIFT pixels.
+    The distance between two slices is the smallest over all flips and shifts. Images are compared
+    at half resolution, without a margin of SHIFT pixels.
 
     Args:
-        images: (B, 1, H, W).
-        training: (N, 1, H, W).
-        progress: wraps the list of shifts, such as tqdm.
+        images: slices whose nearest training slices are searched, (B, 1, H, W).
+        training: training slices, (N, 1, H, W).
+        progress: a function such as tqdm, which wraps the list of shifts.
 
     Returns:
-        Distance to the nearest training slice, (B,), and its index, (B,).
+        For each image, the distance to the nearest training slice, (B,), and its index, (B,).
     """
     images = F.avg_pool2d(images, 2)[:, 0]
     training = F.avg_pool2d(training, 2)[:, 0]
@@ -129,15 +138,16 @@ def nearest_pixels(
 def nearest_features(images: Tensor, training: Tensor, features: Features) -> tuple[Tensor, Tensor]:
     """Find the nearest training slice by root mean squared difference of features.
 
-    The smallest over flips, and shifts of -SHIFT, 0 and SHIFT pixels along each axis, counts.
+    The distance between two slices is the smallest over all flips and over shifts of -SHIFT, 0 and
+    SHIFT pixels along each axis.
 
     Args:
-        images: (B, 1, H, W).
-        training: (N, 1, H, W).
-        features: fitted to the training slices.
+        images: slices whose nearest training slices are searched, (B, 1, H, W).
+        training: training slices, (N, 1, H, W).
+        features: `Features` fitted to the training slices.
 
     Returns:
-        Distance to the nearest training slice, (B,), and its index, (B,).
+        For each image, the distance to the nearest training slice, (B,), and its index, (B,).
     """
     training_features = features(training)
     height, width = images.shape[-2:]
@@ -163,15 +173,16 @@ def nearest_features(images: Tensor, training: Tensor, features: Features) -> tu
 class Features(nn.Module):
     """Features of texture and layout from fixed random filters: (N, 1, H, W) -> (N, F) float32.
 
-    At four scales, each at half the resolution of the one before, they are computed from
+    Texture is measured at four scales, each at half the resolution of the previous scale, by
 
-    - the rectified outputs of 32 zero-mean 5 x 5 filters, drawn from seed 0,
-    - the rectified outputs of 32 zero-mean 3 x 3 filters on those.
+    - the absolute outputs of 32 zero-mean 5 x 5 filters, sampled with seed 0;
+    - the absolute outputs of 32 zero-mean 3 x 3 filters that are applied to the outputs above.
 
-    A feature is the logarithm of an output's mean in a cell of a 4 x 2 grid, because textures
-    differ by factors. The slice itself is added, on an 8 x 4 grid. This is a scattering network
-    (Bruna and Mallat, arXiv 1203.1513) with random filters. Random features can tell distributions
-    apart (arXiv 2203.06026) and need no network trained on photographs.
+    A texture feature is the logarithm of the mean output in a cell of a 4 x 2 grid, because
+    textures differ by factors. The layout features are the mean intensities of the slice in the
+    cells of an 8 x 4 grid. This is a scattering network (Bruna and Mallat, arXiv 1203.1513) with
+    random filters. Random features can distinguish distributions (arXiv 2203.06026), and they do
+    not need a network that was trained on photographs.
     """
 
     def __init__(self, filters: int = 32, scales: int = 4, grid: tuple[int, int] = (4, 2)):
@@ -210,13 +221,13 @@ class Features(nn.Module):
             for outputs in (first, second):
                 textures.append(F.adaptive_avg_pool2d(outputs, self.grid).flatten(1))
             layout = F.avg_pool2d(layout, 2)
-        # Texture fainter than 0.05 standard deviations of a slice is not counted as texture.
+        # The offset suppresses texture fainter than 0.05 standard deviations of a slice.
         texture = (torch.cat(textures, 1) + 0.05).log()
         return torch.cat([texture, F.adaptive_avg_pool2d(layout, (8, 4)).flatten(1)], 1)
 
 
 def _normalise_filters(filters: Tensor) -> Tensor:
-    """Shift and scale each filter of (N, ...) to mean 0, so it ignores constants, and length 1."""
+    """Normalise each filter of (N, ...) to mean 0, so that it ignores constants, and norm 1."""
     filters = filters - filters.flatten(1).mean(1).view(-1, 1, 1, 1)
     return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
@@ -232,17 +243,17 @@ def distance_table(
 ) -> list[dict]:
     """Compute the distances of several sets of slices from the training slices.
 
-    Each distance is between random subsets of equal size, once per pair of halves.
+    Each distance is measured between random subsets of equal size, as often as there are `halves`.
 
     Args:
-        feature_sets: name -> features, (N, F).
+        feature_sets: name of a set of slices -> features of the slices, (N, F).
         training: features of the training slices, (M, F).
-        halves: pairs of index tensors that split the training slices, see `split_cases`.
-        size: number of slices in a subset.
+        halves: pairs of index tensors that split the training slices (see `split_cases`).
+        size: number of slices in each subset.
 
     Returns:
         One row per set, {"set": name, "kernel": {"mean", "spread"}, "frechet": {...}}; the spread
-        is half the range. The first row compares the halves with each other.
+        is half the range. The first row compares the two halves of the training slices.
     """
     generator = torch.Generator().manual_seed(0)
     directions = main_directions(training, min(64, size // 4)).to(training)
@@ -268,16 +279,16 @@ def distance_table(
 
 
 def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Split slices at random into two halves without a common case.
+    """Split slices at random into two halves that have no case in common.
 
-    A single case is split by slices.
+    If there is only one case, its slices are split.
 
     Args:
         cases: case of each slice.
-        generator: on the CPU.
+        generator: random generator on the CPU.
 
     Returns:
-        Indices of the slices in each half.
+        Indices of the slices in the first half and in the second half.
     """
     names = sorted(set(cases))
     order = torch.randperm(len(names), generator=generator)
@@ -297,10 +308,10 @@ def _mean_and_spread(values: list[float]) -> dict[str, float]:
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """Compute the squared maximum mean discrepancy between (N, F) and (M, F), N and M above 1.
+    """Estimate the squared maximum mean discrepancy between (N, F) and (M, F); N, M > 1.
 
-    It is the unbiased estimate of Gretton et al. 2012, equation 3, with the polynomial kernel
-    (x.y / F + 1)^3 of arXiv 1801.01401: its mean is 0 for equal distributions.
+    The estimate is unbiased (Gretton et al. 2012, equation 3), so its mean is 0 for equal
+    distributions. The kernel is (x.y / F + 1)^3, as in arXiv 1801.01401.
     """
     x = x.double()
     y = y.double()
@@ -316,7 +327,7 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 
 
 def main_directions(x: Tensor, most: int = 64) -> Tensor:
-    """Return the first principal directions of (N, F), (F, d): d at most `most` and N / 4."""
+    """Return the first d principal directions of (N, F): (F, d), d at most `most` and N / 4."""
     x = x.double()
     directions = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
     return directions[: max(1, min(most, len(x) // 4))].T
@@ -325,7 +336,8 @@ def main_directions(x: Tensor, most: int = 64) -> Tensor:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Compute the Frechet distance between normal distributions fitted to (N, d) and (M, d).
 
-    See Dowson and Landau 1982. It is biased upwards for small N, so compare it at equal N only.
+    See Dowson and Landau 1982. The result is biased upwards for small N, so compare results only at
+    equal N.
     """
     x = x.double()
     y = y.double()

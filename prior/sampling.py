@@ -21,7 +21,7 @@ BATCH_SIZE = 40  # slices sampled at a time; larger batches need more memory
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Options of `prior.model.sample_codes`, and the seed."""
+    """The options of `prior.model.sample_codes`, and the seed."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -29,7 +29,7 @@ class SamplingOptions:
     seed: int = 0
 
     def __str__(self) -> str:
-        """Describe the options, for headings and tables."""
+        """Return a description of the options for headings and tables."""
         text = f"temperature {self.temperature:g}"
         if self.top_k:
             text += f", top-k {self.top_k}"
@@ -40,7 +40,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A VQ-VAE and its prior: images to codes, codes to images, and new codes."""
+    """A VQ-VAE and its prior, with methods that encode, decode and sample on a device."""
 
     vqvae: VQVAE
     prior: CodePrior
@@ -68,13 +68,13 @@ class Sampler:
         prefix: Tensor | None = None,
         prefix_rows: int = 0,
     ) -> Tensor:
-        """Sample codes, (B, h, w) on the CPU; the same options give the same codes.
+        """Sample codes, (B, h, w), on the CPU; the same options give the same codes.
 
         Args:
-            positions: (B,), of the slices in their volumes, 0 to 1; NaN if unknown.
+            positions: positions of the slices in their volumes, (B,), 0 to 1; NaN if unknown.
             view: index into `prior.codes.MIRRORS`.
-            prefix: (h, w), codes of which the first rows are kept.
-            prefix_rows: number of those rows, divisible by `CodePrior.block`.
+            prefix: codes, (h, w), whose first rows are kept; the others are sampled.
+            prefix_rows: number of rows that are kept; must be divisible by `CodePrior.block`.
         """
         generator = torch.Generator().manual_seed(self.options.seed)
         codes = []

@@ -2,7 +2,7 @@
 
     python resources/draw_figures.py        # a few seconds on a CPU
 
-The slice is a phantom. Its codes and its reconstruction are those of resources/pelvis.pt.
+The slice is from the phantom. Its codes and reconstruction are computed by resources/pelvis.pt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CODEBOOK = "#1f6fb2"
 COMMITMENT = "#2e8b57"
 
 WIDTH = 9.0  # inches; a README shows a figure at about 900 pixels
-SLICE = 10  # slice of the phantom volume: bladder, prostate and both femoral heads
+SLICE = 10  # a slice with the bladder, the prostate and both femoral heads
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 Point = tuple[float, float]
@@ -47,7 +47,8 @@ Point = tuple[float, float]
 def phantom_example() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return a slice, its codes as colours, its reconstruction, and the codebook.
 
-    Pictures have superior up: slices (128, 256), codes (32, 64, 3). The codebook is (512, 64).
+    In all images, superior is up: slices are (128, 256), codes (32, 64, 3). The codebook is
+    (512, 64).
     """
     model = load_model(VQVAE, RESOURCES / "pelvis.pt")
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +67,7 @@ def phantom_example() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def first_component_colours(codebook: np.ndarray) -> np.ndarray:
-    """Return a colour for each embedding, (K, 3), by the rank of its first principal component."""
+    """Colour each embedding, (K, 3), by its rank along the first principal component."""
     centred = codebook - codebook.mean(0)
     direction = np.linalg.svd(centred, full_matrices=False)[2][0]
     ranks = (centred @ direction).argsort().argsort()
@@ -74,7 +75,7 @@ def first_component_colours(codebook: np.ndarray) -> np.ndarray:
 
 
 def upright(image: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Turn (rows, columns, ...) of a slice so that superior is up."""
+    """Rotate an image of a slice, (rows, columns, ...), so that superior is up."""
     return np.asarray(image).swapaxes(0, 1)[::-1]
 
 
@@ -82,7 +83,7 @@ def upright(image: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
-    """Return a figure of WIDTH x height inches, with axes in inches and nothing drawn."""
+    """Return an empty figure of WIDTH x height inches, with axes in inches."""
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, height), aspect="equal")
@@ -101,7 +102,7 @@ def arrow(axes: Axes, start: Point, end: Point, color: str = INK, **style) -> No
 
 
 def picture(axes: Axes, image: np.ndarray, x: float, y: float, width: float) -> None:
-    """Show an image with its left edge at x and its vertical centre at y, twice as wide as high."""
+    """Show an image, twice as wide as high, with its left edge at x and its centre at height y."""
     height = width / 2
     extent = (x, x + width, y - height / 2, y + height / 2)
     grey = {"cmap": "gray", "vmin": -1.0, "vmax": 2.6} if image.ndim == 2 else {}
@@ -113,7 +114,7 @@ def picture(axes: Axes, image: np.ndarray, x: float, y: float, width: float) -> 
 
 
 def network(axes: Axes, x: float, y: float, left: float, right: float, text: str) -> None:
-    """Draw a trapezoid 0.8 inches wide, with the heights of its left and right side."""
+    """Draw a trapezoid 0.8 inches wide, whose left and right sides have the given heights."""
     corners = [
         (x, y - left / 2),
         (x, y + left / 2),
@@ -125,7 +126,7 @@ def network(axes: Axes, x: float, y: float, left: float, right: float, text: str
 
 
 def volume(axes: Axes, x: float, y: float, color: str) -> None:
-    """Draw a stack of feature maps, 0.72 x 0.56 inches, centred at y with its left edge at x."""
+    """Draw a stack of feature maps, 0.72 x 0.48 inches, centred at y with its left edge at x."""
     for sheet in reversed(range(5)):
         corner = (x + 0.04 * sheet, y - 0.24 + 0.04 * sheet)
         sheet_box = Rectangle(corner, 0.56, 0.32, facecolor=color, edgecolor=INK, linewidth=0.7)
@@ -226,14 +227,14 @@ def draw_gradient_flow(axes: Axes, y: float) -> None:
         arrow(axes, (start, y), (end, y))
     label(axes, 2.6, y + 0.13, "nearest", size=8, color=GREY)
 
-    # The reconstruction term compares both ends.
+    # The reconstruction term compares x with its reconstruction.
     top = y + 0.72
     term = {"color": RECONSTRUCTION, "linewidth": 1.2}
     axes.plot((0.3, 0.3, 4.9, 4.9), (y + 0.25, top, top, y + 0.25), **term)
     text = r"$\Vert x-\hat{x}\Vert^2$"
     label(axes, 2.6, top, text, size=11, color=RECONSTRUCTION, backgroundcolor="white")
 
-    # Its gradient passes the decoder, skips the quantiser, and ends in the encoder.
+    # Its gradient flows through the decoder, skips the quantiser, and reaches the encoder.
     back = {"color": RECONSTRUCTION, "linewidth": 1.2, "linestyle": (0, (4, 2))}
     low = y - 0.62
     under = y - 0.25  # lower edge of the boxes
@@ -248,7 +249,7 @@ def draw_gradient_flow(axes: Axes, y: float) -> None:
 
 
 def draw_embedding_space(axes: Axes, x: float, y: float, width: float, height: float) -> None:
-    """Draw an output z of the encoder among the embeddings, and what pulls at both."""
+    """Draw an encoder output z among the embeddings, and how the loss terms move z and e."""
     frame = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.8}
     axes.add_patch(Rectangle((x, y), width, height, **frame))
     label(axes, x + 0.1, y + height - 0.15, "embedding space", size=8.5, color=GREY, ha="left")
@@ -273,7 +274,7 @@ def draw_embedding_space(axes: Axes, x: float, y: float, width: float, height: f
 
 
 def draw_terms(axes: Axes, y: float) -> None:
-    """Write the loss, with what each of its terms trains."""
+    """Write the loss, and what each of its terms trains."""
     reconstruction = "reconstruction:\ntrains the decoder and the encoder"
     codebook = "codebook:\nmoves $e$ towards a fixed $z$"
     commitment = "commitment:\nmoves $z$ towards a fixed $e$"

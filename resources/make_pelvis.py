@@ -1,10 +1,11 @@
-"""Make resources/pelvis.pt, the model that predict.py uses before any training.
+"""Train resources/pelvis.pt, the model that predict.py uses if no run has been trained.
 
     HIPMRI_REAL_DATA=... python resources/make_pelvis.py       # about half an hour on two CPU cores
 
-It has only the weights of a `tuned` run, which is trained on the sample (mri/phantom.py) and on the
-training slices of prostatex/ in $HIPMRI_REAL_DATA: 86 T2 slices of PROSTATEx patient 0218
-(doi 10.7937/K9TCIA.2017.MURS5CL, CC BY 3.0), converted from DICOM to NIfTI, resampled and cropped.
+The file has the weights of a run with the recipe `tuned`, but not the state of its training. The
+run is trained on the sample data (mri/phantom.py) and on the training slices of prostatex/ in
+$HIPMRI_REAL_DATA. These are 86 T2 slices of PROSTATEx patient 0218 (doi
+10.7937/K9TCIA.2017.MURS5CL, CC BY 3.0), converted from DICOM to NIfTI, resampled and cropped.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> int:
 
 
 def link_slices(sources: list[Path], data: Path) -> None:
-    """Link the slices of several data sets into one, in HipMRI's 2D layout."""
+    """Merge several data sets into one in HipMRI's 2D layout, using symbolic links."""
     for split in SPLITS:
         folder = data / f"keras_slices_{split}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def write_weights(run: Path, sources: list[Path], path: Path) -> None:
     for source in sources:
         slices = dataset.load_split(hipmri.find_hipmri(source), "train")
         spacings.append(slices.description["spacing"])
-    spacing = np.sqrt(np.prod(spacings, axis=0)).tolist()  # of two sources
+    spacing = np.sqrt(np.prod(spacings, axis=0)).tolist()  # of the two sources
     checkpoint = {
         "format": best["format"],
         "model_args": best["model_args"],

@@ -1,4 +1,4 @@
-"""The adversarial loss of --gan: a patch discriminator, with VQGAN's adaptive weight."""
+"""The adversarial loss of `--gan`: a patch discriminator, and the adaptive weight of VQGAN."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 16):
         super().__init__()
-        # The first convolution has no stride: with strided ones alone, the gradient would push
-        # reconstructions towards a grid.
+        # The first convolution has stride 1. If a strided convolution saw the slice directly, its
+        # gradient would imprint a grid pattern on the reconstructions.
         layers: list[nn.Module] = [nn.Conv2d(2, channels, kernel_size=3, padding=1)]
         layers.append(nn.LeakyReLU(0.2))
         widths = (channels, 2 * channels, 4 * channels, 8 * channels)
         for inputs, outputs in itertools.pairwise(widths):
             layers.append(nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1))
             if inputs > channels:
-                layers.append(nn.GroupNorm(8, outputs))  # unlike batch norm, per slice
+                layers.append(nn.GroupNorm(8, outputs))  # per slice, unlike batch norm
             layers.append(nn.LeakyReLU(0.2))
         layers.append(nn.Conv2d(8 * channels, 1, kernel_size=3, padding=1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 1, H, W)
-        """Return logits, (B, 1, H/8, W/8), high where patches of 42 x 42 pixels look real."""
+        """Return (B, 1, H/8, W/8) logits; one is high if its patch of 42 x 42 pixels looks real."""
         mean = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
         detail = 4 * (images - mean)  # (B, 1, H, W)
         return self.layers(torch.cat([images, detail], 1)).float()
 
     def hinge_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Return the discriminator's loss (arXiv 1705.02894); 2 if it cannot distinguish them.
+        """Return the hinge loss of the discriminator (arXiv 1705.02894); guessing gives 2.
 
         Args:
-            images, reconstructions: (B, 1, H, W).
+            images, reconstructions: both (B, 1, H, W).
         """
-        images = images.to(reconstructions.dtype)  # or rounding would give reconstructions away
+        # If only the reconstructions were rounded to bfloat16, the rounding would identify them.
+        images = images.to(reconstructions.dtype)
         return F.relu(1 - self(images)).mean() + F.relu(1 + self(reconstructions)).mean()
 
 
@@ -58,32 +59,33 @@ def adversarial_losses(
     reconstruction_loss: Callable[[Tensor, Tensor], Tensor],
     gan_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the adversarial losses of a batch, each ().
+    """Return the adversarial losses of a batch, and their adaptive weight.
 
-    The generator's gradient at the reconstruction is `gan_weight` times as long as that of the
-    reconstruction loss (VQGAN, arXiv 2012.09841, equation 7, there at the last layer).
+    The generator's loss is weighted so that its gradient at the reconstruction is `gan_weight`
+    times as long as the gradient of the reconstruction loss. VQGAN (arXiv 2012.09841, equation 7)
+    compares the gradients at the generator's last layer instead.
 
     Args:
-        discriminator: its parameters get gradients from the second loss only.
+        discriminator: only the second loss has gradients for the discriminator's parameters.
         images: (B, 1, H, W).
         reconstruction: (B, 1, H, W), with a graph to the generator's parameters.
-        reconstruction_loss: called with reconstruction and images.
+        reconstruction_loss: a function of the reconstruction and the images.
         gan_weight: ratio of the two gradients' norms.
 
     Returns:
-        The generator's loss, the discriminator's loss, and the adaptive weight.
+        The generator's loss, the discriminator's loss, and the adaptive weight, each ().
     """
     leaf = reconstruction.detach().requires_grad_()
     adversarial = -discriminator(leaf).mean()
     losses = (reconstruction_loss(leaf, images), adversarial)
     gradients = [torch.autograd.grad(loss, leaf)[0].float() for loss in losses]  # (B, 1, H, W)
     squares = torch.stack([gradient.square().sum() for gradient in gradients])  # (2,)
-    if get_world_size() > 1:  # on the device; `distributed.all_reduce_sum` would wait for it
+    if get_world_size() > 1:  # not `distributed.all_reduce_sum`, which waits for the device
         dist.all_reduce(squares)
     ratio = squares[0] / squares[1].clamp_min(1e-12)
     weight = gan_weight * ratio.sqrt().clamp_max(1e4)
-    # A product with the constant gradient leads it on to the generator's parameters. Subtracting
-    # its value leaves the adversarial loss as the value.
+    # The derivative of `product` with respect to the reconstruction is `gradient`, which is
+    # constant. Subtracting the detached product leaves the adversarial loss as the value.
     gradient = (weight * gradients[1]).to(reconstruction)
     product = (reconstruction.float() * gradient).sum()
     generator_loss = product - product.detach() + adversarial.detach().float()

@@ -1,7 +1,7 @@
 """Read and write checkpoints.
 
 A checkpoint is a dictionary of tensors and plain values: "format", "model_args" (arguments of the
-model's class), "model" (its state) and, for runs, the progress of the training.
+model's class), "model" (the model's state) and, if a run wrote it, the progress of the training.
 
 Checkpoints are shared, so reading one must neither run code nor exhaust the memory. Each check
 below names the attack that it stops.
@@ -25,15 +25,15 @@ CHECKPOINT_FORMAT = 3
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically."""
-    # Not torch.save(checkpoint, path), which raises the same RuntimeError for a full disk as for a
-    # mistake in the program.
+    # torch.save(checkpoint, path) would report a full disk as a RuntimeError, like a defect of the
+    # program. `write_bytes` raises an OSError.
     content = io.BytesIO()
     torch.save(checkpoint, content)
     write_bytes(path, content.getbuffer())
 
 
 def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dict:
-    """Return the dictionary of a checkpoint, with the keys of this version.
+    """Return the dictionary of a checkpoint, with keys renamed to those of this version.
 
     Raises:
         CheckpointError: if the file is missing, damaged, unsafe or not a checkpoint.
@@ -44,7 +44,10 @@ def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dic
             # Attack: pickled code that runs when it is read. `weights_only` refuses it.
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}; train one with train.py") from None
+        raise CheckpointError(
+            f"checkpoint {path} does not exist; train.py (VQ-VAE) or train_prior.py (prior) "
+            "creates it"
+        ) from None
     except Exception as error:  # damaged bytes can make the unpickler raise any exception
         raise CheckpointError(_describe_failure(path, error)) from None
     if is_compressed:
@@ -68,35 +71,35 @@ def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dic
 def _is_compressed(path: Path | str) -> bool:
     """Return whether any record of a checkpoint's zip file is compressed.
 
-    Attack: a small file that unpacks to a thousand times its size. Raises if it is not a zip file,
-    as in torch's older formats.
+    Attack: a small file that unpacks to a thousand times its size. Raises an exception for a file
+    that is not a zip file, as in torch's older formats.
     """
     with zipfile.ZipFile(path) as archive:
         return any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
 
 
 def _describe_failure(path: Path | str, error: Exception) -> str:
-    """Return the message for an exception of `torch.load`."""
+    """Return the error message for an exception that `torch.load` raised."""
     pattern = r"(?i)unsupported (?:global|class|operand):?\s+(?:global )?(\S+)"
     refused = re.search(pattern, str(error))
     if refused is None:
         return (
-            f"{path} can't be read as a checkpoint ({first_line(error)}); use another, or train "
-            "again"
+            f"{path} can't be read as a checkpoint ({first_line(error)}); use another one, or "
+            "train again"
         )
     return (
-        f"{path} names {refused[1]:.80}, which is neither a tensor nor a plain value and could be "
-        "code; nothing of it was run. Use a checkpoint of this project"
+        f"{path} refers to {refused[1]:.80}, which is neither a tensor nor a plain value and could "
+        "be code; it was not run. Use a checkpoint of this project"
     )
 
 
 def rename_codebooks(state: dict) -> dict:
-    """Return the state of a model with the keys that this version gives to its codebooks.
+    """Return a model's state, with the codebooks' keys renamed to those of this version.
 
     Earlier versions nested several codebooks: `vector_quantization.X` was the first,
     `vector_quantization.rest.X` the second, `vector_quantization.rest.rest.X` the third. They are
-    now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`, in the same order, so that the
-    state of an optimizer, which goes by order, stays valid.
+    now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`. Their order is the same, so the
+    state of an optimizer, which numbers the parameters, stays valid.
     """
     if not any(str(key).startswith("vector_quantization.rest.") for key in state):
         return state
@@ -113,12 +116,12 @@ def rename_codebooks(state: dict) -> dict:
 def load_model(
     cls: type[nn.Module], path: Path | str, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Return a checkpoint's model on the device, in eval mode.
+    """Return the model of a checkpoint, in eval mode.
 
     Args:
         cls: class of the model, called with the checkpoint's "model_args".
-        path: the checkpoint.
-        device: of the model.
+        path: file of the checkpoint.
+        device: the device to load the model to.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read or does not fit the class.
@@ -127,12 +130,12 @@ def load_model(
     arguments, state = checkpoint["model_args"], checkpoint["model"]
     try:
         _check_sizes(arguments, state)
-        # Attack: a small checkpoint of a huge model. Built without memory, the model must have
-        # exactly the tensors that the file holds.
+        # Attack: a small checkpoint whose arguments ask for a huge model. The meta device builds it
+        # without allocating memory. Its tensors must be exactly those in the file.
         with torch.device("meta"):
             expected = cls(**arguments).state_dict()
         if _shapes(expected) != _shapes(state):
-            raise ValueError("its tensors are not those of its arguments")
+            raise ValueError("its tensors do not have the names and shapes that model_args gives")
         model = cls(**arguments)
         model.load_state_dict(state)
     except (
@@ -143,7 +146,7 @@ def load_model(
         RuntimeError,
         ValueError,
     ) as error:
-        # Any of these can follow from arguments or tensors of another type or size.
+        # Arguments or tensors of an unexpected type or size can raise any of these.
         raise CheckpointError(
             f"{path} does not fit this version's {cls.__name__}: {first_line(error)}"
         ) from None
@@ -151,17 +154,17 @@ def load_model(
 
 
 def _check_sizes(arguments: dict, state: dict[str, Tensor]) -> None:
-    """Check that the tensors are as large as they claim, and the arguments no larger.
+    """Check that the tensors are stored completely, and that the arguments fit their sizes.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: if a tensor is larger than its storage, or an argument is out of range.
     """
     for tensor in state.values():
-        # Attack: a tensor of a few bytes that claims to be large, by strides of 0.
+        # Attack: a tensor whose strides are 0, so that it stores a few bytes but seems large.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError("its tensors claim more numbers than it holds")
-    # Attack: a number of layers that takes hours to build, even without memory. Each layer and each
-    # codebook has a tensor, and no dimension exceeds the total of the numbers.
+            raise ValueError("its tensors have more elements than the file stores")
+    # Attack: so many layers that building them takes hours, even on the meta device. Each layer and
+    # each codebook has a tensor, and no dimension exceeds the total number of weights.
     max_modules = len(state)
     max_size = sum(tensor.numel() for tensor in state.values())
     for name, value in arguments.items():
@@ -170,7 +173,10 @@ def _check_sizes(arguments: dict, state: dict[str, Tensor]) -> None:
         is_count_of_modules = "layers" in name or "codebooks" in name
         limit = max_modules if is_count_of_modules else max_size
         if not -1 <= value <= limit:
-            raise ValueError(f"it asks for {value} {name}, and holds {max_size:,} numbers")
+            unit = "tensors" if is_count_of_modules else "weights"
+            raise ValueError(
+                f"{name} is {value}; a checkpoint with {limit:,} {unit} allows -1 to {limit:,}"
+            )
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

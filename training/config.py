@@ -3,9 +3,9 @@
     config = TrainConfig()                                  # the `tuned` recipe
     config = TrainConfig(**DOCUMENT, epochs=50)             # the source document's recipe
     flags = parse_train_flags(argv, __doc__)                # only the flags that were typed
-    config = resolve_config(flags)                          # flags over recipe over defaults
+    config = resolve_config(flags)                          # flags override the recipe
 
-`train.py` uses TrainConfig. `train_prior.py` defines its own PriorConfig by the same mechanism.
+`train.py` uses TrainConfig. `train_prior.py` defines its own PriorConfig in the same way.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ class RunConfig:
 
     data: str | None = _data(
         None,
-        "folder of slices (2D) or volumes (3D) (default: $HIPMRI_DATA, else the sample data)",
+        "folder of slices (2D) or volumes (3D) (default: $HIPMRI_DATA, else the sample data; for "
+        "train_prior.py, the data of the VQ-VAE's run)",
         metavar="DIR",
         resumable=True,
     )
     cache_dir: str | None = _data(
         None,
-        "folder for the cache of decoded slices (default: $HIPMRI_CACHE, else the user's cache)",
+        "folder for the cache of decoded slices (default: $HIPMRI_CACHE, else the user's cache "
+        "folder; for train_prior.py, the cache of the VQ-VAE's run)",
         metavar="DIR",
         resumable=True,
     )
     runs_dir: str = _run(
-        "runs", "folder of all runs (default: runs)", metavar="DIR", resumable=True
+        "runs", "folder that contains all runs (default: runs)", metavar="DIR", resumable=True
     )
-    resume: bool = _run(False, "continue an interrupted run, see above", resumable=True)
+    resume: bool = _run(False, "continue an interrupted run (see above)", resumable=True)
     dry_run: bool = _run(
         False,
-        "print the plan and the expected time, measured on a few steps; write nothing",
+        "print the plan and the expected time, measured on a few steps, without starting a run",
         resumable=True,
     )
     plot_every: int = _run(
@@ -59,16 +61,18 @@ class RunConfig:
     device: str = _run("auto", "auto, cuda, cuda:1, mps or cpu (default: auto)", resumable=True)
     precision: str = _run(
         "auto",
-        "precision of the convolutions; auto: bfloat16 where the hardware has it (default: auto)",
+        "precision of convolutions and matrix products; auto: bfloat16 if the hardware supports it "
+        "(default: auto)",
         choices=("auto", "float32", "bfloat16"),
     )
     compile: bool | None = _run(
         None,
-        "compile the training step, once per run, in about a minute (default: on one GPU)",
+        "compile the training step, which delays the start by about a minute (default: only on a "
+        "single CUDA GPU)",
         negatable=True,
         resumable=True,
     )
-    deterministic: bool = _run(False, "bit-identical results on a GPU, at some cost in speed")
+    deterministic: bool = _run(False, "make GPU results bit-identical, at some cost in speed")
     seed: int = _run(0, "random seed (default: 0)", low=0, high=2**40)
 
 
@@ -82,7 +86,8 @@ class TrainConfig(RunConfig):
     # Data
     axis: str | None = _data(
         None,
-        "for scans of any kind: axis along which volumes are cut, by the affine or as stored",
+        "read --data as a folder of scans of any kind, and cut volumes along this axis: an "
+        "anatomical name, or the number of a stored axis",
         choices=("coronal", "sagittal", "axial", "0", "1", "2"),
     )
     split: list[str] | None = _data(
@@ -106,91 +111,101 @@ class TrainConfig(RunConfig):
     )
     fit: str | None = _data(
         None,
-        "how to fit slices of another size: resize, centre-crop, or trim up to 10 %% and resize "
-        "the rest (default: resize; for scans, trim)",
+        "how to fit slices of another size: resize; crop the centre to the proportions of --size, "
+        "then resize; or trim to --size if that removes at most 10 %% of the rows and of the "
+        "columns, otherwise resize (default: resize; for scans, trim)",
         choices=("resize", "crop", "trim"),
     )
     planes: int | None = _data(
         None,
-        "number of central planes taken from a volume (default: 60 for HipMRI; for scans, all)",
+        "maximum number of slices from the centre of a volume (default: 60 for HipMRI; for scans, "
+        "all)",
         low=1,
         high=256,
     )
-    skip_bad_files: bool = _data(False, "skip files that cannot be used, and count them")
+    skip_bad_files: bool = _data(False, "skip unusable files, with a note")
 
     # Run
     recipe: str = _run(
-        "tuned", "default values of the last group (default: tuned)", choices=("tuned", "document")
+        "tuned",
+        "recipe that sets the defaults of the last group (default: tuned)",
+        choices=("tuned", "document"),
     )
     name: str | None = _run(
-        None, "folder of the run inside --runs-dir (default: time and recipe)", resumable=True
+        None, "name of the run's folder in --runs-dir (default: time and recipe)", resumable=True
     )
 
     # Optimisation
     epochs: int = _recipe(100, "passes over the training split", low=1, resumable=True)
     batch_size: int = _recipe(16, "slices per step", low=1)
-    learning_rate: float = _recipe(2e-3, "Adam's learning rate; with a schedule, its peak", low=0)
+    learning_rate: float = _recipe(2e-3, "peak learning rate of Adam", low=0)
     schedule: str = _recipe(
         "cosine",
-        "learning rate after the warm-up; cosine ends at 0",
+        "learning rate after the warm-up; cosine decays towards 0",
         choices=("constant", "cosine"),
     )
-    warmup: float = _recipe(0.05, "fraction of the steps with a linear warm-up", low=0, high=1)
-    clip_grad_norm: float = _recipe(1.0, "largest gradient norm; 0: no clipping", low=0)
+    warmup: float = _recipe(0.05, "fraction of the steps used for a linear warm-up", low=0, high=1)
+    clip_grad_norm: float = _recipe(1.0, "maximum gradient norm; 0: no clipping", low=0)
     crop: int = _recipe(
         128, "side of random square crops, in pixels; 0: whole slices", low=0, high=128
     )
-    augment: bool = _recipe(True, "random flips, and for square crops transposes", negatable=True)
+    augment: bool = _recipe(
+        True, "random flips; square crops are also randomly transposed", negatable=True
+    )
 
     # Losses
-    ssim_weight: float = _recipe(0.5, "weight of 1 - SSIM, added to the squared error", low=0)
+    ssim_weight: float = _recipe(0.5, "weight of 1 - SSIM, which is added to the MSE", low=0)
     gan: bool = _recipe(
-        False, "adversarial loss: sharper slices, slightly lower SSIM", negatable=True
+        False, "add an adversarial loss: sharper slices, but a slightly lower SSIM", negatable=True
     )
     gan_weight: float = _recipe(
-        0.3, "norm of the adversarial gradient relative to the reconstruction's", low=0
+        0.3, "gradient norm of the adversarial loss, relative to the reconstruction loss", low=0
     )
     gan_start: float = _recipe(
-        0.5, "fraction of the steps before the adversarial loss starts", low=0, high=0.99
+        0.5, "fraction of the steps after which the adversarial loss is added", low=0, high=0.99
     )
     commitment_cost: float = _recipe(0.25, "beta, the weight of the commitment loss", low=0)
 
     # Codebook
     codebook: str = _recipe(
         "ema",
-        "how the codebook is updated: by gradient or by an exponential moving average",
+        "update of the codebook: by gradient descent, or by exponential moving averages (ema)",
         choices=("gradient", "ema"),
     )
     codebook_init: str = _recipe(
         "kmeans",
-        "initial codebook: k-means of encoder outputs, or uniform noise, which collapses",
+        "initial codebook: k-means of encoder outputs, or uniform noise, which leads to collapse",
         choices=("kmeans", "uniform"),
     )
     ema_decay: float = _recipe(0.99, "decay of the moving averages", low=0, high=1)
     restart_below: float = _recipe(
-        0.1, "EMA codes used less than this fraction of the mean use are restarted; 0: never", low=0
+        0.1,
+        "reinitialise EMA codes used less than this fraction as often as the average; 0: never",
+        low=0,
     )
 
     # Model
     stride: int = _recipe(
-        4, "side of the square that one code covers, in pixels", choices=(4, 8, 16)
+        4, "downsampling factor: one code represents stride x stride pixels", choices=(4, 8, 16)
     )
     num_codebooks: int = _recipe(
         1, "codebooks per position; each quantises the residual of the previous one", low=1, high=64
     )
     num_embeddings: int = _recipe(512, "K, codes per codebook", low=1)
     embedding_dim: int = _recipe(64, "D, length of an embedding", low=1)
-    hidden_channels: int = _recipe(64, "twice the width of the residual stacks", low=2)
-    residual_channels: int = _recipe(32, "width inside a residual layer", low=1)
+    hidden_channels: int = _recipe(
+        64, "hidden channels; the feature maps of encoder and decoder have half as many", low=2
+    )
+    residual_channels: int = _recipe(32, "channels inside a residual layer", low=1)
     num_residual_layers: int = _recipe(3, "residual layers in each stack", low=0)
-    num_code_layers: int = _recipe(4, "residual layers of the decoder on the code grid", low=0)
+    num_code_layers: int = _recipe(4, "residual layers at the start of the decoder", low=0)
     refine_channels: int = _recipe(
-        16, "channels of an additional full-size convolution; 0: none", low=0
+        16, "input channels of an additional convolution at full resolution; 0: none", low=0
     )
 
 
-# The values in which the source document's recipe differs. It departs from the document in one
-# point: its codebook starts from data (`codebook_init`).
+# The values in which the source document's recipe differs from the defaults. It departs from the
+# document in one point: the codebook is initialised from data (`codebook_init`).
 DOCUMENT = {
     "recipe": "document",
     "learning_rate": 1e-4,
@@ -211,28 +226,28 @@ DOCUMENT = {
 def parse_train_flags(argv: list[str] | None, description: str | None) -> dict:
     """Return the flags of train.py that were typed; `--help` shows the values of both recipes."""
     flags = parse_flags(TrainConfig, argv, description, alternatives=(RECIPE_GROUP, DOCUMENT))
-    if len(flags.get("split", ())) == 1:  # a CSV file, which --resume must find from any folder
+    if len(flags.get("split", ())) == 1:  # a CSV file, which --resume must find from any directory
         flags["split"] = [str(Path(flags["split"][0]).resolve())]
     return flags
 
 
 def resolve_config(flags: dict) -> TrainConfig:
-    """Return the configuration: the flags over the recipe's values over the defaults."""
+    """Return the configuration; flags override the recipe, which overrides the defaults."""
     values = dict(flags)
     if flags.get("recipe") == "document":
         values = DOCUMENT | flags
     if values.get("codebook") == "gradient" and "restart_below" not in flags:
-        values["restart_below"] = 0.0  # a gradient codebook keeps no counts of use
+        values["restart_below"] = 0.0  # a gradient codebook has no usage counts
     if values.get("gan") and values.get("compile") is None:
-        values["compile"] = False  # its losses change in the middle of a run
+        values["compile"] = False  # the computation changes at `gan_start`
     return TrainConfig(**values)
 
 
 def check_config(config: TrainConfig, world_size: int) -> None:
-    """Reject, before any work, values that could only fail later.
+    """Reject invalid values before any work is done.
 
     Raises:
-        UserError: with the flag, its value, and what was expected.
+        UserError: if a value is invalid.
     """
     check_bounds(config)
     check_processes(config, world_size)
@@ -250,7 +265,7 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         raise UserError("--compile does not work with --gan; omit one of them")
     if config.restart_below and config.codebook == "gradient":
         raise UserError(
-            "--restart-below needs --codebook ema: a gradient codebook keeps no counts of use"
+            "--restart-below needs --codebook ema: a gradient codebook has no usage counts"
         )
 
 
@@ -261,7 +276,7 @@ def _is_slice_size(size: list[int], stride: int) -> bool:
 
 
 def check_processes(config, world_size: int) -> None:
-    """Check the flags that depend on the number of processes; raises UserError."""
+    """Check the flags that depend on the number of processes; raise UserError if one is wrong."""
     if config.batch_size % world_size:
         raise UserError(
             f"--batch-size is {config.batch_size}; expected a multiple of the {world_size} "

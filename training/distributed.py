@@ -1,10 +1,10 @@
-"""Several processes of one run, started by torchrun on one machine.
+"""Data-parallel training: several processes of one run, started by torchrun on one machine.
 
     with distributed.session():
         if distributed.get_rank() == 0: ...
         total = distributed.all_reduce_sum(tensor)
 
-Outside a session, or in a session of one process, every function works and communicates nothing.
+Outside a session, or with a single process, every function works without communication.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class LostProcessError(UserError):
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Join the other processes if torchrun started several; leave them at the end of the block.
+    """Join the process group if torchrun started several processes, and leave it after the block.
 
     GPU tensors are exchanged through NCCL and CPU tensors through gloo, so that bookkeeping never
-    waits for a GPU. Only rank 0 prints.
+    waits for a GPU. Only rank 0 prints to stdout.
 
     Raises:
         UserError: if torchrun was started on several machines.
@@ -76,7 +76,7 @@ def get_rank() -> int:
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Let rank 0 run the block alone, then the others, which find what it has made."""
+    """Let rank 0 run the block first, then the others, which find the files that it has written."""
     if get_rank() > 0:
         _barrier()
     yield
@@ -104,7 +104,7 @@ def broadcast_tensors(tensors: dict[str, Tensor]) -> None:
 
 
 def broadcast_object(value):
-    """Return rank 0's value, which may have any plain type."""
+    """Return the value of rank 0, which may be any object that can be pickled."""
     values = [value]
     if get_world_size() > 1:
         dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
@@ -115,14 +115,15 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
     """Check that all processes hold equal tensors.
 
     Raises:
-        RuntimeError: with the names of those that differ; training on them would be meaningless.
+        RuntimeError: if they differ, naming the tensors; training diverged replicas would be
+            meaningless.
     """
     if get_world_size() == 1:
         return
     checksums = []
     for tensor in tensors.values():
         values = tensor.detach().double().flatten().cpu()
-        weights = torch.linspace(1, 2, len(values)).double()  # so that the order counts
+        weights = torch.linspace(1, 2, len(values)).double()  # so that their order matters
         checksums.append(values @ weights)
     own = torch.stack(checksums)
     reference = own.clone()
@@ -136,13 +137,13 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
 def wrap_model(model: nn.Module) -> nn.Module:
     """Return a module whose backward pass averages gradients over the processes.
 
-    Buffers are not copied from rank 0: the quantiser keeps its averages equal itself, and copying
-    them would hide it if it did not.
+    Buffers are not copied from rank 0. The quantiser itself keeps its averages equal in all
+    processes, and copying them would hide a failure to do so.
     """
     if get_world_size() == 1:
         return model
     parameters = inspect.signature(DistributedDataParallel).parameters
-    renamed = "forward_sync_buffers" in parameters  # the name in newer versions
+    renamed = "forward_sync_buffers" in parameters  # the option's name in newer versions
     option = "forward_sync_buffers" if renamed else "broadcast_buffers"
     return DistributedDataParallel(model, **{option: False})
 
@@ -153,7 +154,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Average the gradients of a module that is not wrapped."""
+    """Average gradients over the processes, for a module that `wrap_model` did not wrap."""
     world_size = get_world_size()
     if world_size == 1:
         return

@@ -1,4 +1,4 @@
-"""Guards around a run: the lock of its folder, and signals that end it after the current step."""
+"""Guards around a run: a lock of its folder, and signals that stop it after the current step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # schedulers send the last one 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Create a run's folder and hold its lock; raises UserError if another process holds it."""
+    """Create a run's folder and lock it; raise UserError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -34,8 +34,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def collect_stop_signals(numbers: list[int]) -> Iterator[None]:
     """Append the numbers of the stop signals to a list instead of ending the process.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Previous handlers are restored at the end.
-    Outside the main thread, where Python allows no handlers, signals are left alone.
+    Ctrl-C after a first signal raises KeyboardInterrupt at once. Previous handlers are restored at
+    the end. Outside the main thread, where Python allows no handlers, signals are left alone.
     """
 
     def handle(number: int, frame) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from utils import UserError
 
-ANY_POSITIVE = 1e9  # an upper bound that never applies
+ANY_POSITIVE = 1e9  # used as the upper bound if there is none
 
 
 def option(
@@ -38,14 +38,15 @@ def option(
     """Declare a field of a configuration dataclass, which is also a command-line flag.
 
     Args:
-        default: its value if neither the flags nor the recipe set it.
-        help: the quantity and its unit, as `--help` shows it.
-        group: heading under which `--help` lists it.
+        default: value of the field if neither the flags nor the recipe set it.
+        help: the quantity and its unit, as shown by `--help`.
+        group: heading under which `--help` lists the flag.
         low, high: allowed range, inclusive; no range is checked if `low` is None.
         choices: allowed values.
         nargs, metavar: as for argparse.
         negatable: for a bool, whether `--no-<name>` exists too.
-        resumable: whether `--resume` may change it; anything else would make another run.
+        resumable: whether the flag may change with `--resume`; changing any other flag would make
+            it a different run.
     """
     metadata = {
         "help": help,
@@ -80,8 +81,8 @@ def parse_flags(
         config_class: a dataclass whose fields are made with `option`.
         argv: arguments (default: sys.argv).
         description: text at the top of `--help`.
-        alternatives: a group, and values of its fields in another recipe, which `--help` shows
-            after the defaults.
+        alternatives: name of a group, and the values of its fields in another recipe, which
+            `--help` shows after the defaults.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -167,7 +168,7 @@ def check_range(flag: str, value: float | None, low: float, high: float) -> None
 
 
 def check_bounds(config) -> None:
-    """Check every field against its range and its choices; raises UserError."""
+    """Check every field against its range and its choices; raise UserError if one is invalid."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is None:

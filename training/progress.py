@@ -1,4 +1,4 @@
-"""The progress bar of a run, and its estimate of the time that is left."""
+"""The progress bar of a run, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SLOW_SECONDS = 2 * 3600
 
 
 class ProgressBar:
-    """A bar over all examples of a run; it is shown by rank 0 only.
+    """A progress bar over all examples of a run, shown by rank 0 only.
 
     Args:
-        num_examples: in the training set.
+        num_examples: number of examples in the training set.
         batch_size: examples per step.
-        epochs: of the whole run.
-        steps_done: since the start of the run, for a run that is resumed.
-        device: a CPU run that will take hours is announced after its first steps.
+        epochs: number of epochs of the whole run.
+        steps_done: steps that a resumed run has already done, 0 for a new run.
+        device: the device; on a CPU, a warning is printed if the run will take hours.
     """
 
     def __init__(
@@ -44,28 +44,28 @@ class ProgressBar:
         )
 
     def start_epoch(self, epoch: int) -> None:
-        """Show the number of the epoch, from 1."""
+        """Show the number of the epoch, counted from 1."""
         self._bar.set_description(f"epoch {epoch}/{self.epochs}")
 
     def update(self, examples: int) -> bool:
-        """Count a step of so many examples; return whether the bar was redrawn."""
+        """Record a step of `examples` examples; return whether the bar was redrawn."""
         self.steps_done += 1
         self._last_step_end = time.perf_counter()
         if self._timed_steps == 0:
-            self._first_step_end = self._last_step_end  # the first step may compile
+            self._first_step_end = self._last_step_end  # left out: it may compile
         self._timed_steps += 1
         if self._timed_steps == WARN_AFTER_STEPS and self.device.type == "cpu":
             self._warn_if_slow()
         return bool(self._bar.update(examples))
 
     def seconds_per_step(self) -> float:
-        """Return the mean duration of the steps after the first, or that of a single step."""
+        """Return the mean duration of all steps but the first; with one step, its duration."""
         if self._timed_steps < 2:
             return self._last_step_end - self._start
         return (self._last_step_end - self._first_step_end) / (self._timed_steps - 1)
 
     def seconds_left(self, seconds_per_validation: float = 0.0) -> float:
-        """Return how long the rest of the run will take, at the rate so far."""
+        """Return the expected duration of the rest of the run, at the speed so far."""
         steps_left = self.epochs * self.steps_per_epoch - self.steps_done
         epochs_left = self.epochs - self.steps_done // self.steps_per_epoch
         return steps_left * self.seconds_per_step() + epochs_left * seconds_per_validation
@@ -97,5 +97,5 @@ class ProgressBar:
         self._bar.write(line)
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         self._bar.close()

@@ -1,4 +1,4 @@
-"""Runs on disk: start one, find one to resume, and load the data that a trained run used.
+"""Run folders: start a run, find a run to resume, and load the data that a run was trained on.
 
 folder, config, checkpoint = open_run(flags)                 # train.py
 run = newest_run(Path("runs"))                               # predict.py and others
@@ -26,13 +26,14 @@ from utils import CheckpointError, DataError, UserError
 
 
 def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
-    """Return folder, configuration and checkpoint of the run that train.py's flags ask for.
+    """Return folder, configuration and checkpoint of the run that the flags of train.py select.
 
     Args:
-        flags: only those that were typed, see `training.config.parse_train_flags`.
+        flags: only the flags that were typed (see `training.config.parse_train_flags`).
 
     Returns:
-        The checkpoint is None for a run that starts at its first step.
+        The folder, the configuration, and the checkpoint to continue from, or None to start at the
+        first step.
 
     Raises:
         UserError: if a new run's folder exists, or there is no run to resume.
@@ -55,14 +56,14 @@ def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
 
 
 def resumed_arguments(folder: Path, config_class: type, flags: dict) -> dict:
-    """Return the arguments of a run that is resumed: the flags over those it was started with.
+    """Return the arguments of a run that is resumed: its saved arguments, overridden by the flags.
 
     Raises:
-        UserError: if there is no run, or a flag would make it another run.
+        UserError: if the folder contains no run, or a flag would make it a different run.
     """
     if not (folder / "config.json").exists():
         raise UserError(
-            f"{folder} contains no run to resume; omit --resume to start one, or name another"
+            f"{folder} contains no run to resume; omit --resume to start one, or name another run"
         )
     saved = read_arguments(folder, config_class)
     resumable = {
@@ -74,13 +75,14 @@ def resumed_arguments(folder: Path, config_class: type, flags: dict) -> dict:
             changes.append(f"{flag_name(name)} {flags[name]} (was {saved.get(name)})")
     if changes:
         raise UserError(
-            f"{folder} cannot be resumed with {', '.join(changes)}; omit that, or start a new run"
+            f"{folder} cannot be resumed with {', '.join(changes)}; omit these flags, or start a "
+            "new run"
         )
     return saved | flags
 
 
 def last_checkpoint(folder: Path) -> dict | None:
-    """Return the checkpoint last.pt, or None if the run ended before its first epoch did."""
+    """Return the checkpoint last.pt, or None if the run ended during its first epoch."""
     path = folder / "last.pt"
     if not path.exists():
         return None
@@ -91,7 +93,7 @@ def last_checkpoint(folder: Path) -> dict | None:
 
 
 def unfinished_checkpoint(folder: Path, epochs: int) -> dict | None:
-    """Return `last_checkpoint`; raises UserError if the run has finished its epochs."""
+    """Return `last_checkpoint`; raise UserError if the run has finished all epochs."""
     checkpoint = last_checkpoint(folder)
     if checkpoint and checkpoint["epochs_done"] >= epochs:
         raise UserError(
@@ -102,7 +104,7 @@ def unfinished_checkpoint(folder: Path, epochs: int) -> dict | None:
 
 
 def newest_unfinished_run(runs_dir: Path) -> Path:
-    """Return the folder with the newest config.json whose last.pt lacks epochs."""
+    """Return the folder with the newest config.json among runs that have not finished."""
     configs = list(runs_dir.glob("*/config.json"))
     configs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for config in configs:
@@ -170,7 +172,7 @@ def load_training_data(
 
 
 def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path:
-    """Return the run with the newest `file`, finished or not.
+    """Return the folder of the run with the newest `file`, whether the run has finished or not.
 
     Args:
         runs_dir: folder of all runs.
@@ -183,7 +185,7 @@ def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path
     paths = list(runs_dir.glob(f"*/{file}"))
     if not paths:
         default = (
-            f"no run in {runs_dir} has a best.pt; train one with train.py, or name it by --run"
+            f"no run in {runs_dir} has a best.pt; train one with train.py, or name a run with --run"
         )
         raise UserError(missing or default)
     newest = max(paths, key=lambda path: path.stat().st_mtime)
@@ -191,12 +193,12 @@ def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path
 
 
 def read_config(run: Path) -> TrainConfig:
-    """Return the configuration of a run of train.py, also of earlier versions."""
+    """Return the configuration of a run that this or an earlier version of train.py made."""
     return resolve_config(read_arguments(run, TrainConfig))
 
 
 def read_arguments(folder: Path, config_class: type) -> dict:
-    """Return the arguments in a run's config.json, without those that this version lacks.
+    """Return the arguments in a run's config.json, without those that this version no longer has.
 
     Raises:
         UserError: if the file is missing or corrupt, or an argument has the wrong type.
@@ -215,10 +217,10 @@ def read_arguments(folder: Path, config_class: type) -> dict:
 
 
 def read_preprocessing(run: Path, source: Source) -> Preprocessing:
-    """Return the preprocessing of a run's slices, adapted to the form of `source`.
+    """Return the preprocessing of a run, adapted if `source` has another form (2D, 3D or scans).
 
     Raises:
-        UserError: if config.json has a preprocessing that train.py would not write.
+        UserError: if the preprocessing in config.json is not as train.py writes it.
     """
     config = read_config(run)
     stored = utils.read_json(run / "config.json").get("preprocessing")
@@ -242,10 +244,10 @@ def read_preprocessing(run: Path, source: Source) -> Preprocessing:
 
 
 def read_manifest(run: Path) -> dict[str, dict[str, list[str]]] | None:
-    """Return which scans were in which split, {split: {subject: [path]}}; None without scans.
+    """Return the scans of each split, {split: {subject: [path]}}; None if config.json has none.
 
     Raises:
-        UserError: if config.json has a manifest that `mri.splits.to_manifest` would not make.
+        UserError: if the manifest is not as `mri.splits.to_manifest` makes it.
     """
     manifest = utils.read_json(run / "config.json").get("scans")
     if manifest is None or _is_manifest(manifest):
@@ -268,7 +270,7 @@ def _is_manifest(value: object) -> bool:
 
 
 def training_files(run: Path) -> Set[Path] | None:
-    """Return the files that a run was trained on, resolved; None if its data has gone."""
+    """Return the resolved paths of a run's training files; None if its data cannot be found."""
     try:
         config = read_config(run)
         source = splits.find_source(
@@ -292,17 +294,17 @@ def load_run_data(
     cache_dir: str | None = None,
     skip_bad_files: bool = False,
 ) -> tuple[dataset.SliceDataset, str]:
-    """Load a split, prepared as the run's training data was, and print notes about it.
+    """Load a split with the preprocessing of the run's training data, and print notes about it.
 
     Args:
         run: folder of the run.
         split: "train", "validate" or "test".
-        data: folder of the data (default: the run's own).
-        cache_dir: folder of the cache (default: the run's own).
-        skip_bad_files: see `dataset.load_split`.
+        data: folder of the data (default: the data of the run).
+        cache_dir: folder of the cache (default: as in the run).
+        skip_bad_files: skip unusable files, even if the run did not.
 
     Returns:
-        The slices, and the folder in which their files are.
+        The slices, and the folder that contains their files.
 
     Raises:
         UserError: if the data cannot be found or read.

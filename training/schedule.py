@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning rate schedule of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ def learning_rate(config, step: int, total_steps: int) -> float:
     """Return the learning rate of a step.
 
     Args:
-        config: `learning_rate`, the peak; `warmup`, the fraction of the steps in which the rate
-            rises linearly to it; `schedule`, "constant", or "cosine" for half a cosine down to 0.
-        step: 0 to total_steps - 1.
-        total_steps: steps of the whole run.
+        config: has the attributes `learning_rate` (the peak), `warmup` (the fraction of the steps
+            in which the rate rises linearly to the peak) and `schedule`: "constant", or "cosine"
+            for half a cosine, which would reach 0 at the step after the last.
+        step: number of the step, 0 to total_steps - 1.
+        total_steps: number of steps of the whole run.
     """
     peak = config.learning_rate
     warmup_steps = round(config.warmup * total_steps)
@@ -22,7 +23,7 @@ def learning_rate(config, step: int, total_steps: int) -> float:
         return peak * (step + 1) / warmup_steps
     if config.schedule == "constant":
         return peak
-    angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to pi
+    angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to almost pi
     return peak * 0.5 * (1 + math.cos(angle))
 
 

@@ -19,19 +19,22 @@ from utils import first_line
 class Step(NamedTuple):
     """One training step."""
 
-    number: int  # within the run, from 0
+    number: int  # within the run, counted from 0
     progress: float  # fraction of the run's steps before this one
     batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
     size: int  # examples in `batch`; 0 if a small batch leaves this process without any
-    weight: float  # of this process's mean loss, so that the mean over processes is over examples
-    is_full: bool  # whether the whole batch has `batch_size` examples, as all but the last have
+    # Factor for the mean loss of this process. With it, the mean over the processes weights all
+    # examples of the batch equally.
+    weight: float
+    is_full: bool  # whether the whole batch has `batch_size` examples; the last may have fewer
 
 
 def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
     """Clip each module's gradient to `max_norm` (0: no clipping).
 
     Returns:
-        (): whether all gradients are finite. It stays on the device, so nothing waits for it.
+        () bool, whether all gradients are finite. It stays on the device, so that the host does
+            not wait for it.
     """
     norms = []
     for module in modules:
@@ -42,9 +45,10 @@ def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
 
 
 def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Let the next `optimizer.step()` of a fused optimizer change nothing if `finite` is false.
+    """Make the next `optimizer.step()` of a fused optimizer change nothing if `finite` is false.
 
-    The decision is made on the device; a Python `if` would wait for the gradients.
+    `found_inf` is the attribute through which `torch.amp.GradScaler` makes a fused optimizer skip a
+    step. The decision is made on the device; a Python `if` would wait for the gradients.
     """
     optimizer.found_inf = (~finite).float()
 
@@ -52,9 +56,9 @@ def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def compile_if_enabled(
     function: Callable, model: nn.Module, config: RunConfig, device: torch.device
 ) -> Callable:
-    """Return the function compiled if `--compile` says so; by default, on a single GPU.
+    """Return `function`, compiled if `--compile` is set; by default, only on a single CUDA GPU.
 
-    See `compile_with_fallback` for the arguments.
+    The arguments are those of `compile_with_fallback`.
     """
     enabled = config.compile
     if enabled is None:
@@ -63,18 +67,18 @@ def compile_if_enabled(
 
 
 def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:
-    """Return a compiled `function` that continues uncompiled if it cannot be compiled.
+    """Return `function`, compiled on its first call, or unchanged if it cannot be compiled.
 
-    The first call compiles, by a trial of the forward and backward pass. After it, the model's
-    state and the random generator are put back. If the trial fails, a warning is printed.
+    The first call compiles the function with a trial forward and backward pass, and then restores
+    the model's state and the random generators. If the trial fails, a warning is printed.
 
     Args:
-        function: returns losses; it is called with tensors of the same shapes each time.
-        model: the module that the function may update in its forward pass.
-        device: on a GPU, the compiled function is recorded as CUDA graphs.
+        function: returns a tensor of losses; every call must pass tensors of the same shapes.
+        model: the module whose state the function may update in its forward pass.
+        device: the device; on a GPU, the compiled function is recorded as CUDA graphs.
     """
     mode = "reduce-overhead" if device.type == "cuda" else "default"
-    active: Callable | None = None  # what later calls use
+    active: Callable | None = None  # the function that later calls use
 
     def call(*arguments):
         nonlocal active
@@ -83,7 +87,7 @@ def compile_with_fallback(function: Callable, model: nn.Module, device: torch.de
             generators = _random_states(device)
             try:
                 active = torch.compile(function, mode=mode, dynamic=False)
-                active(*arguments).sum().backward()  # the backward pass is compiled when it runs
+                active(*arguments).sum().backward()  # backward is compiled when it first runs
             except Exception as error:  # compilers fail in many ways
                 tqdm.write(
                     "warning: the training step cannot be compiled here and runs uncompiled: "
@@ -99,7 +103,7 @@ def compile_with_fallback(function: Callable, model: nn.Module, device: torch.de
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the random generators that a step on this device draws from."""
+    """Return the states of the random generators that a step on this device uses."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))

@@ -10,14 +10,14 @@ from training.distributed import get_rank
 
 
 class EpochTotals:
-    """Sums over the steps of an epoch, kept on the device so that no step waits for it."""
+    """Sums over the steps of an epoch, kept on the device so that the host never waits for it."""
 
     def __init__(self, num_losses: int, device: torch.device):
-        self.losses = torch.zeros(num_losses, device=device)  # each times its number of examples
+        self.losses = torch.zeros(num_losses, device=device)  # summed over examples
         self.examples = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)  # steps with non-finite gradients
-        self.last_skipped = torch.zeros((), device=device)  # number of the last such step, from 1
-        # The first step since the start of this process with a non-finite loss, from 1; else 0.
+        self.last_skipped = torch.zeros((), device=device)  # number of the last one, from 1
+        # Number (from 1) of the first step of this process with a non-finite loss; 0: none so far.
         self.nonfinite_step = torch.zeros((), device=device)
 
     def add(self, losses: Tensor, finite: Tensor, examples: int, step: int) -> None:
@@ -35,16 +35,18 @@ class EpochTotals:
         return torch.cat([self.losses, steps])
 
     def over_processes(self) -> Tensor:
-        """Return `to_tensor` over all processes, on the CPU, as checkpoints contain it."""
+        """Return `to_tensor` for all processes together, on the CPU, as stored in checkpoints."""
         own = self.to_tensor()
         summed = distributed.all_reduce_sum(own[:-2])
-        return torch.cat([summed, own[-2:].cpu()])  # all processes skip the same steps
+        return torch.cat([summed, own[-2:].cpu()])  # not summed: all processes skip the same steps
 
     def load(self, values: Tensor) -> None:
-        """Continue from what `over_processes` returned; raises ValueError for another shape."""
+        """Restore what `over_processes` returned; raise ValueError if its length is wrong."""
         if len(values) != len(self.losses) + 3:
-            raise ValueError(f"{len(values)} sums of losses, not {len(self.losses) + 3}")
-        if get_rank() == 0:  # the other processes continue with zeros
+            raise ValueError(
+                f"the checkpoint has {len(values)} epoch totals; expected {len(self.losses) + 3}"
+            )
+        if get_rank() == 0:  # the others continue with zeros, as sums are taken over all processes
             self.losses.copy_(values[:-3])
             self.examples.copy_(values[-3])
         self.skipped.copy_(values[-2])

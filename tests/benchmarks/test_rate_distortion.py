@@ -184,7 +184,7 @@ def test_the_command_compares_runs_with_codecs(tmp_path, run, write_nifti, write
     codec_rows = [row for row in result["rows"] if "weights" not in row]
     assert [row["misfits"] for row in codec_rows] == [2, 2, 0, 0]  # noise does not fit 0.25
     text = out.with_suffix(".md").read_text()
-    assert "1 constant ones excluded" in text
+    assert "1 constant slices excluded" in text
     assert RULES in text
     assert f"| 0.2500 | untrained (tuned), {fixed['weights']:,} weights | fixed length |" in text
     assert out.with_suffix(".png").stat().st_size > 1000

@@ -95,7 +95,8 @@ def test_the_table_shows_speeds_bounds_and_failures():
     assert lines[2] == "| typical script | 20.0 | 1.00 | 20% | 1.50 | 1.0 s |"
     assert lines[3].startswith("| this project | 50.0 | 2.50 | ")
     assert lines[4].startswith("| broken: failed, x |")
-    assert "Bound in float32: 74 GFLOP per step at 1.00 TFLOP/s, or 2.00 GB" in lines[6]
+    assert lines[6].startswith("Bound in float32: 100 slices per second. ")
+    assert "the slower of 74 GFLOP per step at 1.00 TFLOP/s, and 2.00 GB per step" in lines[6]
     assert lines[-1] == "| 1,000 files |  | 3.00 | 2.00 | 0.50 |"
 
 

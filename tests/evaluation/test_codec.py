@@ -91,7 +91,7 @@ def test_damaged_codes_are_reported(codes_path, untrained_run):
     without_axis = io.BytesIO()
     np.savez_compressed(without_axis, **{k: v for k, v in arrays.items() if k != "axis"})
     cases = {
-        "is not an .npz file of --export-codes": [
+        "is not an .npz file from --export-codes": [
             b"text",
             codes_path.read_bytes()[:-50],
             without_axis.getvalue(),
@@ -113,7 +113,7 @@ def test_damaged_codes_are_reported(codes_path, untrained_run):
             damaged(turn=np.zeros((3, 2))),
         ],
         "has format 9": [damaged(format=9)],
-        "is of the model": [damaged(model=fingerprint(other))],
+        "was made by model": [damaged(model=fingerprint(other))],
         "unpacks to": [bomb.getvalue()],
         "pickle": [damaged(codes=np.array([Exception()], object))],
     }

@@ -100,7 +100,7 @@ def test_ssim_of_constant_windows_is_the_luminance_term():
     reconstruction[..., 8:, 8:] = 0.6
     c1 = 0.01**2
     expected = (2 * 0.4 * 0.6 + c1) / (0.4**2 + 0.6**2 + c1)
-    similarity = metrics.ssim_map(reconstruction, original)[..., 8:, 8:]
+    similarity = metrics.ssim_map(original, reconstruction)[..., 8:, 8:]
     assert similarity.mean().item() == pytest.approx(expected, abs=5e-4)
     assert slice_scores(original, original)["ssim"].item() == pytest.approx(1.0)
 

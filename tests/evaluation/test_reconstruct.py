@@ -198,7 +198,7 @@ def test_folders_are_searched_and_bad_files_reported(
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("nowhere.nii", "there is no nowhere.nii"), (".", "no .nii or .nii.gz file in .")],
+    [("nowhere.nii", "nowhere.nii does not exist"), (".", "no .nii or .nii.gz file in .")],
 )
 def test_paths_without_files_are_an_error(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)

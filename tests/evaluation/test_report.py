@@ -26,10 +26,10 @@ CHROMIUM = find_chromium()
 SECTIONS = [
     "Configuration",
     "Curves",
-    "Panels",
+    "Reconstructions",
     "Scores, test",
     "By organ, test",
-    "Code use, test",
+    "Codebook usage, test",
     "Worst slices, test",
 ]
 
@@ -75,7 +75,7 @@ def test_pages_are_complete_self_contained_and_escaped(runs, tmp_path):
     text = " ".join(page.texts)
     for section in SECTIONS:
         assert section in page.texts, section
-    assert "not made yet" not in text
+    assert "not created yet" not in text
     assert page.tags.count("img") == 5
     assert all(address.startswith("data:") for address in page.addresses)
     assert "a<b>&c" in text

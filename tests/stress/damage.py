@@ -26,19 +26,19 @@ HEADER_FIELDS = (
     "dim", "dim", "datatype", "bitpix", "vox_offset", "scl_slope", "scl_inter", "pixdim",
     "qform_code", "sform_code", "quatern_b", "srow_x", "srow_y", "magic", "sizeof_hdr", "descrip",
     "intent_code",
-)  # "dim" twice, as it matters most
+)  # "dim" is listed twice because it matters most
 DATA_TYPES = (2, 4, 8, 16, 64, 128, 32, 1792, 2304, 1, 0, 768)  # NIfTI codes, some of them invalid
 # fmt: on
 
-# Unpacks to 256 MiB, and to another gzip stream of 64 MiB.
+# Decompresses to a gzip stream, which decompresses to 64 MiB, followed by 256 MiB of zeros
 BOMB = gzip.compress(gzip.compress(b"\0" * (1 << 26), 9), 9) + gzip.compress(b"\0" * (1 << 28), 9)
 
 
 def intact_files() -> list[bytes]:
     """Return uncompressed NIfTI files: slices and volumes of several data types.
 
-    Both versions of the format and both byte orders occur. Slices of $HIPMRI_REAL_DATA are added if
-    it is set.
+    They include both versions of the format and both byte orders. If $HIPMRI_REAL_DATA is set,
+    slices of it are added.
     """
     rng = np.random.default_rng(0)
     files = []
@@ -96,7 +96,7 @@ def compress_half(rng: random.Random, content: bytes) -> bytes:
 
 
 def damage_stream(rng: random.Random, file: bytes) -> bytes:
-    """Damage the gzip stream of a file; it may continue for hundreds of megabytes."""
+    """Compress a file and damage the gzip stream, which may then expand to hundreds of MiB."""
     content = bytearray(gzip.compress(file, 1))
     for _ in range(rng.randint(1, 3)):
         offset = rng.randrange(len(content) + 1)
@@ -119,9 +119,9 @@ def damage_stream(rng: random.Random, file: bytes) -> bytes:
 
 
 def damage_shape(rng: random.Random, file: bytes) -> bytes:
-    """Write a new header of 0 to 7 dimensions of any size; the pixels do not fit it.
+    """Replace the header by one with a random number of dimensions of random sizes.
 
-    The pixels are those of the file, random, zeros, or missing.
+    The pixels do not fit the new header. They are those of the file, random, zeros, or missing.
     """
     is_nifti2 = rng.random() < 0.5
     order = rng.choice("<>")
@@ -164,7 +164,7 @@ def damage_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def damage_values(rng: random.Random, content: dict) -> dict:
-    """Replace or delete one to three values of a dictionary, at any depth."""
+    """Return a copy of a dictionary with one to three values replaced or deleted, at any depth."""
     content = copy.deepcopy(content)
     for _ in range(rng.randint(1, 3)):
         parent = content

@@ -3,11 +3,12 @@
     python tests/stress/faults.py                  # 50 kills, about ten minutes on two CPU cores
     python tests/stress/faults.py --kills 5        # one of each kind
 
-A kill is SIGKILL, at a moment that depends on the seed: while the cache is built, during training,
-while a checkpoint or a plot is being written (which its temporary file shows), and during a
-prediction. After each kill, all files with a final name must be complete, all earlier files must
-still exist, and no worker process may be left. At the end, the weights, metrics.csv and the
-prediction must equal those of an undisturbed run, bit for bit. Writes <out>.json and <out>.md.
+A kill is a SIGKILL at a moment that depends on the seed: while the cache is being built, during
+training, while a checkpoint or a plot is being written (recognised by its temporary file), or
+during a prediction. After each kill, all files except temporary files must be complete, all earlier
+files must still exist, and no worker process may be left. At the end, the weights, metrics.csv and
+the prediction must equal those of an undisturbed run, bit for bit. The result files are <out>.json
+and <out>.md.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ FLAGS = (
     "--hidden-channels=32",
     "--residual-channels=16",
 )
-MAX_CHAIN = 5  # kills of one training run
+MAX_CHAIN = 5  # largest number of kills of one training run
 
 
 def write_data(root: Path, counts: dict[str, int]) -> Path:
     """Write slices of smooth blobs in HipMRI's 2D layout.
 
     Args:
-        root: folder to make.
+        root: folder to create.
         counts: split -> number of slices.
     """
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +82,7 @@ def write_data(root: Path, counts: dict[str, int]) -> Path:
 
 @dataclasses.dataclass
 class Tally:
-    """The results of one kind of kill: a row of the table."""
+    """The results of one kind of kill, which are a row of the table."""
 
     killed: str  # one of KINDS
     kills: int = 0
@@ -106,10 +107,10 @@ class Tally:
 
         Args:
             process: the killed process.
-            start_time: when it was started; older temporary files are those of earlier processes.
-            folder: where it wrote.
+            start_time: when it was started; older temporary files are from earlier processes.
+            folder: the folder that it wrote to.
             files_before: the files that existed before it was started.
-            temporary: pattern of the temporary files in the folder.
+            temporary: glob pattern of the temporary files in the folder.
         """
         self.kills += 1
         new_files = [path for path in folder.glob(temporary) if path.stat().st_mtime >= start_time]
@@ -129,7 +130,7 @@ class Tally:
 
 
 def kill_cache(tally: Tally, rng: random.Random, work: Path, data: Path, kills: int) -> None:
-    """Kill dry runs, which build the cache and train nothing; then run the same command again."""
+    """Kill dry runs, which only build the cache, and then run the same command to its end."""
     command = ("train.py", "--data", data, "--dry-run", *FLAGS)
 
     def is_building(folder: Path) -> bool:
@@ -156,7 +157,7 @@ def kill_cache(tally: Tally, rng: random.Random, work: Path, data: Path, kills: 
         process = start(folder, *command)
         delay = rng.uniform(0, seconds)
         if not kill_when(process, lambda folder=folder: is_building(folder), delay):
-            continue  # it had ended already
+            continue  # it had already ended
         tally.check_kill(process, start_time, folder / "cache", set(), "*.tmp-*")
         finish(folder, *command)
         tally.restarts += 1
@@ -164,7 +165,7 @@ def kill_cache(tally: Tally, rng: random.Random, work: Path, data: Path, kills: 
 
 
 class Appearances:
-    """A condition that is true from the `number`-th time on that a matching file appears."""
+    """A condition that becomes true when a matching file appears for the `number`-th time."""
 
     def __init__(self, folder: Path, pattern: str, number: int):
         self.folder = folder
@@ -180,7 +181,8 @@ class Appearances:
         return self.remaining <= 0
 
 
-# Kind -> pattern in the run's folder, most appearances to wait for, longest delay (s) after it
+# Kind -> pattern of a file in the run's folder; the kill follows one of its first appearances (at
+# most this number), after a delay (at most this many seconds).
 TRAINING_KILLS = {
     "training": ("config.json", 1, 3.0),
     "checkpoint": (".*.pt.*.tmp", 5, 0.004),
@@ -191,11 +193,11 @@ TRAINING_KILLS = {
 def kill_run(
     tally: Tally, rng: random.Random, work: Path, data: Path, kills: int, undisturbed: Path
 ) -> None:
-    """Kill training runs up to five times each, resuming each time, and compare the finished run.
+    """Kill and resume training runs, up to five times each, and compare the finished runs.
 
     Args:
-        tally: where results are counted; its kind is in TRAINING_KILLS.
-        rng: decides when to kill.
+        tally: counts the results; its kind is a key of TRAINING_KILLS.
+        rng: determines when to kill.
         work: an empty folder.
         data: folder of the data.
         kills: number of kills.
@@ -214,7 +216,7 @@ def kill_run(
 def train_until_finished(
     tally: Tally, rng: random.Random, folder: Path, data: Path, kills: int
 ) -> None:
-    """Train a run in `folder` with up to so many kills; it may finish before."""
+    """Train a run in `folder`, killing it up to `kills` times; it may finish earlier."""
     pattern, appearances, longest_delay = TRAINING_KILLS[tally.killed]
     new_run = ("train.py", "--data", data, "--name", "x", *FLAGS)
     resume = ("train.py", "--resume", "--name", "x")
@@ -225,14 +227,14 @@ def train_until_finished(
         process = start(folder, *command)
         condition = Appearances(folder / "runs" / "x", pattern, rng.randint(1, appearances))
         if not kill_when(process, condition, rng.uniform(0, longest_delay)):
-            break  # it had ended already
+            break  # it had already ended
         tally.check_kill(process, start_time, folder / "runs", files_before, "x/**/.*.tmp")
         command = resume
     if process.returncode == -signal.SIGKILL:
         process = start(folder, *resume)
         process.wait()
     output = (folder / "log").read_text()
-    if "contains no run to resume" in output:  # it was killed before it wrote config.json
+    if "contains no run to resume" in output:  # killed before it wrote config.json
         finish(folder, *new_run)
         tally.restarts += 1
     else:
@@ -241,7 +243,7 @@ def train_until_finished(
 
 
 def kill_prediction(tally: Tally, rng: random.Random, kills: int, run: Path) -> None:
-    """Kill predictions: every other one after its first file appears, the others at any moment."""
+    """Kill every other prediction after it begins to write, and the others at any moment."""
     folder = run.parents[1]
     command = ("predict.py", "--run", run, "--device", "cpu")
     start_time = time.perf_counter()
@@ -255,7 +257,7 @@ def kill_prediction(tally: Tally, rng: random.Random, kills: int, run: Path) -> 
         start_time = time.time()
         process = start(folder, *command)
         if not kill_when(process, condition, rng.uniform(0, 1.0 if at_write else seconds)):
-            continue  # it had ended already
+            continue  # it had already ended
         tally.check_kill(process, start_time, run, files_before, "test/.*.tmp")
         finish(folder, *command)
         tally.restarts += 1
@@ -266,11 +268,11 @@ def kill_prediction(tally: Tally, rng: random.Random, kills: int, run: Path) -> 
 
 
 def run_kills(kills: dict[str, int], seed: int, work: Path) -> list[dict]:
-    """Kill the scripts so many times per kind, and return a row of results for each kind.
+    """Kill the scripts, and return a row of results for each kind of kill.
 
     Args:
-        kills: kind -> number of kills; kinds with none have no row.
-        seed: decides the moments.
+        kills: kind -> number of kills; kinds with 0 kills have no row.
+        seed: random seed of the moments.
         work: an empty folder.
     """
     data = write_data(work / "data", SMALL_DATA)
@@ -298,7 +300,7 @@ def run_kills(kills: dict[str, int], seed: int, work: Path) -> list[dict]:
 
 
 def format_table(rows: list[dict]) -> str:
-    """Return a Markdown table, with the number of lost files in the place of their names."""
+    """Return a Markdown table, with the number of lost files instead of their names."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     for row in rows:
         cells = row | {"lost files": len(row["lost files"])}
@@ -311,7 +313,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--kills", type=int, default=50, help="number of kills of all kinds together (default: 50)"
+        "--kills", type=int, default=50, help="total number of kills of all kinds (default: 50)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed of the moments (default: 0)"
@@ -340,6 +342,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # End by an exception on SIGTERM, so that the temporary folder is deleted.
+    # Raise an exception on SIGTERM, so that the temporary folder is deleted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,14 +1,14 @@
-"""Read thousands of damaged files: each must be read, or be refused with the intended error.
+"""Read thousands of damaged files: each must be read or refused with the intended error.
 
     python tests/stress/fuzz.py                    # 24,000 NIfTI files, 2,000 checkpoints and
                                                    # 2,000 config.json
     python tests/stress/fuzz.py --count 300        # fewer than a tenth of them
 
 The damaged files are small slices and volumes and, if $HIPMRI_REAL_DATA is set, slices of its
-folder prostatex; checkpoints of small models; and a run's config.json. Every file is read in each
-way in which the scripts read it. A crash is any other exception, a decoding error without its own
-message ("cannot be decoded"), more than 5 seconds, or more than 1 GiB of memory. Writes <out>.json
-and <out>.md.
+folder prostatex; checkpoints of small models; and a run's config.json. Every file is read in all
+ways in which the scripts read such files. The following count as crashes: any other exception, the
+catch-all message "cannot be decoded", reading for more than 5 seconds, and using more than 1 GiB of
+memory. The result files are <out>.json and <out>.md.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def read_nifti(path: Path) -> bool:
     """Read a file as a slice and as a volume.
 
     Returns:
-        Whether it can be used as one of them.
+        Whether the file can be used as a slice or as a volume.
 
     Raises:
-        AssertionError: if its error has no message of its own, or its pixels are not usable.
+        AssertionError: if the error has the catch-all message, or the pixels are not usable.
     """
     is_usable = False
     for form in ("2D", "3D"):
@@ -109,10 +109,10 @@ def read_checkpoint(path: Path, run: Run) -> bool:
     """Load a checkpoint as a VQ-VAE, as a prior, and to resume a run.
 
     Returns:
-        Whether it is one of the two models.
+        Whether the checkpoint could be loaded as one of the two models.
 
     Raises:
-        AssertionError: if it is refused only because memory ran out.
+        AssertionError: if the checkpoint is refused only because memory ran out.
     """
     is_model = False
     for model_class in (VQVAE, CodePrior):
@@ -129,7 +129,7 @@ def read_checkpoint(path: Path, run: Run) -> bool:
 
 
 def read_config(path: Path) -> bool:
-    """Read config.json as --resume and as predict.py do; return whether it is accepted."""
+    """Read config.json in the way of --resume and of predict.py; return whether it is accepted."""
     folder = path.parent
     flags = {"resume": True, "name": folder.name, "runs_dir": str(folder.parent), "epochs": 10**6}
     try:
@@ -147,12 +147,15 @@ def read_config(path: Path) -> bool:
 
 
 class LimitExceeded(BaseException):
-    """Too much time was used. It is not an `Exception`, so the code under test cannot catch it."""
+    """The error that reading a file takes too long.
+
+    It is not an `Exception`, so `except Exception` in the code under test does not catch it.
+    """
 
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Raise LimitExceeded after MAX_SECONDS, and MemoryError for MAX_MEMORY more than before."""
+    """Raise LimitExceeded after MAX_SECONDS, and MemoryError above MAX_MEMORY of new memory."""
 
     def raise_limit(*_):
         raise LimitExceeded(f"over {MAX_SECONDS} s")
@@ -180,11 +183,11 @@ def read_all(
     A crash is reported with the file's number; the same seed makes the same file again.
 
     Args:
-        name: of the kind of damage.
+        name: name of the kind of damage.
         count: number of files.
         make: returns the content of the next file.
-        path: where files are written, one after the other.
-        read: returns whether the file could be read, or raises an exception if it crashes.
+        path: path of the file, which is overwritten each time.
+        read: reads the file and returns whether it is usable; any exception is a crash.
     """
     num_read = 0
     slowest = 0.0
@@ -217,10 +220,10 @@ def fuzz(count: int, seed: int, folder: Path) -> list[dict]:
     """Read all kinds of damaged files and return a row of results for each.
 
     Args:
-        count: number of files with damaged headers, gzip streams and shapes, each; an eighth for
-            each of the other four kinds.
-        seed: decides the damage.
-        folder: where files are written.
+        count: number of files with damaged headers, with damaged gzip streams and with damaged
+            shapes; each of the other four kinds has an eighth of this number.
+        seed: random seed of the damage.
+        folder: the folder that files are written to.
     """
     rng = random.Random(seed)
     return fuzz_nifti(count, rng, folder) + fuzz_runs(math.ceil(count / 8), seed, rng, folder)
@@ -290,7 +293,7 @@ def fuzz_runs(count: int, seed: int, rng: random.Random, folder: Path) -> list[d
 
 
 def make_run(folder: Path, seed: int) -> Run:
-    """Return a run of a small model that has not started."""
+    """Return a run of a small, untrained model."""
     flags = {"data": ".", "device": "cpu", "precision": "float32", **SMALL_MODEL}
     config = resolve_config(flags)
     torch.manual_seed(seed)

@@ -15,9 +15,10 @@ from training.checkpoint import read_checkpoint
 
 
 def final_files(folder: Path) -> set[Path]:
-    """Return the files with a final name, at any depth.
+    """Return all files in a folder, at any depth, except temporary files, locks and logs.
 
-    Temporary files and locks are hidden, and temporary folders of the cache contain ".tmp-".
+    The names of temporary files and locks start with a dot. The names of temporary folders of the
+    cache contain ".tmp-".
     """
     files = set()
     for path in folder.rglob("*"):
@@ -28,7 +29,7 @@ def final_files(folder: Path) -> set[Path]:
 
 
 def broken_files(folder: Path) -> tuple[list[str], int]:
-    """Read all files with a final name; return the errors and the number of files."""
+    """Read all `final_files` of known types; return the errors and the number of files."""
     readers: dict[str, Callable[[Path], object]] = {
         ".pt": read_checkpoint,
         ".json": lambda path: json.loads(path.read_text()),
@@ -52,14 +53,14 @@ def read_table(path: Path) -> None:
     text = path.read_text()
     lengths = {len(row) for row in csv.reader(text.splitlines())}
     if len(lengths) != 1 or not text.endswith("\n"):
-        raise ValueError(f"rows of {sorted(lengths)} columns, ending in {text[-1:]!r}")
+        raise ValueError(f"rows have {sorted(lengths)} columns; the file ends in {text[-1:]!r}")
 
 
-# ---------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------- comparison
 
 
 def cache_content(folder: Path) -> dict[str, bytes]:
-    """Return split -> pixels of all complete caches."""
+    """Return {split: pixels} for all complete caches."""
     content = {}
     for path in (folder / "cache").iterdir():
         if path.is_dir() and ".tmp-" not in path.name:
@@ -68,7 +69,7 @@ def cache_content(folder: Path) -> dict[str, bytes]:
 
 
 def run_content(run: Path) -> dict:
-    """Return the weights of both checkpoints, and metrics.csv without its last column, seconds."""
+    """Return the weights of both checkpoints, and metrics.csv without its last column (seconds)."""
     content = {}
     for name in ("best", "last"):
         weights = read_checkpoint(run / f"{name}.pt")["model"]
@@ -79,13 +80,13 @@ def run_content(run: Path) -> dict:
 
 
 def prediction_content(run: Path) -> dict:
-    """Return the scores and the table of slices of a run's test split."""
+    """Return the scores and slices.csv of a run's test split."""
     scores = json.loads((run / "test" / "metrics.json").read_text())
     return {"slices.csv": (run / "test" / "slices.csv").read_text(), "scores": scores}
 
 
 def are_equal(one: dict, other: dict) -> bool:
-    """Compare two contents bit for bit."""
+    """Return whether two contents are equal, bit for bit."""
     if one.keys() != other.keys():
         return False
     for key, value in one.items():

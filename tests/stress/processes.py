@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(folder: Path, script: str, *arguments) -> subprocess.Popen:
-    """Start a script in a folder, in a process group of its own; its output goes to `log` there."""
+    """Start a script in `folder`, in its own process group; write its output to `log` there."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HIPMRI_CACHE": str(folder / "cache")}
     with open(folder / "log", "w") as log:
@@ -32,14 +32,14 @@ def finish(folder: Path, script: str, *arguments) -> None:
     code = start(folder, script, *arguments).wait()
     if code:
         output = (folder / "log").read_text()
-        raise RuntimeError(f"{script} ended with {code}:\n{output[-3000:]}")
+        raise RuntimeError(f"{script} exited with status {code}:\n{output[-3000:]}")
 
 
 def kill_when(process: subprocess.Popen, condition: Callable[[], bool], delay: float) -> bool:
-    """Send SIGKILL `delay` seconds after `condition()` is true.
+    """Send SIGKILL to a process `delay` seconds after `condition()` becomes true.
 
     Returns:
-        Whether the process was killed; False if it ended before.
+        Whether the process was killed; False if it had already ended.
     """
     while not condition():
         if process.poll() is not None:
@@ -55,7 +55,7 @@ def kill_when(process: subprocess.Popen, condition: Callable[[], bool], delay: f
 
 
 def has_workers(process: subprocess.Popen, timeout: float = 5) -> bool:
-    """Return whether a process of this one's group is still running after `timeout` seconds."""
+    """Return whether any process of the same group is still running after `timeout` seconds."""
     end = time.perf_counter() + timeout
     while time.perf_counter() < end:
         try:

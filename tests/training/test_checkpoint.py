@@ -94,7 +94,7 @@ class Payload:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no checkpoint"),
+        (None, "best.pt does not exist; train.py"),
         (b"", "can't be read as a checkpoint"),
         (b"text, not a checkpoint", "can't be read as a checkpoint"),
         ([1, 2], "not a checkpoint of this project"),
@@ -107,7 +107,7 @@ class Payload:
         (make_checkpoint(VQVAE(**SMALL), model=[1]), "does not fit this version"),
         (
             make_checkpoint(VQVAE(**SMALL), extra=Payload()),
-            r"names (builtins\.)?exec, which .* could be code; nothing of it was run",
+            r"refers to (builtins\.)?exec, which .* could be code; it was not run",
         ),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_model_larger_than_its_file_is_never_built(tmp_path, name, value):
     def build(**arguments):
         raise AssertionError("the model was built")
 
-    with pytest.raises(CheckpointError, match=f"asks for {value} {name}"):
+    with pytest.raises(CheckpointError, match=f"{name} is {value}; a checkpoint with .* allows"):
         build.__name__ = "VQVAE"
         load_model(build, tmp_path / "best.pt")
 
@@ -170,5 +170,5 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
     arguments = model.arguments | {"num_embeddings": 1 << 21}
     checkpoint = make_checkpoint(model, model=state, model_args=arguments)
     torch.save(checkpoint, tmp_path / "best.pt")
-    with pytest.raises(CheckpointError, match="claim more numbers than it holds"):
+    with pytest.raises(CheckpointError, match="more elements than the file stores"):
         load_model(VQVAE, tmp_path / "best.pt")

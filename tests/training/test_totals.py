@@ -51,5 +51,5 @@ def test_a_resumed_epoch_continues_its_sums():
 
 
 def test_sums_of_another_number_of_losses_cannot_be_loaded():
-    with pytest.raises(ValueError, match="5 sums of losses, not 4"):
+    with pytest.raises(ValueError, match="has 5 epoch totals; expected 4"):
         EpochTotals(1, CPU).load(torch.zeros(5))
