@@ -44,7 +44,7 @@ def small() -> list[str]:
 
 @pytest.fixture
 def real_data() -> Path:
-    """$HIPMRI_REAL_DATA, which contains prostatex/: real slices in HipMRI's 2D form."""
+    """$HIPMRI_REAL_DATA, which contains prostatex/: real slices in HipMRI's 2D layout."""
     folder = Path(os.environ.get("HIPMRI_REAL_DATA") or "not set")
     if not (folder / "prostatex").is_dir():
         pytest.skip(
@@ -70,7 +70,7 @@ def write_nifti():
 
 @pytest.fixture(scope="session")
 def write_slices(write_nifti):
-    """write(root, train=4, validate=2, test=2): write noise in HipMRI's 2D form; returns root."""
+    """write(root, train=4, validate=2, test=2): write noise in HipMRI's 2D layout; returns root."""
 
     def write(root: Path, shape=(256, 128), prefix="keras_slices_", **counts: int) -> Path:
         rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def write_slices(write_nifti):
 
 @pytest.fixture(scope="session")
 def blobs(tmp_path_factory, write_nifti) -> Path:
-    """HipMRI's 2D form with 10 training and 3 validation slices that can be learned in seconds."""
+    """HipMRI's layout with 10 training and 3 validation slices that can be learned in seconds."""
     root = tmp_path_factory.mktemp("blobs")
     generator = torch.Generator().manual_seed(0)
     for split, case, count in (("train", "004", 10), ("validate", "036", 3)):
