@@ -122,7 +122,7 @@ def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
 def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, Tensor]:
     """Cluster vectors (N, D); return centres (K, D) and residuals (M, D) of the M <= 32 K used."""
     if len(vectors) < num_clusters:
-        raise ValueError(f"{len(vectors)} vectors are too few to initialise {num_clusters} codes")
+        raise ValueError(f"{len(vectors)} vectors cannot initialise {num_clusters} codes")
     order = torch.randperm(len(vectors), generator=generator)[: 32 * num_clusters]
     vectors = vectors[order.to(vectors.device)].float()  # (M, D)
     centres = vectors[:num_clusters].clone()  # the first stays

@@ -81,10 +81,10 @@ class PriorConfig(RunConfig):
         32, "brightness levels of an outline (default: 32)", low=2, high=1024
     )
     channels: int = _prior(
-        128, "width of the transformer, 512 for a GPU and thousands of slices (default: 128)", low=1
+        128, "width of the transformer (default: 128; for thousands of slices, try 512)", low=1
     )
-    num_layers: int = _prior(4, "layers of the transformer, 12 for a GPU (default: 4)", low=1)
-    num_heads: int = _prior(4, "attention heads, 8 for a GPU (default: 4)", low=1)
+    num_layers: int = _prior(4, "layers of the transformer (default: 4; on a GPU, try 12)", low=1)
+    num_heads: int = _prior(4, "attention heads (default: 4; on a GPU, try 8)", low=1)
 
     # Fixed values, which are not flags
     warmup = 0.05

@@ -72,7 +72,7 @@ def jpeg2000_payload(file: bytes) -> int:
 
 
 def jpegxl_payload(file: bytes) -> int:
-    """Return the size of the frame in bytes: all but 8 bytes of signature, size and metadata."""
+    """Return the size of a file's frame: all bytes but the 8 of signature, size and metadata."""
     return len(file) - 8
 
 
@@ -155,7 +155,7 @@ class Codec:
         return self.prefix == "jpegxl" and depth > 8
 
     def encode(self, image: np.ndarray, setting: float, depth: int) -> Encoded:
-        """Encode a slice; JPEG uses standard or optimised Huffman tables, whichever are smaller.
+        """Encode a slice; JPEG sizes are the smaller of standard and optimised Huffman tables.
 
         Args:
             image: the slice, (rows, columns) in [0, 1].

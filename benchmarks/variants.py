@@ -132,7 +132,7 @@ class SimVQ(VectorQuantizer):
     """
 
     class Product(nn.Module):
-        """An embedding with the weight table @ matrix, (K, D)."""
+        """An embedding whose weight is `table @ matrix`, (K, D)."""
 
         def __init__(self, table: Tensor):
             super().__init__()

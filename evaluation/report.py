@@ -268,12 +268,12 @@ def _format_cell(value) -> str:
 
 
 def _round_cell(text: str) -> str:
-    """Round a number of metrics.csv to four significant digits; keep integers unchanged."""
+    """Round a number from metrics.csv to four significant digits; keep integers unchanged."""
     return f"{float(text):.4g}" if "." in text else text
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file with a header; none if the file does not exist."""
+    """Return the rows of a CSV file with a header, or [] if the file does not exist."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:

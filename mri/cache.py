@@ -240,7 +240,7 @@ def build(
 
 
 def _plan_jobs(files: list[Path], preprocessing: Preprocessing) -> list[_Job]:
-    """Return one job per file, with as many rows as the file can have slices."""
+    """Return one job per file, which reserves a row of pixels.npy for each possible slice."""
     jobs = []
     start = 0
     for index, path in enumerate(files):

@@ -55,8 +55,8 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
     """Read the header and the uncompressed bytes of a NIfTI file.
 
-    Gzip files are recognised by their content, not by their name. Only as much is unpacked as the
-    header asks for, which is limited by MAX_VOXELS.
+    Gzip files are recognised by their content, not by their name. Hardly more bytes are unpacked
+    than the header specifies, and a header of more than MAX_VOXELS voxels is refused.
 
     Raises:
         ValueError: if the file is not a complete NIfTI file (see the module's docstring).
@@ -102,9 +102,7 @@ def read_header(path: Path) -> nib.Nifti1Header:
     header = _parse_header(start)
     needed = _voxel_bytes(header)
     if size < header.get_data_offset() + needed:
-        raise ValueError(
-            f"is truncated or damaged: its header specifies {needed:,} bytes of voxels"
-        )
+        raise ValueError(f"is truncated or damaged: it lacks some of {needed:,} bytes of voxels")
     return header
 
 

@@ -49,13 +49,13 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images: (B, 1, H, W) -> codes (B, h, w), on the CPU."""
+        """Encode images (B, 1, H, W) on the device; return codes (B, h, w) on the CPU."""
         batches = [self.vqvae.encode(batch.to(self.device)).cpu() for batch in images.split(16)]
         return torch.cat(batches)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes: (B, h, w) -> images (B, 1, H, W) float32, on the CPU."""
+        """Decode codes (B, h, w) on the device; return images (B, 1, H, W) float32 on the CPU."""
         batches = []
         for batch in codes.split(16):
             batches.append(self.vqvae.decode_codes(batch.to(self.device)).float().cpu())

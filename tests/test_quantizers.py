@@ -241,7 +241,7 @@ def test_kmeans_of_equal_vectors_is_finite():
 
 
 def test_kmeans_needs_as_many_vectors_as_clusters():
-    with pytest.raises(ValueError, match="10 vectors are too few to initialise 32 codes"):
+    with pytest.raises(ValueError, match="10 vectors cannot initialise 32 codes"):
         modules.kmeans(torch.randn(10, 4), 32)
 
 

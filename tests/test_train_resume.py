@@ -236,7 +236,7 @@ def test_a_non_finite_loss_ends_the_run_and_names_its_slices(tmp_path, train_her
         in_batch = any(torch.equal(slices[i], image) for image in batches[0])
         assert (name.stem in words) == in_batch
     assert len(batches[0]) == 4
-    assert "runs/a/last.pt contains the epochs before" in str(error.value)
+    assert "runs/a/last.pt has the last saved state" in str(error.value)
     assert read_checkpoint(tmp_path / "runs/a/last.pt")["epochs_done"] == 1
 
 

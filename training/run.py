@@ -248,13 +248,14 @@ class Run:
         if step == 0:
             return
         last = self.folder / "last.pt"
-        saved = f"{last} contains the epochs before" if last.exists() else "no epoch was finished"
+        saved = f"{last} has the last saved state" if last.exists() else "nothing was saved yet"
         part = self._parts[(step - 1) % self.steps_per_epoch]
         names = ", ".join(self._names[i].stem for i in part)
-        which = "Some of its slices" if get_world_size() > 1 else "Its slices"
+        which = "Some slices" if get_world_size() > 1 else "The slices"
         raise UserError(
-            f"the loss is not finite at step {step}, in epoch {self.epochs_done + 1}. The weights "
-            f"are unchanged, and {saved}.\n{which}: {names}\nCheck them, or lower --learning-rate"
+            f"the loss is not finite at step {step} of the run, in epoch {self.epochs_done + 1}. "
+            f"That step was not taken; {saved}.\n{which} of the step: {names}\nCheck them, or "
+            "lower --learning-rate"
         )
 
     def end_epoch(self, scores: dict[str, float]) -> dict:

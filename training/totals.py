@@ -10,7 +10,7 @@ from training.distributed import get_rank
 
 
 class EpochTotals:
-    """Sums over the steps of an epoch, kept on the device so that the host never waits for it."""
+    """Totals over the steps of an epoch, kept on the device so that no step waits for it."""
 
     def __init__(self, num_losses: int, device: torch.device):
         self.losses = torch.zeros(num_losses, device=device)  # summed over examples

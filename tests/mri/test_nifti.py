@@ -179,7 +179,7 @@ def test_headers_may_not_claim_more_than_the_file_contains(tmp_path):
     for content in (with_planes(30_000), gzip.compress(with_planes(30_000))):
         path.write_bytes(content)
         for read in (nifti.read_header, nifti.read_nifti):
-            with pytest.raises(ValueError, match="is truncated or damaged: its header specifies"):
+            with pytest.raises(ValueError, match="is truncated or damaged"):
                 read(path)
 
 

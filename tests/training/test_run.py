@@ -147,11 +147,11 @@ def test_a_validation_loss_that_is_not_finite_is_an_error(tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_epoch_with_the_names_of_its_slices(tmp_path):
     run = make_run(tmp_path)
-    with pytest.raises(UserError, match="not finite at step 5, in epoch 2") as error:
+    with pytest.raises(UserError, match="not finite at step 5 of the run, in epoch 2") as error:
         train(run, losses=lambda step: (math.nan if step == 4 else 1.0, 1.0))
     names = [f"slice_{i}" for i in epoch_order(10, seed=0, epoch=2)[4:8]]
-    assert f"Its slices: {', '.join(names)}\n" in str(error.value)
-    assert "last.pt contains the epochs before" in str(error.value)
+    assert f"The slices of the step: {', '.join(names)}\n" in str(error.value)
+    assert "last.pt has the last saved state" in str(error.value)
     assert read_checkpoint(run.folder / "last.pt")["epochs_done"] == 1
 
 
