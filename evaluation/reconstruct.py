@@ -97,7 +97,7 @@ def reconstruct_files(
     if rows:
         _write_scores(out / "scores.csv", rows)
         _print_scores(rows)
-    print(f"{len(inputs) - len(errors)} of {len(inputs)} files reconstructed, results in {out}")
+    print(f"{len(inputs) - len(errors)} of {len(inputs)} files done; results are in {out}")
     if errors:
         listing = "\n  ".join(errors)
         raise UserError(f"{len(errors)} of {len(inputs)} files cannot be used:\n  {listing}")
