@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import SliceDataset
 from modules import Decoder, Encoder
 
-# Arguments of the document's Encoder and Decoder: channels, residual channels, layers, embedding dimension.
+# Arguments of the document's Encoder and Decoder: channels, residual channels, layers and
+# embedding dimension.
 WIDTHS = (32, 32, 2, 64)
 
 

@@ -126,7 +126,7 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
     """Compress the slices with a codec, and return a row for each rate and accounting.
 
     A row has the scores at the depth with the best mean `ssim`. If some slices do not fit at any
-    depth, the row has no scores. "misfits" is the number of such slices at the depth with the fewest.
+    depth, the row has no scores. "misfits" counts these slices at the depth with the fewest.
     """
     images = originals.images
     minimum = images.amin((1, 2, 3), keepdim=True)
@@ -251,7 +251,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data", type=Path, metavar="DIR", help="folder of slices or volumes, as for train.py"
     )
     source.add_argument(
-        "--volume", type=Path, metavar="FILE", help="NIfTI volume, whose central coronal slices are used"
+        "--volume",
+        type=Path,
+        metavar="FILE",
+        help="NIfTI volume, whose central coronal slices are used",
     )
     flag = parser.add_argument
     flag(

@@ -1,9 +1,9 @@
 """The training loop of train.py for measurements, without run folder, validation and plots.
 
-    trainer = Trainer(config, device)
-    train.init_codebook(trainer.model, slices, config, device)
-    trainer.train_epoch(slices)
-    losses, finite = trainer.step(images)
+trainer = Trainer(config, device)
+train.init_codebook(trainer.model, slices, config, device)
+trainer.train_epoch(slices)
+losses, finite = trainer.step(images)
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     python -m mri.phantom --out full_size --volumes 191 11 9 --slices 60       # the size of HipMRI
     python train.py                           # without --data, trains on the sample
 
-HipMRI may not be redistributed, so this module simulates pelves with the same geometry and contrast. An
-atlas defines the shapes in millimetres: x to the right, y to anterior and z to superior, where
-x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are warped slightly for
-each case and week, filled with texture, shaded as by surface coils, and given Rician noise. Results
-on the phantom show that the code works and let settings be compared; they say nothing about
-patients.
+HipMRI may not be redistributed, so this module simulates pelves with the same geometry and
+contrast. An atlas defines the shapes in millimetres. Its axes are x to the right, y to anterior and
+z to superior, where x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are
+warped slightly for each case and week, filled with texture, shaded as by surface coils, and given
+Rician noise. Results on the phantom show that the code works, and settings can be compared on it;
+they say nothing about patients.
 
 A volume depends only on (seed, case, week), not on the number of workers or on other volumes.
 """

@@ -2,7 +2,7 @@
 
     python resources/draw_figures.py        # a few seconds on a CPU
 
-The slice is from the phantom. Its codes and reconstruction are computed with the model resources/pelvis.pt.
+The slice is from the phantom. Its codes and reconstruction are computed with resources/pelvis.pt.
 """
 
 from __future__ import annotations
