@@ -57,7 +57,7 @@ RECIPE_FIELDS = tuple(
 
 
 def run_variant(args: argparse.Namespace, name: str, seed: int) -> dict:
-    """Train and evaluate a variant with a seed, unless it has finished; return its result."""
+    """Train and evaluate a variant with a seed, unless this was done before; return its result."""
     variant = VARIANTS[name]
     flags = [*variant.flags.split(), "--epochs", str(args.epochs), "--seed", str(seed)]
     flags += ["--precision", args.precision]
@@ -110,7 +110,7 @@ def finished_epochs(run: Path, data: Path, flags: list[str]) -> int:
 def call_script(
     main: Callable, flags: list, run: Path, replacements: Mapping[str, Callable]
 ) -> None:
-    """Call the main function of a script, and append its output to a log file beside the run.
+    """Call the main function of a script, and append its output to <run>.log.
 
     If the script fails, this process exits at once, so that the pool does not start another run.
     """
@@ -126,7 +126,7 @@ def call_script(
 
 
 def read_result(run: Path, name: str, seed: int) -> dict:
-    """Return the entry of a finished run in the result file."""
+    """Return what the result file records about a finished run."""
     variant = VARIANTS[name]
     config = json.loads((run / "config.json").read_text("utf-8"))
     summary = json.loads((run / "test" / "metrics.json").read_text("utf-8"))
@@ -281,7 +281,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="precision, as for train.py (default: auto)",
     )
-    flag("--jobs", type=int, default=1, help="number of runs at a time (default: 1)")
+    flag("--jobs", type=int, default=1, help="number of parallel runs (default: 1)")
     flag(
         "--runs-dir",
         type=Path,

@@ -72,7 +72,10 @@ def jpeg2000_payload(file: bytes) -> int:
 
 
 def jpegxl_payload(file: bytes) -> int:
-    """Return the size of a file's frame: all bytes but the 8 of signature, size and metadata."""
+    """Return the size of the frame of a JPEG XL file, in bytes.
+
+    The signature, the image size and the metadata take the other 8 bytes.
+    """
     return len(file) - 8
 
 
@@ -155,12 +158,15 @@ class Codec:
         return self.prefix == "jpegxl" and depth > 8
 
     def encode(self, image: np.ndarray, setting: float, depth: int) -> Encoded:
-        """Encode a slice; JPEG sizes are the smaller of standard and optimised Huffman tables.
+        """Encode a slice; for JPEG, try standard and optimised Huffman tables.
 
         Args:
             image: the slice, (rows, columns) in [0, 1].
             setting: one of `settings`.
             depth: one of `depths`.
+
+        Returns:
+            The coded slice; for JPEG, its sizes are those with the better Huffman tables.
         """
         if self.is_linear(depth):
             image = to_linear(image)
@@ -251,7 +257,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 def search(
     codec: Codec, depth: int, rates: Sequence[float], image: np.ndarray
 ) -> dict[tuple[float, str], Encoded | None]:
-    """Encode a slice at the finest setting that fits each rate, found by bisection.
+    """Find the finest setting that fits each rate by bisection, and encode a slice with it.
 
     Args:
         codec: a value of CODECS.

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.volumes < 1 or not 1 <= args.slices <= 60 or args.seed < 0:
         raise UserError(
             f"--volumes is {args.volumes}, --slices is {args.slices} and --seed is {args.seed}; "
-            "expected at least 1, 1 to 60, and at least 0"
+            "expected --volumes >= 1, --slices 1 to 60, and --seed >= 0"
         )
     scores = noise_ceiling(scans_of_test_split(args.volumes), args.slices, args.seed)
     print(

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import SliceDataset
 from modules import Decoder, Encoder
 
-# Arguments of the document's Encoder and Decoder: channels, residual channels, layers, D.
+# Arguments of the document's Encoder and Decoder: channels, residual channels, layers and
+# embedding dimension.
 WIDTHS = (32, 32, 2, 64)
 
 
@@ -34,7 +35,7 @@ class OneHotQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the quantised vectors, the loss and the perplexity: (B, D, h, w), (), ()."""
+        """Return the quantised vectors (B, D, h, w), the loss () and the perplexity ()."""
         z = z.permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
         flat = z.view(-1, z.shape[-1])  # (N, D)
         weight = self.embedding.weight  # (K, D)

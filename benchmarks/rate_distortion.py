@@ -74,7 +74,8 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
         source = Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
     else:
         source = hipmri.find_hipmri(args.data)
-    # Another volume may have another aspect ratio: crop it, assuming square pixels.
+    # Resizing would distort a volume whose slices have another aspect ratio, so crop its slices.
+    # Pixels are assumed to be square.
     fit = "crop" if args.volume else "resize"
     preprocessing = Preprocessing.resolve(source, fit=fit, planes=args.planes)
     slices = dataset.load_split(source, args.split, preprocessing)
@@ -125,7 +126,7 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
     """Compress the slices with a codec, and return a row for each rate and accounting.
 
     A row has the scores at the depth with the best mean `ssim`. If some slices do not fit at any
-    depth, the row has no scores. "misfits" is the smallest number of such slices over depths.
+    depth, the row has no scores. "misfits" counts these slices at the depth with the fewest.
     """
     images = originals.images
     minimum = images.amin((1, 2, 3), keepdim=True)
@@ -250,7 +251,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data", type=Path, metavar="DIR", help="folder of slices or volumes, as for train.py"
     )
     source.add_argument(
-        "--volume", type=Path, metavar="FILE", help="NIfTI volume; uses its central coronal slices"
+        "--volume",
+        type=Path,
+        metavar="FILE",
+        help="NIfTI volume, whose central coronal slices are used",
     )
     flag = parser.add_argument
     flag(
@@ -271,7 +275,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag(
         "--entropy-coded",
         action="store_true",
-        help="add rows with entropy-coded codes of runs that have a prior; takes a minute per run",
+        help="add a row with entropy-coded codes for each run that has a prior (a minute per run)",
     )
     flag(
         "--rates",

@@ -2,10 +2,10 @@
 
     python benchmarks/sharpness.py --runs runs/plain runs/gan
 
-The runs must have the same data set and rate. The result files are <out>.json, <out>.md and
-<out>.png. They have the SSIM variants, PSNR, the power of the reconstructions relative to the
-originals in each of the three highest octaves of spatial frequency, kernel distances
-(prior/realism.py), and a figure of some reconstructions.
+The runs must have the same data set and rate. The result files <out>.json and <out>.md
+contain the SSIM variants, PSNR, the power of the reconstructions relative to that of the originals
+in each of the three highest octaves of spatial frequency, and kernel distances (prior/realism.py).
+<out>.png shows some reconstructions.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure_run(
         device: the device to compute on.
 
     Returns:
-        The run's row of the result file, and the reconstructions, (N, 1, H, W).
+        The run's row of the result file, and the reconstructions (N, 1, H, W).
     """
     model = load_model(VQVAE, run / "best.pt", device)
     batches = []
@@ -158,7 +158,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folders of runs, each with a best.pt",
     )
-    flag("--data", metavar="DIR", help="folder of the data (default: as for the first run)")
+    flag("--data", metavar="DIR", help="folder of the data (default: the data of the first run)")
     flag(
         "--split",
         choices=("validate", "test"),

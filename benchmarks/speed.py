@@ -155,7 +155,7 @@ def medians(results: list[dict]) -> dict:
 
 
 def link_training_set(data: Path, folder: Path, count: int) -> Path:
-    """Make a data set of `count` training slices in `folder`, hard links to files of `data`."""
+    """Make a data set of `count` training slices in `folder` by hard-linking files of `data`."""
     files = sorted((data / "keras_slices_train").glob("*.nii.gz"))
     train = folder / str(count) / "keras_slices_train"
     train.mkdir(parents=True)

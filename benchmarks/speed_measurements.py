@@ -131,7 +131,7 @@ def measure_training(
 def measure_processes(device: torch.device, data: Path, count: int, epochs: int) -> dict:
     """Measure slices per second in the last epoch of train.py, with `count` processes.
 
-    The time includes validation. More than one process are started by torchrun.
+    The time includes validation. If `count` exceeds 1, torchrun starts the processes.
     """
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", count] if count > 1 else []
     threads = max(1, torch.get_num_threads() // count)
@@ -155,7 +155,7 @@ def measure_processes(device: torch.device, data: Path, count: int, epochs: int)
 
 
 def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> dict:
-    """Measure slices per second in evaluating the document's model, eagerly and in float32."""
+    """Measure slices per second of an evaluation of the document's model, eager and in float32."""
     utils.keep_freed_memory()
     slices = load(data)
     model = VQVAE().to(device)
@@ -220,10 +220,10 @@ def inflated_size(file: Path) -> int:
 def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
     """Measure an upper bound of the slices per second that the device could train.
 
-    It is computed from the slower of two times: that of a step's operations at the device's rate of
-    matrix products, and that of its memory traffic at the device's copy bandwidth. A multiply-add
-    counts as two operations. The traffic is the number of bytes that all eager operations read and
-    write, without fusion.
+    The bound is computed from the slower of two times: that of a step's operations at the device's
+    rate of matrix products, and that of its memory traffic at the device's copy bandwidth. A
+    multiply-add counts as two operations. The traffic is the number of bytes that all eager
+    operations read and write, without fusion.
     """
     matrix_rate = measure_matrix_rate(device, precision)
     bandwidth = measure_bandwidth(device)

@@ -1,4 +1,4 @@
-"""The training loop of train.py without run folder, validation and plots, for measurements.
+"""The training loop of train.py for measurements, without run folder, validation and plots.
 
 trainer = Trainer(config, device)
 train.init_codebook(trainer.model, slices, config, device)
@@ -34,7 +34,7 @@ class Trainer:
     Args:
         config: a configuration of train.py.
         device: the device to train on.
-        channels_last: memory layout of the model; train.py always uses channels-last.
+        channels_last: whether the model is in channels-last memory layout, as in train.py.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, channels_last: bool = True):
@@ -67,8 +67,8 @@ class Trainer:
         """Augment a batch (B, 1, H, W) and update the model once.
 
         Returns:
-            The losses, (2,), and whether the gradients were finite, (). Both are tensors on the
-            device, so that the call does not wait for a GPU.
+            The losses (2,), and a bool () that is true if the gradients were finite. Both are
+            tensors on the device, so that the call does not wait for a GPU.
         """
         is_full = len(images) == self.config.batch_size
         compute = self._losses_of_full_batch if is_full else self._eager_losses

@@ -76,7 +76,7 @@ class FSQ(nn.Module):
 
     @staticmethod
     def round(z: Tensor) -> Tensor:
-        """Bound the values and round them to -4..3; rounding is straight-through for gradients."""
+        """Bound the values and round them to -4..3, with a straight-through gradient."""
         half_range = 3.5 * 1.001
         bounded = torch.tanh(z + math.tan(0.5 / half_range)) * half_range - 0.5
         return bounded + (bounded.round() - bounded).detach()
@@ -92,7 +92,7 @@ class FSQ(nn.Module):
 class RotationTrick(VectorQuantizer):
     """A quantiser that passes gradients through a rotation and scaling of z to its embedding.
 
-    See arXiv 2410.06424. The straight-through estimator, which it replaces, passes them unchanged.
+    See arXiv 2410.06424. It replaces the straight-through estimator, which copies gradients.
     """
 
     def forward(self, z: Tensor) -> Quantized:
@@ -124,11 +124,11 @@ class CosineCodes(VectorQuantizer):
 
 
 class SimVQ(VectorQuantizer):
-    """A quantiser whose codebook is a fixed table times a trained matrix (arXiv 2411.02038).
+    """A quantiser whose codebook is the product of a fixed table and a trained matrix.
 
-    Each gradient step therefore moves all codes. The flag `--codebook gradient` is required. The
-    table is initialised from data, like other codebooks, and the matrix is initialised to the
-    identity.
+    Each gradient step therefore moves all codes (see arXiv 2411.02038). The flag
+    `--codebook gradient` is required. The table is initialised from data, like other codebooks, and
+    the matrix is initialised to the identity.
     """
 
     class Product(nn.Module):

@@ -4,12 +4,12 @@
     python -m mri.phantom --out full_size --volumes 191 11 9 --slices 60       # the size of HipMRI
     python train.py                           # without --data, trains on the sample
 
-HipMRI may not be redistributed, so this module simulates pelves with its geometry and contrast. An
-atlas defines the shapes in millimetres: x to the right, y to anterior and z to superior, where
-x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are warped slightly for
-each case and week, filled with texture, shaded as by surface coils, and given Rician noise. Results
-on the phantom show that the code works and let settings be compared; they say nothing about
-patients.
+HipMRI may not be redistributed, so this module simulates pelves with the same geometry and
+contrast. An atlas defines the shapes in millimetres. Its axes are x to the right, y to anterior and
+z to superior, where x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are
+warped slightly for each case and week, filled with texture, shaded as by surface coils, and given
+Rician noise. Results on the phantom show that the code works, and settings can be compared on it;
+they say nothing about patients.
 
 A volume depends only on (seed, case, week), not on the number of workers or on other volumes.
 """
@@ -138,7 +138,7 @@ class PhantomScan:
         self.key = (seed, case, week)
 
         rng = self.random("patient")
-        self.size = rng.uniform(0.95, 1.05)  # of the whole body, relative
+        self.size = rng.uniform(0.95, 1.05)  # relative size of the whole body
         self.fat = rng.uniform(10, 22)  # mm under the skin of the hips
         self.muscle = rng.uniform(5.5, 9)  # mm that muscles swell beyond the atlas
         self.prostate = rng.uniform(0.88, 1.22)  # linear size, relative
@@ -152,7 +152,7 @@ class PhantomScan:
         self.gas = rng.uniform(0.1, 0.9)  # fraction of the rectum that gas fills
         self.shift = rng.normal(0, (3, 3, 4))  # mm: position of the patient
         self.roll = rng.normal(0, 0.02)  # radians, in the coronal plane
-        # Standard deviation of the noise in the real and imaginary channel; urine has signal 0.8.
+        # Standard deviation of the noise in the real and imaginary channels; urine has signal 0.8.
         self.sigma = rng.uniform(0.0025, 0.005)
         self.scale = rng.uniform(250, 900)  # stored value of a signal of 1
 
@@ -281,7 +281,7 @@ class PhantomScan:
 
 
 def plane_numbers(slices: int) -> np.ndarray:
-    """Return the plane numbers (0 to 59) of evenly spread slices, as (slices,)."""
+    """Return (slices,) plane numbers, from 0 to 59, of evenly spread slices."""
     return (np.arange(slices) * PLANES + PLANES // 2) // slices
 
 
@@ -299,7 +299,7 @@ def coverage(distance: np.ndarray, edge: float = 1.7) -> np.ndarray:
 
 
 def paint(image: np.ndarray, box, distance: np.ndarray, signal, edge: float = 1.7) -> None:
-    """Paint a shape with this signal over the image, in place."""
+    """Paint a shape over the image in place, with the given signal."""
     part = image[box]
     part += coverage(distance, edge) * (signal - part)
 
@@ -561,7 +561,7 @@ def paint_prostate(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
 
 
 def paint_bladder(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
-    """Paint the bladder, bright urine in a thin dark wall; return its mask."""
+    """Paint the bladder (bright urine in a thin dark wall); return its mask."""
     semi_axes = np.array([39, 28, 27]) * scan.bladder
     box, distance = scan.ellipsoid((0, 16, 108 + semi_axes[2]), semi_axes)
     distance = distance + 1.1 * scan.rough[box]
@@ -692,7 +692,7 @@ def write_volume(root: Path, slices: int, seed: int, volume: Volume) -> None:
 
 
 def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
-    """Write a slice as a compressed NIfTI file, reproducibly because it contains no date."""
+    """Write a slice as a compressed NIfTI file; it contains no date, so it is reproducible."""
     nifti = nib.Nifti1Image(np.ascontiguousarray(pixels), affine)
     nifti.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=4, mtime=0))
@@ -702,7 +702,7 @@ def check_request(out: Path, volumes: Sequence[int], slices: int, seed: int) -> 
     """Check the arguments of `write_phantom`.
 
     Raises:
-        ValueError: for impossible numbers.
+        ValueError: if a number is out of range.
         FileExistsError: if `out` exists and is not an empty folder.
     """
     if len(volumes) != 3 or min(volumes) < 1:
@@ -729,7 +729,7 @@ def write_phantom(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a phantom data set; its folder gets its name only when it is complete.
+    """Write a phantom data set; its folder gets its final name only when the set is complete.
 
     Args:
         out: folder to create.
@@ -744,7 +744,7 @@ def write_phantom(
 
     Raises:
         FileExistsError: if `out` exists and is not an empty folder.
-        ValueError: for impossible numbers.
+        ValueError: if a number is out of range.
     """
     out = Path(out)
     check_request(out, volumes, slices, seed)

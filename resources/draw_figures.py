@@ -2,7 +2,7 @@
 
     python resources/draw_figures.py        # a few seconds on a CPU
 
-The slice is from the phantom. Its codes and reconstruction are computed by resources/pelvis.pt.
+The slice is from the phantom. Its codes and reconstruction are computed with resources/pelvis.pt.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Point = tuple[float, float]
 def phantom_example() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return a slice, its codes as colours, its reconstruction, and the codebook.
 
-    In all images, superior is up: slices are (128, 256), codes (32, 64, 3). The codebook is
-    (512, 64).
+    In all images, superior is up. The slices have shape (128, 256), the colours of the codes
+    (32, 64, 3), and the codebook (512, 64).
     """
     model = load_model(VQVAE, RESOURCES / "pelvis.pt")
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +234,7 @@ def draw_gradient_flow(axes: Axes, y: float) -> None:
     text = r"$\Vert x-\hat{x}\Vert^2$"
     label(axes, 2.6, top, text, size=11, color=RECONSTRUCTION, backgroundcolor="white")
 
-    # Its gradient flows through the decoder, skips the quantiser, and reaches the encoder.
+    # The term's gradient flows through the decoder, skips the quantiser, and reaches the encoder.
     back = {"color": RECONSTRUCTION, "linewidth": 1.2, "linestyle": (0, (4, 2))}
     low = y - 0.62
     under = y - 0.25  # lower edge of the boxes

@@ -2,8 +2,8 @@
 
     HIPMRI_REAL_DATA=... python resources/make_pelvis.py       # about half an hour on two CPU cores
 
-The file has the weights of a run with the recipe `tuned`, but not the state of its training. The
-run is trained on the sample data (mri/phantom.py) and on the training slices of prostatex/ in
+The file contains the weights of a run with the recipe `tuned`, but no optimiser state. The run is
+trained on the sample data (mri/phantom.py) and on the training slices of prostatex/ in
 $HIPMRI_REAL_DATA. These are 86 T2 slices of PROSTATEx patient 0218 (doi
 10.7937/K9TCIA.2017.MURS5CL, CC BY 3.0), converted from DICOM to NIfTI, resampled and cropped.
 """
@@ -72,10 +72,10 @@ def link_slices(sources: list[Path], data: Path) -> None:
 
 
 def write_weights(run: Path, sources: list[Path], path: Path) -> None:
-    """Write the weights of a run's best checkpoint, without the state of its training.
+    """Write the weights of a run's best checkpoint, without the optimiser state.
 
-    The stored voxel spacing is the geometric mean of the sources, which is within a factor of 1.5
-    of each.
+    The stored voxel spacing is the geometric mean of the sources' spacings. It differs from each of
+    them by a factor of less than 1.5.
     """
     best = read_checkpoint(run / "best.pt")
     model = load_model(VQVAE, run / "best.pt")
