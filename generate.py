@@ -3,13 +3,13 @@
     python generate.py                               # 16 slices, from the newest prior in runs/
     python generate.py --count 64 --temperature 0.9 --position 0.5 --seed 1
     python generate.py --complete slice.nii.gz       # keep the left half, sample the rest 4 times
-    python generate.py --evaluate                    # distances to real slices, search for copies
+    python generate.py --evaluate                    # measure realism, search for copies
 
 The output folder is <run>/generated/ or --out. The files are slices.png and drawn_<n>.nii.gz; with
 --complete, completion.png and completion_<n>.nii.gz; with --evaluate, slices.png, closest.png and
-evaluation.json. Intensities in the NIfTI files are typical of the training slices. The voxel size
-is that of the training slices or, with --complete, that of the given slice. The same flags on the
-same machine give the same slices.
+evaluation.json. Intensities in the NIfTI files are scaled to those of typical training slices. The
+voxel size is copied from the training slices or, with --complete, from the given slice. The same
+flags on the same machine give the same slices.
 
 A sampled slice does not show a real patient, but it may be a near copy of a training slice;
 --evaluate searches for such copies.
@@ -43,7 +43,7 @@ from utils import UserError
 
 NUM_SAMPLES = 16
 NUM_COMPLETIONS = 4
-MAX_PICTURES = 64  # slices in slices.png and completion.png
+MAX_PICTURES = 64  # at most this many slices are shown in slices.png and completion.png
 
 # Half of a slice -> the view (index into prior.codes.MIRRORS) in which that half comes first
 VIEW_OF_HALF = {"left": 0, "right": 1}
@@ -93,7 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="checkpoint of the prior (default: <run>/prior/best.pt)",
     )
     flag("--data", metavar="DIR", help="folder of slices or volumes (default: as in training)")
-    flag("--cache-dir", metavar="DIR", help="folder of the cache (default: as in training)")
+    flag("--cache-dir", metavar="DIR", help="folder for cached slices (default: as in training)")
     flag = parser.add_argument_group("sampling").add_argument
     flag(
         "--count",
@@ -106,7 +106,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--temperature",
         type=float,
         default=1.0,
-        help="divides the logits; below 1, slices are more typical and less varied (default: 1)",
+        help="number that divides the logits; values below 1 make slices more typical and less "
+        "varied (default: 1)",
     )
     flag(
         "--top-k",
@@ -120,8 +121,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=1.0,
         metavar="P",
-        help="sample only from the most likely codes that reach a total probability of P "
-        "(default: 1)",
+        help="sample only from the most likely codes, as many as are needed for a total "
+        "probability of P (default: 1)",
     )
     flag(
         "--position",
@@ -137,14 +138,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=VIEW_OF_HALF,
         help="which half --complete keeps, as displayed in the figures (default: left)",
     )
-    flag("--evaluate", action="store_true", help="compare the samples with real slices")
+    flag(
+        "--evaluate",
+        action="store_true",
+        help="compare samples with real slices, and search for copies",
+    )
     flag("--out", metavar="DIR", help="output folder (default: <run>/generated)")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check ranges and combinations of flags; raises UserError."""
+    """Raise UserError if a flag is out of range or flags cannot be combined."""
     check_range("--temperature", args.temperature, 0, 100)
     check_range("--top-k", args.top_k, 0, ANY_POSITIVE)
     check_range("--top-p", args.top_p, 1e-9, 1)
@@ -161,7 +166,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def find_run(args: argparse.Namespace) -> Path:
-    """Return the run that `--run` names, or the one with the newest prior."""
+    """Return the run that `--run` names, or the run with the newest prior."""
     if args.run:
         return Path(args.run)
     missing = (
@@ -213,7 +218,7 @@ def sample(
 
 
 def choose_positions(args: argparse.Namespace, train_slices: SliceDataset, count: int) -> Tensor:
-    """Return positions in the volume, (count,): --position, or quantiles of the training set's."""
+    """Return positions in the volume, (count,): --position or quantiles of training positions."""
     if args.position is not None:
         return torch.full((count,), args.position)
     positions = train_slices.positions.sort().values
@@ -223,9 +228,10 @@ def choose_positions(args: argparse.Namespace, train_slices: SliceDataset, count
 def write_slices(
     folder: Path, name: str, images: Tensor, train_slices: SliceDataset, affine: np.ndarray
 ) -> None:
-    """Write images (N, 1, H, W) as <name>_<n>.nii.gz; delete such files of an earlier call.
+    """Write images (N, 1, H, W) as <name>_<n>.nii.gz; delete such files from an earlier call.
 
-    They are scaled to the median mean and the median standard deviation of the training slices.
+    Images are multiplied by the median of the training slices' standard deviations. The median of
+    the training slices' means is then added.
     """
     for old in folder.glob(f"{name}_*.nii.gz"):
         old.unlink()
@@ -250,7 +256,7 @@ def complete(
     position = math.nan if args.position is None else args.position
     image = dataset.read_slice(args.complete, train_slices.preprocessing)  # (1, H, W)
 
-    # The kept half must come first: if it is the right half, the mirrored slice is completed.
+    # The kept half must come first. If the right half is kept, the mirrored slice is completed.
     oriented = image.flip(-2) if view else image
     num_rows = image.shape[1] // 2
     codes = sampler.encode(mirrored_half(oriented)[None])[0]
@@ -296,8 +302,8 @@ def check_mirrored_training(folder: Path) -> None:
 def mirrored_half(image: Tensor) -> Tensor:
     """Replace the second half of the rows of (1, H, W) with the mirrored first half, and z-score.
 
-    The encoder then sees nothing of the half that will be sampled: neither its pixels nor, through
-    the mean and the standard deviation, its brightness.
+    The encoder then has no information about the half that will be sampled. Its pixels are
+    replaced before the mean and the standard deviation are computed.
     """
     half = image[:, : image.shape[1] // 2]
     mirrored = torch.cat([half, half.flip(1)], 1)
@@ -308,7 +314,7 @@ def mirrored_half(image: Tensor) -> Tensor:
 
 
 def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace) -> None:
-    """Compare sampled slices with real ones, and search them for copies of training slices."""
+    """Compare sampled slices with real slices, and search for copies of training slices."""
     slices, images = {}, {}
     for split in SPLITS:
         slices[split], _ = load_run_data(run, split, args.data, args.cache_dir)
@@ -352,7 +358,7 @@ def plot_closest(
     heading: str,
     spacing: list[float] | None,
 ) -> None:
-    """Plot the four closest pairs by pixels and by features: samples above training slices."""
+    """Plot the four pairs closest by pixels and the four closest by features; samples on top."""
     upper, lower, upper_titles, lower_titles = [], [], [], []
     for name, search in copies.items():
         for i in np.argsort(search["distance"])[:4].tolist():

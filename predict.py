@@ -12,10 +12,10 @@ defined in evaluation/metrics.py.
     python predict.py /data/scans -o out --axis axial --error-map --export-codes
     python predict.py --from-codes out/scan_codes.npz -o again
 
-PATH can be a file or a folder. Slices and volumes are reconstructed at their own size. If there is
-no run yet, the bundled model resources/pelvis.pt is used. Each file gets a NIfTI file with the same
-shape and affine, a figure, and a row in scores.csv. The NIfTI file has the same data type if the
-original contains unscaled integers, and is float32 otherwise.
+PATH can be a file or a folder. Slices and volumes are reconstructed at their original size. If
+there is no run yet, the bundled model resources/pelvis.pt is used. For each file, predict.py writes
+a NIfTI file with the same shape and affine, a figure, and a row in scores.csv. If the original
+contains unscaled integers, the NIfTI file keeps their data type; otherwise, it is float32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from training.checkpoint import load_model
 from training.run_folder import load_run_data, newest_run
 from utils import UserError
 
-MIN_CASES = 10  # with fewer, no confidence interval is printed
+MIN_CASES = 10  # with fewer cases, no confidence interval is printed
 
 # ---------------------------------------------------------------- flags
 
@@ -54,16 +54,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("paths", nargs="*", metavar="PATH", help="NIfTI files to reconstruct, or folders of them")
+    flag("paths", nargs="*", metavar="PATH", help="NIfTI file to reconstruct, or a folder of them")
     flag("--run", metavar="DIR", help="folder of the run (default: the newest run in --runs-dir)")
     flag("--runs-dir", metavar="DIR", default="runs", help="folder of all runs (default: runs)")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
 
     flag = parser.add_argument_group("evaluation of a split").add_argument
-    flag("--data", metavar="DIR", help="folder of slices or volumes (default: data of the run)")
+    flag("--data", metavar="DIR", help="folder of slices or volumes (default: the run's data)")
     splits = ("train", "validate", "test")
     flag("--split", choices=splits, default="test", help="split to evaluate (default: test)")
-    flag("--html", action="store_true", help="also write a report, <run>/report.html")
+    flag("--html", action="store_true", help="also write a report to <run>/report.html")
     flag(
         "--batch-size",
         metavar="N",
@@ -71,11 +71,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=16,
         help="slices per batch; does not affect results (default: 16)",
     )
-    flag("--skip-bad-files", action="store_true", help="skip unusable files, with a note")
+    flag("--skip-bad-files", action="store_true", help="skip unusable files and print a note")
     flag(
         "--cache-dir",
         metavar="DIR",
-        help="folder for the cache of decoded slices (default: that of the run, else "
+        help="folder for the cache of decoded slices (default: the run's cache folder, else "
         "$HIPMRI_CACHE, else the user's cache folder)",
     )
 
@@ -85,13 +85,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--axis",
         type=parse_axis,
         choices=("coronal", "sagittal", "axial", 0, 1, 2),
-        help="axis along which volumes are cut into slices: an anatomical name, or the number of a "
-        "stored axis (default: as in the run)",
+        help="axis along which volumes are cut into slices: an anatomical name, or the index of an "
+        "axis of the stored array (default: the run's axis)",
     )
     flag(
         "--resize",
         action="store_true",
-        help="resize slices to the size of the training slices, and reconstructions back",
+        help="resize slices to the size of the training slices, and resize the reconstructions "
+        "back to the original size",
     )
     flag(
         "--error-map",
@@ -103,7 +104,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag(
         "--from-codes",
         action="store_true",
-        help="decode .npz files from --export-codes, given as PATH, and write the reconstructions",
+        help="decode the codes in PATH, an .npz file from --export-codes or a folder of them, and "
+        "write the reconstructions",
     )
 
     flag = parser.add_argument_group("other programs").add_argument
@@ -119,10 +121,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a usage error if flags of different tasks are combined, or -o is missing."""
+    """Exit with a usage error if flags of different tasks are combined, or if -o is missing."""
 
     def changed(names: tuple[str, ...]) -> str:
-        """Return the first of these flags that does not have its default value, or ""."""
+        """Return the first of these flags with a value other than its default, or ""."""
         for name in names:
             if getattr(args, name) != parser.get_default(name):
                 return "--" + name.replace("_", "-")
@@ -148,7 +150,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def summarise(evaluation: Evaluation, data: SliceDataset) -> dict:
-    """Return the content of metrics.json: the means of each score, codebook usage, slice counts."""
+    """Return the content of metrics.json: mean scores, codebook usage and numbers of slices."""
     has_score = ~data.constant.numpy()
     cases = [name.case for name, scored in zip(data.names, has_score, strict=True) if scored]
     summary = {}
@@ -162,7 +164,7 @@ def summarise(evaluation: Evaluation, data: SliceDataset) -> dict:
 
 
 def print_table(summary: dict) -> None:
-    """Print each score's mean, with a confidence interval or, for few cases, each case's mean."""
+    """Print the mean of each score, and its confidence interval or, for few cases, case means."""
     cases = list(summary["ssim"]["by_case"])
     has_interval = len(cases) >= MIN_CASES
     columns = ["95 % interval"] if has_interval else [f"case {case}" for case in cases]
@@ -208,9 +210,9 @@ def print_organs(organs: dict[str, dict]) -> None:
 
 
 def write_slices(path: Path, data: SliceDataset, root: str, scores: dict[str, Tensor]) -> None:
-    """Write slices.csv with one row per slice; the scores of constant slices are empty.
+    """Write slices.csv with one row per slice; constant slices have empty cells for the scores.
 
-    The column `file` is relative to the data folder `root`.
+    The column `file` contains paths relative to the data folder `root`.
     """
     rows = []
     for index, (name, file) in enumerate(zip(data.names, data.files, strict=True)):
@@ -234,7 +236,7 @@ def pick_slices(ssim: Tensor, constant: Tensor) -> dict[int, str]:
 
     Returns:
         {index: "worst", "median" or "best"}, in ascending order of ssim. If there are fewer than
-        six slices, none is picked twice.
+        six slices, each is picked only once.
     """
     count = int((~constant).sum())
     order = ssim.masked_fill(constant, torch.inf).argsort()[:count].tolist()
@@ -274,7 +276,7 @@ def write_figures(
     shown = list(labels.values()).index("median") if "median" in labels.values() else 0
     quantizer = model.vector_quantization
     codes = quantized.indices[shown]
-    if quantizer.num_codebooks > 1:  # show the codes of the first one
+    if quantizer.num_codebooks > 1:  # show the codes of the first codebook
         quantizer = quantizer.quantizers[0]
         codes = codes[..., 0]
     embeddings = quantizer.embedding.weight.detach().cpu()

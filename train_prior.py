@@ -1,15 +1,15 @@
 """Train a prior over the codes of a trained VQ-VAE; `generate.py` samples new slices from it.
 
     python train_prior.py                            # for the newest run of train.py
-    python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # for a GPU
+    python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # on a GPU
     python train_prior.py --resume                   # continue an interrupted prior
-    torchrun --nproc-per-node 2 train_prior.py       # data-parallel, several processes
+    torchrun --nproc-per-node 2 train_prior.py       # data-parallel, with two processes
 
 The run's training slices are encoded once, together with their mirror images. A causal transformer
 (`prior.model.CodePrior`) learns the probability of each code given the previous codes. Everything
-is saved in <run>/prior/: config.json, metrics.csv, best.pt (lowest bits per code on the validation
-split), last.pt, metrics.json (bits per code, compared with log2 K, entropy and gzip), bits_plot.png
-and plots/.
+is saved in <run>/prior/: config.json, metrics.csv, best.pt (the epoch with the fewest validation
+bits per code), last.pt, metrics.json (bits per code of this prior, compared with log2 K, entropy
+and gzip), bits_plot.png and plots/.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from training.schedule import learning_rate, set_learning_rate
 from training.step import clip_gradients, compile_if_enabled, skip_step_unless
 from utils import UserError
 
-UNKNOWN_POSITION = 0.1  # fraction of slices trained without their position, as it may be unknown
+UNKNOWN_POSITION = 0.1  # fraction of slices whose position is hidden during training
 _prior = partial(option, group="prior")
 
 
@@ -56,7 +56,7 @@ class PriorConfig(RunConfig):
 
     run: str | None = option(
         None,
-        "folder of the VQ-VAE's run (default: the newest in --runs-dir)",
+        "folder of the VQ-VAE's run (default: the newest run in --runs-dir)",
         group="run",
         metavar="DIR",
         resumable=True,
@@ -73,7 +73,7 @@ class PriorConfig(RunConfig):
     )
     num_grids: int = _prior(
         2,
-        "grids: 1: the codes; 2: an outline, then the codes; 3: two outlines (default: 2)",
+        "number of grids: the codes, after 0, 1 or 2 coarser outlines (default: 2)",
         low=1,
         high=3,
     )
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(flags: dict) -> int:
-    """Train the prior that the flags ask for and return the exit code."""
+    """Train a prior as the flags specify, and return the exit code."""
     vqvae_run, config, checkpoint = open_prior(flags)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     check_bounds(config)
@@ -138,7 +138,7 @@ def train(flags: dict) -> int:
 
     full_batch_losses = compile_if_enabled(eager_losses, model, config, device)
 
-    # Not a hash of the codes: another device may round one code in a million differently.
+    # The codes are not hashed: about one in a million differs between devices.
     codebook_hash = hash_codebook(vqvae)
     outline_blocks = [2**n for n in reversed(range(1, config.num_grids))]  # coarse to fine
     losses = (*(f"train_outline_{block}" for block in outline_blocks), "train_codes")
@@ -178,7 +178,7 @@ def train(flags: dict) -> int:
                 batch_losses = full_batch_losses if step.is_full else eager_losses
                 losses = batch_losses(*step.batch)  # (num_grids,), nats per code
                 if step.size == 0:
-                    losses = losses.nan_to_num()  # means over no slices
+                    losses = losses.nan_to_num()  # a mean over no slices is NaN
 
                 optimizer.zero_grad(set_to_none=True)
                 (losses.sum() * step.weight).backward()
@@ -207,7 +207,7 @@ def train(flags: dict) -> int:
             if run.is_plot_epoch(epoch):
                 plot_epoch(run, model, vqvae, val_codes)
             run.write_history()
-            run.save("last.pt")  # last: a run that is killed before this repeats the epoch
+            run.save("last.pt")  # saved last: a run killed before this repeats the epoch
 
     model.load_state_dict(load_model(CodePrior, run.folder / "best.pt").state_dict())
     bits = {"prior": validate(model, val_codes, config, device)["val_bits"]}
@@ -225,14 +225,14 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
     """Return the VQ-VAE's run, the configuration, and the checkpoint to resume from, if any.
 
     Raises:
-        UserError: if there is no run, it has a prior already, or there is none to resume.
+        UserError: if no run is found, it already has a prior, or there is no prior to resume.
     """
     runs_dir = Path(flags.get("runs_dir", "runs"))
     resume = flags.get("resume", False)
     if "run" in flags:
         run = Path(flags["run"])
     elif resume:
-        missing = f"{runs_dir} contains no prior to resume; omit --resume, or name its run by --run"
+        missing = f"{runs_dir} contains no prior to resume; omit --resume, or name a run with --run"
         run = newest_run(runs_dir, "prior/config.json", missing)
     else:
         run = newest_run(runs_dir)
@@ -244,7 +244,7 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
             )
         return run, PriorConfig(**flags), None
     config = PriorConfig(**resumed_arguments(folder, PriorConfig, flags))
-    if not (folder / "metrics.json").exists():  # all epochs may be done, but not the report
+    if not (folder / "metrics.json").exists():  # not written yet, even if all epochs are done
         return run, config, last_checkpoint(folder)
     return run, config, unfinished_checkpoint(folder, config.epochs)
 
@@ -277,7 +277,7 @@ def make_prior(vqvae: VQVAE, train_codes: CodeDataset, config: PriorConfig) -> C
 
 
 def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimizer:
-    """Return AdamW, with weight decay of matrices only; some biases are tables of frequencies."""
+    """Return AdamW with weight decay on matrices only; no bias is decayed, even if it is 2D."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith("bias")
@@ -292,16 +292,16 @@ def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimiz
 def compute_losses(
     parallel_model: nn.Module, codes: Tensor, position: Tensor, precision: str, config: PriorConfig
 ) -> Tensor:
-    """Return the mean -ln p of a code of each grid, (num_grids,), in one random view per slice.
+    """Compute each grid's mean -ln p per code, (num_grids,), for one random view of each slice.
 
-    All grids have the same weight: outlines have few codes, which decide most of the layout.
+    All grids are weighted equally, because the few codes of outlines decide most of the layout.
 
     Args:
         parallel_model: the prior, wrapped if there are several processes.
-        codes: (B, V, h, w) of the slices' V views, see MIRRORS.
-        position: (B,) of the slices in their volumes, 0 to 1, NaN if unknown.
-        precision: "float32" or "bfloat16", of the matrix products.
-        config: gives the fraction of mirrored slices.
+        codes: codes of the V views of each slice (see MIRRORS), (B, V, h, w).
+        position: positions of the slices in their volumes, (B,), 0 to 1; NaN if unknown.
+        precision: data type of the matrix products, "float32" or "bfloat16".
+        config: the configuration, which includes the fraction of mirrored slices.
     """
     draws = torch.rand(3, len(codes), device=codes.device)
     num_mirrored = len(MIRRORS) - 1
@@ -316,7 +316,7 @@ def compute_losses(
 def negative_log_likelihood(
     parallel_model: nn.Module, codes: Tensor, position: Tensor, view: Tensor
 ) -> Tensor:
-    """Return the mean -ln p of a code of each grid, given the coarser grids: (num_grids,)."""
+    """Compute each grid's mean -ln p per code, given the coarser grids: (num_grids,)."""
     grids = distributed.unwrap_model(parallel_model).to_grids(codes)
     logits = parallel_model(grids, position, view)
     losses = []
@@ -332,9 +332,9 @@ def negative_log_likelihood(
 def validate(
     model: CodePrior, val_codes: CodeDataset, config: PriorConfig, device: torch.device
 ) -> dict[str, float]:
-    """Return the validation columns of metrics.csv: bits per code of unmirrored slices, in float32.
+    """Compute the validation columns of metrics.csv in float32, from unmirrored slices.
 
-    They include the bits of the outlines, divided by the number of codes.
+    The bits of outlines are divided by the number of VQ-VAE codes, and "val_bits" includes them.
     """
     model.eval()
     totals = torch.zeros(config.num_grids, device=device)
@@ -348,13 +348,13 @@ def validate(
     nats = (distributed.all_reduce_sum(totals) / len(val_codes)).tolist()
     bits = []
     for n, value in zip(reversed(range(config.num_grids)), nats, strict=True):
-        bits.append(value * 4.0**-n / math.log(2))  # grid n has 4^-n as many codes
+        bits.append(value * 4.0**-n / math.log(2))  # halved n times: 4^-n of the codes
     return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
 
 
 @torch.no_grad()
 def plot_epoch(run: Run, model: CodePrior, vqvae: VQVAE, val_codes: CodeDataset) -> None:
-    """Plot four slices sampled with the same random numbers every time, and the curves so far."""
+    """Plot the training curves, and four slices sampled with the same random numbers each time."""
     position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=run.device)
     view = torch.zeros(4, dtype=torch.long, device=run.device)
     model.eval()
@@ -379,11 +379,11 @@ def print_plan(run: Run, train_codes: CodeDataset, val_codes: CodeDataset) -> No
 
 
 def write_metrics(run: Run, bits: dict[str, float], stride: int) -> None:
-    """Print and write metrics.json: bits per code and per pixel of the validation split.
+    """Print the validation split's bits per code and per pixel, and write them to metrics.json.
 
     Args:
         run: the prior's run.
-        bits: bits per code by method.
+        bits: name of a method -> bits per code.
         stride: side of the square that one code covers, in pixels.
     """
     slices = run.info["slices"]

@@ -11,9 +11,9 @@ from torch import Tensor
 def body_mask(images: Tensor) -> Tensor:
     """Return a mask of the body in each slice: the largest bright component, with holes filled.
 
-    A pixel x is bright if log(1 + 50 x) is above Otsu's threshold. The logarithm makes the
-    threshold separate the body from air. Without it, the threshold would separate fat from muscle,
-    and the largest component would be a strip of fat.
+    A pixel x is bright if log(1 + 50 x) is above Otsu's threshold. Because of the logarithm, the
+    threshold separates the body from air. Without the logarithm, the threshold would separate fat
+    from muscle, and the largest component would be a strip of fat.
 
     Args:
         images: (B, 1, H, W) in [0, 1].
@@ -27,7 +27,7 @@ def body_mask(images: Tensor) -> Tensor:
 
 
 def _otsu_threshold(images: Tensor) -> Tensor:
-    """Return Otsu's threshold of each slice in [0, 1], with 256 bins: (B, 1, H, W) -> (B,)."""
+    """Compute Otsu's threshold from 256 bins: slices (B, 1, H, W) in [0, 1] -> (B,)."""
     bins = (images.flatten(1) * 255).round().long()
     ones = torch.ones_like(bins).float()
     histogram = torch.zeros(len(bins), 256, device=bins.device).scatter_add_(1, bins, ones)
@@ -55,7 +55,7 @@ def _connected_components(mask: Tensor) -> Tensor:
 
 
 def _fill_holes(mask: Tensor) -> Tensor:
-    """Fill each mask's holes: the pixels outside it that have no connection to the border."""
+    """Fill the holes of each mask, which are pixels outside it that do not reach the border."""
     border = torch.ones_like(mask)
     border[..., 1:-1, 1:-1] = False
     outside = _flood((border & ~mask).long(), ~mask)
@@ -66,8 +66,9 @@ def _flood(labels: Tensor, mask: Tensor) -> Tensor:
     """Assign to each 4-connected region of the mask the largest label inside it.
 
     Sweeps along rows and columns, in both directions, propagate labels inside the mask until
-    nothing changes. A sweep is a cumulative maximum. Each pixel is first raised by 2^20 times the
-    number of pixels outside the mask up to it, so that pixels after a gap exceed all before it.
+    nothing changes. A sweep is a cumulative maximum. To stop a label at gaps in the mask, each
+    pixel is first raised by 2^20 times the number of gap pixels that the sweep has passed. Every
+    pixel after a gap then exceeds every pixel before the gap.
 
     Args:
         labels: (B, 1, H, W) int64, below 2^20, 0 outside the mask.

@@ -3,9 +3,10 @@
     scan = nifti.read_scan("scan.nii.gz")       # scan.planes: (N, rows, columns)
     coded = encode_planes(model, scan.planes)   # codes, and the mean and std of each slice
     planes = decode_planes(model, coded)        # (N, rows, columns)
-    content = scan.to_bytes(planes)             # bytes of a .nii.gz like the original
+    content = scan.to_bytes(planes)             # bytes of a .nii.gz with the original's geometry
 
-Slices keep their own size: they are padded to a multiple of the stride, not resampled.
+Slices are not resampled by default. They are padded to a multiple of the stride for encoding, and
+cropped to their original size after decoding.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from mri import nifti
 from mri.preprocessing import floor_std, is_constant
 from utils import DataError, first_line, write_bytes
 
-BATCH_SIZE = 16  # slices of up to 512 x 512
+BATCH_SIZE = 16  # for slices of up to 512 x 512 pixels
 CODES_FORMAT = 1  # version of the .npz files
 
 
 class Coded(NamedTuple):
-    """N slices as codes: everything that `decode_planes` needs besides the model."""
+    """The codes of N slices, and everything else that `decode_planes` needs besides the model."""
 
     codes: np.ndarray  # (N, h, w) or (N, h, w, num_codebooks), uint16, or uint32 if K > 65,536
     mean: np.ndarray  # (N,) float32, in the file's intensities
-    std: np.ndarray  # (N,) float32; 0 for a constant slice, which has meaningless codes
+    std: np.ndarray  # (N,) float32; 0 for a constant slice, whose codes are meaningless
     size: tuple[int, int]  # rows and columns of the slices
-    resized: bool = False  # whether slices were resized; decoding then resizes to `size`
+    resized: bool = False  # whether slices were resized; if so, decoding resizes to `size`
 
 
 @torch.no_grad()
@@ -48,8 +49,9 @@ def encode_planes(
 
     Args:
         model: the model, in eval mode.
-        planes: (N, rows, columns); padded to multiples of the stride by repeating their edges.
-        resize_to: (rows, columns) to resize the slices to before encoding (default: not resized).
+        planes: slices, (N, rows, columns). They are padded to multiples of the stride by repeating
+            the pixels at their edges.
+        resize_to: (rows, columns) to resize the slices to before encoding; None: not resized.
     """
     device = next(model.parameters()).device
     mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
@@ -92,7 +94,7 @@ def decode_planes(model: VQVAE, coded: Coded) -> np.ndarray:
 
 
 def split_batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
-    """Split slice indices into batches of at most 16 slices, fewer if above 512 x 512 pixels."""
+    """Split slice indices into batches of up to 16; fewer for slices over 512 x 512 pixels."""
     batch_size = max(1, BATCH_SIZE * 512**2 // max(512**2, size[0] * size[1]))
     return np.array_split(np.arange(count), -(-count // batch_size))
 
@@ -101,7 +103,7 @@ def split_batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
 
 
 def fingerprint(model: VQVAE) -> str:
-    """Return a hash of all weights, because only the model that made codes can decode them."""
+    """Return a hash of all weights; codes can only be decoded by the model that made them."""
     content = hashlib.sha256()
     for tensor in model.state_dict().values():
         content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -112,7 +114,7 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
     """Write codes as an .npz file and return its size in bytes.
 
     Besides codes, means and stds, the file contains the scan's geometry and data type, and the
-    model's fingerprint. Nothing else of the original's header is written.
+    model's fingerprint. Nothing else from the original's header is written.
     """
     orientation = scan.cut.orientation
     content = io.BytesIO()
@@ -139,7 +141,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     """Read a file that `write_codes` wrote.
 
     Returns:
-        The codes, and a scan with the original's geometry but without planes.
+        The codes, and a scan that has the original's geometry but contains no slices.
 
     Raises:
         DataError: if the file is damaged, has another format, or was made by another model.
@@ -155,7 +157,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         if str(content["model"]) != fingerprint(model):
             raise DataError(
                 f"{path} was made by model {content['model']}; this model is "
-                f"{fingerprint(model)}. Name the run that made the file with --run"
+                f"{fingerprint(model)}. Use --run to name the run that made the file"
             )
         rows, columns = map(int, content["size"])
         coded = Coded(
@@ -186,7 +188,7 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz file.
 
     Raises:
-        DataError: if the file cannot be read (with `message`), or is too large.
+        DataError: with `message` if the file cannot be read, or if the file is too large.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -53,7 +53,7 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
         out: the folder to write to.
 
     Raises:
-        UserError: if a package is missing.
+        UserError: if a required package is not installed.
     """
     model, _ = load_run_model(find_run(run, runs_dir), torch.device("cpu"))
     out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
 def _export_module(
     module: nn.Module, example: Tensor, sizes: dict, input_name: str, output_name: str, path: Path
 ) -> None:
-    """Export a module with one input and one output; sizes: {dimension: symbolic size}."""
+    """Export a module with one input and one output; sizes: {dimension of input: symbolic size}."""
     try:
         program = torch.onnx.export(
             module.eval(),

@@ -8,17 +8,17 @@ Published SSIM values differ more by convention than by model. Each name stands 
                   and clipped
     ssim_zscore   z-scored by the original's mean and standard        Gaussian 11 x 11, sigma 1.5
                   deviation, not clipped
-    ssim_uniform  as ssim                                             uniform 7 x 7
+    ssim_uniform  same as ssim                                        uniform 7 x 7
     ssim_body     to [0, 1] by the original's 0.5 and 99.5            Gaussian 11 x 11, sigma 1.5
                   percentiles, and clipped
-    psnr          as ssim                                             none; in dB, at most 100
+    psnr          same as ssim                                        none; in dB, at most 100
 
 - The reconstruction is scaled by statistics of the original, never by its own.
 - All four variants use SSIM by Wang et al. 2004 with K1 = 0.01, K2 = 0.03 and data range 1.
 - A slice's SSIM is the mean over the windows that are completely inside the slice. `ssim_body`
   averages only the windows that are centred in the body (`body_mask`).
-- A split's score is the mean over its slices, reported with the mean of each case. Constant slices
-  have no score. `ssim` selects the best checkpoint.
+- A split's score is the mean over its slices. The mean over the slices of each case is also
+  reported. Constant slices have no score. During training, `ssim` selects the best checkpoint.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from training.distributed import all_reduce_sum, get_rank, get_world_size
 
 SSIM_NAMES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body")
 SCORE_NAMES = (*SSIM_NAMES, "psnr")
-# Index: the label in HipMRI's segmentations.
+# The index of an organ is its label in HipMRI's segmentations.
 ORGANS = ("background", "body", "bone", "bladder", "rectum", "prostate")
 MIN_ORGAN_PIXELS = 20  # smaller cross-sections have no score
 
@@ -58,7 +58,7 @@ def slice_scores(
     """
     unknown = set(names) - set(SCORE_NAMES)
     if unknown:
-        raise ValueError(f"unknown scores {sorted(unknown)}; expected names of {SCORE_NAMES}")
+        raise ValueError(f"unknown scores {sorted(unknown)}; expected some of {SCORE_NAMES}")
     originals = originals.float()
     reconstructions = reconstructions.float()
     functions = {
@@ -102,7 +102,7 @@ def ssim_body(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Compute `ssim_body`: both (B, 1, H, W) -> (B,).
 
     Unlike `ssim`, it depends neither on the air around the body nor on single very bright voxels.
-    Such voxels darken all other pixels of both images, which makes the images more similar.
+    In `ssim`, such voxels make all other pixels of both images darker and therefore more similar.
     """
     percentiles = torch.tensor([0.005, 0.995], device=originals.device)
     low, high = torch.quantile(originals.flatten(1), percentiles, dim=1)  # (B,) each
@@ -157,8 +157,8 @@ def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> 
 
     Args:
         originals, reconstructions: both (B, 1, H, W), z-scored.
-        octave: 0 for radial frequencies from half the Nyquist frequency up to it, 1 for the octave
-            below, and so on.
+        octave: 0 for radial frequencies from half the Nyquist frequency to the Nyquist frequency,
+            1 for the octave below, and so on.
 
     Returns:
         (B,).
@@ -180,14 +180,14 @@ def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> 
 
 
 def rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Scale images (B, 1, H, W) from the range low (B,) to high (B,) to [0, 1], and clip them."""
+    """Map the range [low, high] of images (B, 1, H, W) to [0, 1], and clip; low, high: (B,)."""
     low = low.view(-1, 1, 1, 1)
     high = high.view(-1, 1, 1, 1)
     return ((images - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
 
 def _scale_to_range(originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale both to [0, 1] by the minimum and maximum of the originals, and clip them."""
+    """Scale both images to [0, 1] by the original's minimum and maximum, and clip them."""
     pixels = originals.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)
     return rescale(originals, low, high), rescale(reconstructions, low, high)
@@ -211,17 +211,18 @@ def _decibels(squared_error: Tensor) -> Tensor:
 def organ_scores(
     originals: Tensor, reconstructions: Tensor, labels: Tensor
 ) -> dict[str, dict[str, Tensor]]:
-    """Score each reconstruction inside each organ, which are ORGANS without the background.
+    """Score each reconstruction inside each organ (ORGANS without the background).
 
     Args:
         originals, reconstructions: both (B, 1, H, W), in the same unit.
         labels: (B, H, W), indices of ORGANS.
 
     Returns:
-        {organ: {score: (B,)}}, NaN for slices with fewer than 20 pixels of the organ. `ssim` and
-        `psnr` scale images as the scores of the same names do. `ssim` averages the SSIM map over
-        the organ's pixels, and `psnr` uses the mean squared error over them. `bias` is the mean of
-        reconstruction minus original, in standard deviations of the original slice.
+        {organ: {score: (B,)}}, NaN for slices with fewer than 20 pixels of the organ. `ssim` is the
+        mean of the SSIM map over the organ's pixels, and `psnr` is computed from the mean squared
+        error over the organ's pixels. For both scores, images are scaled as in the table at the top
+        of this file. `bias` is the mean of reconstruction minus original over the organ's pixels,
+        in standard deviations of the original slice.
     """
     originals = originals.float()
     reconstructions = reconstructions.float()
@@ -274,8 +275,8 @@ def evaluate(
 ) -> Evaluation:
     """Reconstruct and score a whole split.
 
-    Data-parallel processes share the slices, and each returns the results of all slices. The
-    results depend neither on the batch size nor on the number of processes.
+    Data-parallel processes divide the slices among them, and each process returns the results of
+    all slices. The results depend neither on the batch size nor on the number of processes.
 
     Args:
         model: a VQVAE, on the device; put into eval mode for the duration of the call.
@@ -300,7 +301,7 @@ def evaluate(
         for name, values in slice_scores(images, reconstruction, names).items():
             scores[name][indices] = values.cpu()
     model.train(was_training)
-    for name, values in scores.items():  # slices of other processes are 0 so far
+    for name, values in scores.items():  # scores from other processes are still 0
         scores[name] = all_reduce_sum(values).masked_fill(data.constant, torch.nan)
     return Evaluation(scores, all_reduce_sum(counts), float(all_reduce_sum(loss)) / len(data))
 
@@ -316,8 +317,8 @@ def evaluate_organs(model: nn.Module, data, batch_size: int) -> dict[str, dict]:
 
     Returns:
         {organ: {score: result of `mean_by_case`, "slices": number of scored slices}}, for organs
-        with at least one scored slice; {} without segmentations. A mean is None if no slice has the
-        score.
+        with at least one scored slice; {} if there are no segmentations. A mean is None if no slice
+        has the score.
     """
     labels = data.labels()
     if labels is None:
@@ -339,7 +340,7 @@ def evaluate_organs(model: nn.Module, data, batch_size: int) -> dict[str, dict]:
             continue
         results[organ] = {}
         for name, organ_values in values.items():
-            # At the slice's edge, an organ has a PSNR, but may contain no SSIM window's centre.
+            # An organ at the slice's edge has a PSNR, but no SSIM if no window is centred in it.
             has_score = ~np.isnan(organ_values)
             scored_cases = cases[has_score].tolist()
             results[organ][name] = mean_by_case(organ_values[has_score], scored_cases)
@@ -367,7 +368,7 @@ def mean_by_case(values: np.ndarray, cases: list[str]) -> dict:
 def bootstrap_interval(values: list[float]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean over cases.
 
-    Cases are resampled, not slices: slices of one patient are not independent.
+    Cases are resampled instead of slices, because slices of one patient are not independent.
     """
     generator = np.random.default_rng(0)
     means = generator.choice(values, size=(10_000, len(values))).mean(1)
@@ -375,7 +376,7 @@ def bootstrap_interval(values: list[float]) -> tuple[float, float]:
 
 
 def code_usage(counts: Tensor) -> tuple[int, float]:
-    """Return the number of codes used, and the perplexity of all codes, exp(entropy).
+    """Return the number of codes used, and the perplexity, which is exp(entropy of the codes).
 
     Args:
         counts: (K,), how often each code is used in a whole split.

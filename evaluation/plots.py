@@ -21,7 +21,7 @@ from utils import write_atomically
 matplotlib.use("Agg")  # writes files only, so no display is needed
 import matplotlib.pyplot as plt
 
-MAX_COLUMNS = 8  # of slices in one figure
+MAX_COLUMNS = 8  # largest number of columns in a figure
 
 
 # ---------------------------------------------------------------- slices
@@ -30,7 +30,7 @@ MAX_COLUMNS = 8  # of slices in one figure
 def spread_indices(count: int, number: int = 4) -> Tensor:
     """Return at most `number` indices, evenly spaced in range(count), without repetition.
 
-    Both ends are avoided, as the first and last slices of a volume show little.
+    Both ends are avoided, because the first and last slices of a volume show little.
     """
     positions = torch.linspace(0, count - 1, number + 2)[1:-1]
     return positions.round().long().unique()
@@ -48,7 +48,7 @@ def plot_reconstructions(
 
     Args:
         path: the file to write.
-        originals, reconstructions: both (B, 1, H, W), z-scored, B at most 8.
+        originals, reconstructions: both (B, 1, H, W), z-scored; B must be at most 8.
         titles: title of each slice.
         heading: title of the figure.
         spacing: mm between rows and between columns; None for square pixels.
@@ -139,13 +139,13 @@ def _panel_size(
     Args:
         images: (..., H, W).
         spacing: mm between rows and between columns; None for square pixels.
-        width: width in inches; panels of slices that are tall on the page are narrower.
+        width: largest width in inches; if slices are tall in the figure, panels are narrower.
 
     Returns:
         Width and height in inches, and the height of a pixel relative to its width.
     """
     aspect = spacing[1] / spacing[0] if spacing and min(spacing) > 0 else 1.0
-    aspect = min(max(aspect, 0.1), 10.0)  # keeps slices with odd headers visible
+    aspect = min(max(aspect, 0.1), 10.0)  # keeps slices visible if the spacing is wrong
     height_per_width = aspect * images.shape[-1] / images.shape[-2]
     width *= min(1, (0.7 / height_per_width) ** 0.5)
     return width, width * height_per_width, aspect
@@ -160,7 +160,7 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
     Args:
         path: the file to write.
         history: rows of metrics.csv.
-        column: name of the third column, such as "val_ssim".
+        column: name of the additional column, such as "val_ssim".
         heading: title of the figure.
     """
     epochs = [row["epoch"] for row in history]
@@ -204,14 +204,14 @@ def plot_comparison(
 
 
 def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str) -> None:
-    """Plot one histogram per score; scores: {name: (N,)}, where NaN values are skipped."""
+    """Plot a histogram of each score, without NaN values; scores: {name: (N,)}."""
     size = (3.2 * len(scores), 3.2)
     figure, axes = plt.subplots(
         1, len(scores), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
     for axis, (name, values) in zip(axes[0], scores.items(), strict=True):
         values = values[np.isfinite(values)]
-        limits = (values.min() - 1e-3, values.max() + 1e-3)  # a range even if all scores are equal
+        limits = (values.min() - 1e-3, values.max() + 1e-3)  # not empty if all scores are equal
         axis.hist(values, bins=min(40, max(5, len(values) // 3)), range=limits, color="0.4")
         axis.axvline(values.mean(), color="C3", label=f"mean {values.mean():.3f}")
         axis.set(xlabel=name)
@@ -296,7 +296,7 @@ def code_colours(embeddings: Tensor) -> Tensor:
 
 
 def escape_dollars(text: str) -> str:
-    """Escape dollar signs, as in file names, which matplotlib would read as a formula."""
+    """Escape dollar signs, because matplotlib would read text between them as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -306,7 +306,7 @@ def fit_title(text: str, inches: float, points: float) -> str:
     Args:
         text: the title; dollar signs in it are escaped.
         inches: available width in inches.
-        points: font size in points; a character is about 0.6 times as wide.
+        points: font size in points; a character is about 0.6 times this size wide.
     """
     limit = max(8, int(inches * 72 / (0.6 * points)))  # characters
     lines = []

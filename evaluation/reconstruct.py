@@ -1,4 +1,4 @@
-"""Reconstruct the user's own files: slices and volumes, at their own size.
+"""Reconstruct the user's own files, which are slices or volumes, at their original size.
 
 `predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, it writes to OUT a NIfTI file
 with the same shape and affine, a figure, and a row in scores.csv. On request, it also writes the
@@ -33,7 +33,7 @@ from training.run_folder import newest_run, training_files
 from utils import DataError, UserError
 
 PELVIS_MODEL = Path(__file__).parents[1] / "resources" / "pelvis.pt"
-MIN_SIDE = 11  # slices with a smaller side have no scores: the SSIM window is 11 x 11
+MIN_SIDE = 11  # slices with a smaller side have no scores, as the SSIM window is 11 x 11
 MAX_PRINTED = 20  # number of files in the printed table
 
 
@@ -57,8 +57,9 @@ def reconstruct_files(
         out: the folder to write to.
         run, runs_dir: the run with the model (see `find_run`).
         device: the device to compute on.
-        axis: axis along which volumes are cut (see `nifti.read_scan`); None for that of the run.
-        resize: resize slices to the size of the training slices, and reconstructions back.
+        axis: axis along which volumes are cut (see `nifti.read_scan`); None for the run's axis.
+        resize: resize slices to the size of the training slices, and resize the reconstructions
+            back to the original size.
         error_map: also write the absolute error as NIfTI.
         export_codes: also write the codes as .npz.
         from_codes: decode `paths`, which are .npz files from `export_codes`.
@@ -97,7 +98,7 @@ def reconstruct_files(
     if rows:
         _write_scores(out / "scores.csv", rows)
         _print_scores(rows)
-    print(f"{len(inputs) - len(errors)} of {len(inputs)} files done; results are in {out}")
+    print(f"{len(inputs) - len(errors)} of {len(inputs)} files reconstructed; results are in {out}")
     if errors:
         listing = "\n  ".join(errors)
         raise UserError(f"{len(errors)} of {len(inputs)} files cannot be used:\n  {listing}")
@@ -107,7 +108,7 @@ def reconstruct_files(
 
 
 def find_run(run: str | Path | None, runs_dir: str | Path) -> Path | None:
-    """Return `run`, or the newest run with a best.pt in `runs_dir`, or None if there is none."""
+    """Return `run`, or the newest run with a best.pt in `runs_dir`, or None if no run has one."""
     if run:
         return Path(run)
     runs_dir = Path(runs_dir)
@@ -119,7 +120,8 @@ def load_run_model(run: Path | None, device: torch.device) -> tuple[VQVAE, dict]
 
     Returns:
         The model, and a description of its training slices: "size" (rows, columns), "spacing" (mm
-        between rows and between columns, or None) and "axis" (along which volumes were cut).
+        between rows and between columns, or None) and "axis" (the axis along which volumes were
+        cut, or None).
     """
     path = run / "best.pt" if run else PELVIS_MODEL
     model = load_model(VQVAE, path, device)
@@ -133,8 +135,8 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
 
     Args:
         paths: files and folders. A file may have any name. Folders are searched recursively for
-            files of `file_type`, without segmentations and outputs of predict.py.
-        out: the output folder; files in it are skipped, unless it is one of `paths` itself.
+            files of `file_type`, except segmentations and outputs of predict.py.
+        out: the output folder; files in it are skipped, unless `out` itself is one of `paths`.
         file_type: "nifti" or "npz".
 
     Raises:
@@ -161,7 +163,7 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
 
 
 def output_names(inputs: list[Path]) -> list[str]:
-    """Return a unique output name for each file: its own name, numbered if already taken."""
+    """Return a unique output name for each file, which is numbered if the file's name is taken."""
     names: dict[str, Path] = {}
     for file in inputs:
         stem = files.parse_name(file.name).stem.removesuffix(".npz").removesuffix("_codes")
@@ -188,7 +190,7 @@ def reconstruct_file(
     error_map: bool = False,
     export_codes: bool = False,
 ) -> dict:
-    """Reconstruct a file, write the results, and return its row of scores.csv.
+    """Reconstruct a file, write the results, and return the file's row of scores.csv.
 
     Args:
         model: the model, in eval mode.
@@ -219,12 +221,12 @@ def reconstruct_file(
     empty |= coded.std == 0
     scores = _score_planes(scan, planes, empty, _read_labels(file, scan))
     if empty.all():
-        tqdm.write(f"note: {target.name} has only empty slices: no picture and no scores")
+        tqdm.write(f"note: {target.name} has only empty slices; it gets no figure and no scores")
     else:
         heading = f"{target.name}, {model.bits_per_pixel:.4f} bits per pixel"
         _plot(_output(target, ".png"), scan, planes, coded, empty, scores["ssim"], heading)
 
-    # 64 bits per slice: its mean and std, two float32.
+    # Each slice also needs 64 bits for its mean and std, which are float32.
     bits_per_code = math.log2(model.vector_quantization.num_embeddings)
     bits = coded.codes.size * bits_per_code + 64 * len(planes)
     row = {
@@ -246,7 +248,11 @@ def reconstruct_file(
 
 
 def decode_file(model: VQVAE, file: Path, path: Path) -> None:
-    """Decode an .npz file of codes and write the slices as NIfTI; raise DataError if it is bad."""
+    """Decode an .npz file of codes, and write the slices as NIfTI.
+
+    Raises:
+        DataError: if the .npz file cannot be used.
+    """
     coded, scan = read_codes(file, model)
     utils.write_bytes(path, scan.to_bytes(decode_planes(model, coded)))
 
@@ -263,14 +269,14 @@ def _output(target: Path, ending: str) -> Path:
 
 
 def _error_bytes(scan: nifti.Scan, planes: np.ndarray) -> bytes:
-    """Return the absolute error as NIfTI; for integer files, as int16, which is much smaller."""
+    """Return the absolute error as NIfTI; if the file has integers, use int16 to save space."""
     error = np.abs(planes - scan.planes)
     is_integer = scan.dtype.kind in "iu" and error.max() < 32767
     return scan.to_bytes(error, np.dtype("i2" if is_integer else "f4"))
 
 
 def _warn_of_spacing(file: Path, scan: nifti.Scan, model_spacing: Sequence[float] | None) -> None:
-    """Warn if voxels are more than 1.5 times as large, or as small, as those in training."""
+    """Warn if pixels are more than 1.5 times larger or smaller than in the training slices."""
     if not model_spacing or min(*model_spacing, *scan.spacing) <= 0:
         return
     ratios = np.array(scan.spacing) / np.array(model_spacing)
@@ -279,8 +285,8 @@ def _warn_of_spacing(file: Path, scan: nifti.Scan, model_spacing: Sequence[float
         model_rows, model_columns = model_spacing
         tqdm.write(
             f"warning: {printable(str(file))}: its voxels are {rows:.2f} x {columns:.2f} mm in the "
-            f"slice, and the model was trained on about {model_rows:.2f} x {model_columns:.2f} mm; "
-            "expect a worse reconstruction"
+            "slice, but those of the training slices are about "
+            f"{model_rows:.2f} x {model_columns:.2f} mm; expect a worse reconstruction"
         )
 
 
@@ -302,7 +308,7 @@ def _read_labels(file: Path, scan: nifti.Scan) -> np.ndarray | None:
 def _score_planes(
     scan: nifti.Scan, planes: np.ndarray, empty: np.ndarray, labels: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Score reconstructed slices; if there are labels, score them inside each organ too.
+    """Score reconstructed slices and, if there are labels, also the inside of each organ.
 
     Returns:
         {name: (N,)}, NaN for empty slices and for slices with a side below 11 pixels.
@@ -384,6 +390,6 @@ def _print_scores(rows: list[dict]) -> None:
     in_training = sum(row["in_training"] == "yes" for row in rows)
     if in_training:
         print(
-            f"note: the model was trained on {in_training} of {len(rows)} files; scores on them "
-            "say nothing about other files"
+            f"note: the model was trained on {in_training} of {len(rows)} files; the scores of "
+            "these files say nothing about other files"
         )

@@ -1,7 +1,7 @@
 """Write one HTML page about a run, or a comparison of several runs.
 
     python -m evaluation.report runs/x                            # writes runs/x/report.html
-    python -m evaluation.report runs/x runs/y -o compare.html     # compares scores, rate, time
+    python -m evaluation.report runs/x runs/y -o compare.html     # scores, bits per pixel, time
 
 train.py and predict.py --html also write a run's page. A page is a single file that contains its
 figures, so it can be sent by e-mail and opened offline.
@@ -79,7 +79,8 @@ def write_report(run: Path) -> Path:
             sections[f"{name}, {split}"] = content
     if not splits:
         command = utils.format_command("predict.py", "--run", run, "--html")
-        sections["Scores"] = f"<p>not evaluated yet: <code>{html.escape(command)}</code></p>\n"
+        content = f"not evaluated yet; to evaluate: <code>{html.escape(command)}</code>"
+        sections["Scores"] = f"<p>{content}</p>\n"
     path = run / "report.html"
     utils.write_bytes(path, _page_html(f"Run {run.resolve().name}", sections).encode())
     return path
@@ -92,7 +93,7 @@ def _evaluated_splits(run: Path) -> list[str]:
 
 
 def _configuration_html(config: dict) -> str:
-    """Return the tables of config.json; the long ones are collapsed."""
+    """Return the content of config.json as tables; the long tables are collapsed."""
     names = ("bits_per_pixel", "slices", "device", "precision")
     overview = [(name, config[name]) for name in names if name in config]
     arguments = _table_html(["argument", "value"], config.get("arguments", {}).items())
@@ -165,7 +166,7 @@ def _organs_html(organs: dict[str, dict]) -> str:
 
 
 def _worst_slices_html(folder: Path) -> str:
-    """Return a table of the slices with the lowest ssim, and the figure with the worst ones."""
+    """Return a table of the slices with the lowest ssim, and the figure that shows the worst."""
     slices = [row for row in _read_rows(folder / "slices.csv") if row["ssim"]]
     slices.sort(key=lambda row: float(row["ssim"]))
     rows = []
@@ -244,7 +245,7 @@ def _note_html(text: str) -> str:
 
 
 def _details_html(summary: str, content: str) -> str:
-    """Return a part that is collapsed until the reader opens it; content: HTML."""
+    """Return a section that is collapsed until the reader opens it; content: HTML."""
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>\n"
 
 

@@ -1,4 +1,4 @@
-"""One of the prior's grids of codes: its causal convolutions and its logits."""
+"""The causal convolutions and the logits of one grid of codes, as `prior.model` uses them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from torch import Tensor, nn
 
 
 class CausalConv2d(nn.Conv2d):
-    """A masked convolution that sees only positions earlier in reading order, as in PixelCNN.
+    """A masked convolution, as in PixelCNN (arXiv 1601.06759, section 3.4).
 
-    See arXiv 1601.06759, section 3.4.
+    The output at a position depends only on earlier positions in reading order and, with mask B, on
+    the position itself.
 
     Args:
         channels: number of input channels.
         out_channels: number of output channels.
         kernel_size: number of rows and columns of the kernel; must be odd.
-        itself: whether a position also sees its own input (mask B) or not (mask A).
+        itself: whether an output also depends on the input at its own position (mask B) or not
+            (mask A).
     """
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int, itself: bool):
@@ -50,12 +52,12 @@ class CodeGrid(nn.Module):
     """One grid of codes of `CodePrior`: the layers before and after the transformer.
 
     Causal convolutions compute the local features of each code from nearby earlier codes. The
-    transformer has one position per segment, which is SEGMENT consecutive codes of a row. It reads
-    the local features of the segment's first code, and its output is the context of all codes in
-    the segment. Both the inputs and the logits are computed with the codebook's embeddings, so
-    similar codes tend to have similar logits.
+    transformer has one position per segment, which consists of SEGMENT consecutive codes of a row.
+    The transformer's input at a position is the local features of the segment's first code, and its
+    output is the context of all codes in the segment. Both the inputs and the logits are computed
+    with the codebook's embeddings, so similar codes tend to have similar logits.
 
-    Checkpoints contain the names of the attributes that hold parameters or buffers.
+    Do not rename attributes that hold parameters or buffers, because checkpoints contain the names.
 
     Args:
         num_embeddings: K, number of codes.
@@ -64,7 +66,7 @@ class CodeGrid(nn.Module):
         coarse_shape: (K, D) of the next coarser grid, in which each code covers 2 x 2 codes of this
             grid; None for the coarsest grid.
         bias_per_place: whether the output biases depend on the row, the column and the part of the
-            volume; otherwise they depend on the coarser grid's code.
+            volume; otherwise, they depend on the code of the coarser grid.
         channels: C, width of the transformer.
         dropout: dropout probability.
         num_layers: number of 3 x 3 convolutions.
@@ -137,14 +139,15 @@ class CodeGrid(nn.Module):
     def init_bias_from_counts(self, codes: Tensor, coarse: Tensor | None, position: Tensor) -> None:
         """Set the biases so that an untrained grid predicts the frequencies of the training codes.
 
-        With `bias_per_place`, codes are counted per part of the volume in the 3 x 3 neighbourhood
-        of each place. Otherwise they are counted per coarse code and place in its 2 x 2 block.
+        With `bias_per_place`, codes are counted in the 3 x 3 neighbourhood of each place, and
+        separately for each part of the volume. Otherwise, codes are counted for each coarse code
+        and each of the four places that the coarse code covers.
 
         Args:
             codes: codes of the training slices, (N, height, width).
-            coarse: their codes in the next coarser grid, (N, height/2, width/2); None if there is
-                no coarser grid.
-            position: their positions, (N,), as for `CodePrior.forward`.
+            coarse: codes of the same slices in the next coarser grid, (N, height/2, width/2); None
+                if there is no coarser grid.
+            position: positions of the slices, (N,), as for `CodePrior.forward`.
         """
         num_embeddings = len(self.embedding)
         frequencies = torch.bincount(codes.flatten(), minlength=num_embeddings) + 0.1
@@ -160,7 +163,7 @@ class CodeGrid(nn.Module):
         nn.init.zeros_(self.last[1].bias)
 
     def _count_per_place(self, codes: Tensor, position: Tensor) -> Tensor:
-        """Count codes per part of the volume and 3 x 3 neighbourhood: (PARTS + 1, h * w, K)."""
+        """Count codes by part of the volume and 3 x 3 neighbourhood: (PARTS + 1, h * w, K)."""
         counts = torch.zeros_like(self.bias)
         parts = self.part(position)
         for batch, part in zip(codes.split(64), parts.split(64), strict=True):
@@ -171,7 +174,7 @@ class CodeGrid(nn.Module):
         return counts
 
     def _count_per_coarse_code(self, codes: Tensor, coarse: Tensor | None) -> Tensor:
-        """Count codes per coarse code and place in its 2 x 2 block: (coarse K, 4, K)."""
+        """Count codes by coarse code and by place in the 2 x 2 block: (coarse K, 4, K)."""
         counts = torch.zeros_like(self.bias)
         if coarse is None:
             coarse = torch.zeros_like(codes[:, ::2, ::2])
@@ -183,7 +186,14 @@ class CodeGrid(nn.Module):
         return counts
 
     def part(self, position: Tensor) -> Tensor:
-        """Return the part of the volume of each position: (B,) -> (B,) int64; NaN gives PARTS."""
+        """Return the index of the part of the volume that contains each position.
+
+        Args:
+            position: (B,), as for `CodePrior.forward`.
+
+        Returns:
+            (B,) int64, below PARTS; PARTS for unknown positions.
+        """
         part = (position.nan_to_num(0.0) * self.PARTS).long().clamp(0, self.PARTS - 1)
         return part.masked_fill(position.isnan(), self.PARTS)
 
@@ -194,7 +204,7 @@ class CodeGrid(nn.Module):
         return F.avg_pool2d(self.brightness[codes][:, None], 2)[:, 0]
 
     def quantise_brightness(self, brightness: Tensor) -> Tensor:
-        """Return the code of nearest brightness, int64; `self.brightness` must be ascending."""
+        """Return the codes (int64) nearest in brightness; `self.brightness` must be ascending."""
         borders = (self.brightness[1:] + self.brightness[:-1]) / 2
         return torch.bucketize(brightness, borders)
 
@@ -238,8 +248,8 @@ class CodeGrid(nn.Module):
             coarse: codes of the next coarser grid, (B, height/2, width/2); None if there is none.
             position, view: (B,), as for `CodePrior.forward`.
         """
-        # F.embedding instead of indexing: the backward pass of indexing sums in a different order
-        # each time, so a resumed run would differ.
+        # Do not index the table instead of calling F.embedding: the backward pass of indexing sums
+        # in a different order each time, so a resumed run would differ from an uninterrupted run.
         if self.bias_per_place:
             table = F.embedding(self.part(position), self.bias.flatten(1))
             table = table.view(-1, self.height, self.width, len(self.embedding))
@@ -283,15 +293,15 @@ def outline_embedding(
 ) -> Tensor:
     """Compute the embeddings of outline codes.
 
-    An embedding is the mean embedding of the finer codes that the outline code covers, followed by
-    its brightness. Both parts are standardised.
+    The embedding of an outline code consists of the mean embedding of the finer codes that the
+    outline code covers, and of the outline code's brightness. Both parts are standardised.
 
     Args:
-        coarse: the outline's grid, with its brightness set.
-        fine: the next finer grid, with its embeddings set.
+        coarse: the outline's grid, whose brightness must be set.
+        fine: the next finer grid, whose embeddings must be set.
         codes: codes of the finer grid, (N, h, w).
         outline: outline codes of the same slices, (N, h/2, w/2).
-        embedding_dim: D of the VQ-VAE.
+        embedding_dim: D, length of the VQ-VAE's embeddings.
 
     Returns:
         The embeddings, (number of outline codes, D + 1).

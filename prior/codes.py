@@ -18,8 +18,8 @@ import dataset
 from modules import VQVAE
 from mri.files import SliceName
 
-# The views of a slice: as it is, and mirrored left-right, inferior-superior, or both. Each entry
-# lists the axes of (B, 1, H, W) that are flipped.
+# The views of a slice: unchanged, mirrored left-right, mirrored inferior-superior, and mirrored
+# both ways. Each entry lists the axes of (B, 1, H, W) that are flipped.
 MIRRORS = ((), (-2,), (-1,), (-2, -1))
 
 
@@ -31,7 +31,7 @@ class CodeDataset:
     positions: Tensor  # (N,), positions of the slices in their volumes, 0 to 1; NaN if unknown
     brightness: Tensor  # (K,), mean brightness of the pixels that each code stands for
     names: Sequence[SliceName]  # names of the N slices
-    spacing: Sequence[float] | None = None  # mm between rows and columns, if known
+    spacing: Sequence[float] | None = None  # mm between rows and between columns, if known
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -50,8 +50,9 @@ def encode_split(
 ) -> CodeDataset:
     """Encode all slices of a split, each in several views.
 
-    The brightness of a pixel is asinh(z-score), which grows like a logarithm. On a linear scale,
-    fat and bladder would take up most of the range.
+    To compute the brightness of a code, the z-scored pixels that it stands for are averaged at each
+    place where the code occurs. The brightness is the mean of asinh(average) over these places. On
+    a linear scale, fat and bladder would take up most of the range; asinh grows like a logarithm.
 
     Args:
         model: the VQ-VAE; it must have only one codebook.
@@ -96,8 +97,8 @@ def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[s
         num_embeddings: K, number of codes.
 
     Returns:
-        "fixed_length": log2 K; "empirical_entropy": cross entropy under the marginal frequencies of
-        `train`; "gzip": size of the gzip files if each slice is compressed separately.
+        Bits per code. "fixed_length": log2 K; "empirical_entropy": cross entropy under the marginal
+        frequencies of `train`; "gzip": gzip, applied to each slice separately.
     """
     counts = torch.bincount(train.flatten(), minlength=num_embeddings).double() + 0.1
     bits = -(counts / counts.sum()).log2()  # (K,)

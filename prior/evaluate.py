@@ -30,9 +30,13 @@ def evaluate_samples(
         cases: case of each training slice.
 
     Returns:
-        Entries of evaluation.json: "drawn" is the number of sampled slices, "slices_a_side" the
-        number of slices in each of the two sets between which a distance is measured, "distances"
-        the rows of `realism.distance_table`, and "audit" the result of `realism.search_copies`.
+        Entries of evaluation.json:
+
+        - "drawn": number of sampled slices;
+        - "slices_a_side": number of slices in each of the two sets that a distance compares;
+        - "training_slices", "cases": numbers of training slices and of their cases;
+        - "distances": the rows of `realism.distance_table`;
+        - "audit": the result of `realism.search_copies`.
     """
     device = sampler.device
     training = images["train"]
@@ -97,7 +101,7 @@ def print_evaluation(result: dict) -> None:
     high = rows["codes drawn independently"]["kernel"]["mean"]
     sampled = rows["drawn from the prior"]["kernel"]["mean"]
     print(
-        "kernel distance of the samples on a scale from the first row (0 %) to the last (100 %): "
+        "kernel distance of the samples, if the first row is 0 % and the last row is 100 %: "
         f"{(sampled - low) / (high - low):.1%}"
     )
     if result["cases"] == 1:

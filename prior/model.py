@@ -66,22 +66,21 @@ class CodePrior(nn.Module):
     """A causal transformer over grids of codes, coarse to fine.
 
     The last grid holds the codes. The grids before it are outlines. An outline has half the height
-    and width of the next grid and holds the quantised mean brightness of that grid's 2 x 2 blocks,
-    so it fixes the layout of a slice in few steps. Outlines are functions of the codes, and their
-    probability is counted: -ln p(outlines) - ln p(codes | outlines) is an upper bound of
-    -ln p(codes). Each grid is conditioned on the whole previous grid, as in VQ-VAE-2 (arXiv
-    1906.00446).
+    and width of the next grid and holds the quantised mean brightness of the next grid's 2 x 2
+    blocks. It fixes the layout of a slice in few steps. As outlines are functions of the codes,
+    -ln p(outlines) - ln p(codes | outlines) is an upper bound of -ln p(codes). Results report this
+    bound. Each grid is conditioned on the whole previous grid, as in VQ-VAE-2 (arXiv 1906.00446).
 
     Args:
         num_embeddings: K, number of codes of the VQ-VAE.
         embedding_dim: D, length of each embedding.
-        height, width: size of the code grid; the height must be divisible by 2^num_grids, the width
-            by twice that.
+        height, width: size of the code grid; the height must be divisible by 2^num_grids, and the
+            width must be divisible by 2^(num_grids + 1).
         channels: C, width of the transformer; must be divisible by num_heads.
         num_layers: number of transformer blocks.
         num_heads: number of attention heads.
         dropout: dropout probability.
-        num_grids: 1 for the codes only, 2 or 3 to add one or two outlines.
+        num_grids: number of grids: 1 for the codes only, 2 for one outline, 3 for two outlines.
         num_outlines: number of brightness levels of an outline.
 
     Raises:
@@ -89,7 +88,7 @@ class CodePrior(nn.Module):
     """
 
     NUM_VIEWS = 4  # a slice as it is, and its mirror images (see `prior.codes.MIRRORS`)
-    FREQUENCIES = 4  # number of sines and of cosines that encode the position in the volume
+    FREQUENCIES = 4  # the position in the volume is encoded with this many sines and cosines each
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class CodePrior(nn.Module):
             raise ValueError(
                 f"channels is {channels}; expected a multiple of num_heads {num_heads}"
             )
-        self.block = 2**num_grids  # the `prefix_rows` of `sample` must be a multiple of it
+        self.block = 2**num_grids  # the `prefix_rows` of `sample` must be divisible by this
         if height % self.block or width % (2 * self.block):
             expected = f"{self.block} and {2 * self.block}"
             raise ValueError(
@@ -125,7 +124,7 @@ class CodePrior(nn.Module):
         self.grids = nn.ModuleList()
         for halvings in reversed(range(num_grids)):
             if halvings:
-                shape = (num_outlines, embedding_dim + 1)  # the last number is the brightness
+                shape = (num_outlines, embedding_dim + 1)  # the last dimension is the brightness
             else:
                 shape = (num_embeddings, embedding_dim)
             grid = CodeGrid(
@@ -165,7 +164,7 @@ class CodePrior(nn.Module):
             embedding: the codebook, (K, D).
             brightness: mean brightness of the pixels that each code stands for, (K,).
             codes: codes of the training slices, (N, h, w).
-            position: their positions, (N,), as for `forward`.
+            position: positions of the slices, (N,), as for `forward`.
             generator: random generator for k-means.
         """
         self.grids[-1].set_codebook(embedding, brightness)
@@ -247,7 +246,7 @@ class CodePrior(nn.Module):
         return self.grids[index].context(embedded)
 
     def condition(self, position: Tensor, view: Tensor) -> Tensor:
-        """Embed positions in the volume and views: (B,) and (B,) -> (B, C)."""
+        """Embed each slice's position in the volume and its view: (B,) and (B,) -> (B, C)."""
         is_unknown = position.isnan()
         position = position.nan_to_num(0.0)[:, None]
         angles = position * math.pi * torch.arange(1, 1 + self.FREQUENCIES, device=position.device)
@@ -267,12 +266,12 @@ class CodePrior(nn.Module):
     ) -> Tensor:
         """Choose all codes in order, each given the codes before it; requires eval mode.
 
-        Sampling, completing and entropy coding call this method with different `choose`.
+        `sample` is based on this method. An entropy coder would pass another `choose`.
 
         Args:
             position, view: (B,), as for `forward`.
-            choose: called with the index of the grid, the logits (B, K), the row and the column of
-                the code; returns the chosen codes, (B,).
+            choose: function of the grid's index, the logits (B, K), and the code's row and column;
+                it must return the chosen codes, (B,).
             progress: a function such as tqdm, which wraps the range of steps.
 
         Returns:
@@ -353,7 +352,7 @@ class CodePrior(nn.Module):
             position, view: (B,), as for `forward`.
             generator: random generator on the CPU.
             temperature, top_k, top_p: see `sample_codes`.
-            prefix: codes, (B, h, w), whose first rows are kept; the others are sampled.
+            prefix: codes, (B, h, w), whose first rows are kept; the other rows are sampled.
             prefix_rows: number of rows that are kept; must be divisible by `block`.
             progress: as for `decode`.
         """
@@ -380,10 +379,10 @@ def sample_codes(
     Args:
         logits: the logits, on any device.
         generator: random generator on the CPU.
-        temperature: divides the logits; 0 always chooses the most likely code.
+        temperature: number that divides the logits; at 0, the most likely code is always chosen.
         top_k: sample only from the `top_k` most likely codes; 0 means all.
-        top_p: sample only from the most likely codes that reach this total probability (nucleus
-            sampling, arXiv 1904.09751).
+        top_p: sample only from the most likely codes, as many as are needed for this total
+            probability (nucleus sampling, arXiv 1904.09751).
     """
     if temperature == 0:
         return logits.argmax(1)

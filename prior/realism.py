@@ -7,16 +7,17 @@
 Images are z-scored slices (N, 1, H, W). The distances depend on these features, so they cannot be
 compared with published values.
 
-A sample is flagged as a possible copy if it is nearer to a training slice than a threshold. The
-threshold is the 1st percentile of the distances of held-out reconstructions (of validation and test
-slices) to their nearest training slices. About 1 % of the samples are therefore flagged by chance;
+A sample is flagged as a possible copy if its distance to the nearest training slice is below a
+threshold. The threshold is the 1st percentile of the same distance for held-out slices, which are
+reconstructions of validation and test slices. About 1 % of the samples are flagged by chance;
 a fraction well above 1 % suggests that the prior repeats its training slices. There are two
 searches, both over the four views in MIRRORS:
 
 - `nearest_pixels` searches over shifts of up to 8 pixels in steps of 2, along both axes;
 - `nearest_features` searches over shifts of -8, 0 and 8 pixels, along both axes.
 
-Neither finds rotated or scaled copies, larger shifts, or copies of a part of a slice.
+Neither search finds copies that are rotated, scaled or shifted further, or that are only a part of
+a slice.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def search_copies(
     cases: Sequence[str],
     progress: Callable = iter,
 ) -> dict[str, dict]:
-    """Search for sampled slices that may be copies, by pixels and by features (see the module).
+    """Search for sampled slices that may be copies, by pixels and by features.
 
-    All three sets of slices are (N, 1, H, W), each with its own N, on the same device.
+    The three sets of slices are on the same device. Each is (N, 1, H, W), with its own N.
 
     Args:
         sampled: slices decoded from sampled codes.
@@ -100,16 +101,17 @@ def nearest_pixels(
 ) -> tuple[Tensor, Tensor]:
     """Find the nearest training slice by root mean squared difference of pixels.
 
-    The distance between two slices is the smallest over all flips and shifts. Images are compared
-    at half resolution, without a margin of SHIFT pixels.
+    The distance between two slices is the smallest over all flips and shifts. Slices are compared
+    at half resolution. A margin of SHIFT pixels at each edge of an image is ignored.
 
     Args:
-        images: slices whose nearest training slices are searched, (B, 1, H, W).
+        images: the slices to compare with the training slices, (B, 1, H, W).
         training: training slices, (N, 1, H, W).
         progress: a function such as tqdm, which wraps the list of shifts.
 
     Returns:
-        For each image, the distance to the nearest training slice, (B,), and its index, (B,).
+        For each image, the distance to the nearest training slice, (B,), and the index of that
+        training slice, (B,).
     """
     images = F.avg_pool2d(images, 2)[:, 0]
     training = F.avg_pool2d(training, 2)[:, 0]
@@ -142,12 +144,13 @@ def nearest_features(images: Tensor, training: Tensor, features: Features) -> tu
     SHIFT pixels along each axis.
 
     Args:
-        images: slices whose nearest training slices are searched, (B, 1, H, W).
+        images: the slices to compare with the training slices, (B, 1, H, W).
         training: training slices, (N, 1, H, W).
         features: `Features` fitted to the training slices.
 
     Returns:
-        For each image, the distance to the nearest training slice, (B,), and its index, (B,).
+        For each image, the distance to the nearest training slice, (B,), and the index of that
+        training slice, (B,).
     """
     training_features = features(training)
     height, width = images.shape[-2:]
@@ -178,11 +181,11 @@ class Features(nn.Module):
     - the absolute outputs of 32 zero-mean 5 x 5 filters, sampled with seed 0;
     - the absolute outputs of 32 zero-mean 3 x 3 filters that are applied to the outputs above.
 
-    A texture feature is the logarithm of the mean output in a cell of a 4 x 2 grid, because
-    textures differ by factors. The layout features are the mean intensities of the slice in the
-    cells of an 8 x 4 grid. This is a scattering network (Bruna and Mallat, arXiv 1203.1513) with
-    random filters. Random features can distinguish distributions (arXiv 2203.06026), and they do
-    not need a network that was trained on photographs.
+    A texture feature is the logarithm of the mean output in a cell of a 4 x 2 grid. The logarithm
+    is used because textures differ by factors. The layout features are the slice's mean intensities
+    in the cells of an 8 x 4 grid. This is a scattering network (Bruna and Mallat, arXiv 1203.1513)
+    with random filters. Random features can distinguish distributions (arXiv 2203.06026), and they
+    do not need a network that was trained on photographs.
     """
 
     def __init__(self, filters: int = 32, scales: int = 4, grid: tuple[int, int] = (4, 2)):
@@ -227,7 +230,7 @@ class Features(nn.Module):
 
 
 def _normalise_filters(filters: Tensor) -> Tensor:
-    """Normalise each filter of (N, ...) to mean 0, so that it ignores constants, and norm 1."""
+    """Normalise each filter of (N, ...) to mean 0 and norm 1; it then ignores constant areas."""
     filters = filters - filters.flatten(1).mean(1).view(-1, 1, 1, 1)
     return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
@@ -243,7 +246,7 @@ def distance_table(
 ) -> list[dict]:
     """Compute the distances of several sets of slices from the training slices.
 
-    Each distance is measured between random subsets of equal size, as often as there are `halves`.
+    Each distance is measured len(halves) times, each time between random subsets of equal size.
 
     Args:
         feature_sets: name of a set of slices -> features of the slices, (N, F).
@@ -252,8 +255,9 @@ def distance_table(
         size: number of slices in each subset.
 
     Returns:
-        One row per set, {"set": name, "kernel": {"mean", "spread"}, "frechet": {...}}; the spread
-        is half the range. The first row compares the two halves of the training slices.
+        One row per set, {"set": name, "kernel": {"mean", "spread"}, "frechet": {...}}. The spread
+        is half the range of the measured distances. In the first row, the two halves of the
+        training slices are compared.
     """
     generator = torch.Generator().manual_seed(0)
     directions = main_directions(training, min(64, size // 4)).to(training)
@@ -308,7 +312,7 @@ def _mean_and_spread(values: list[float]) -> dict[str, float]:
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """Estimate the squared maximum mean discrepancy between (N, F) and (M, F); N, M > 1.
+    """Estimate the squared maximum mean discrepancy between x (N, F) and y (M, F); N, M > 1.
 
     The estimate is unbiased (Gretton et al. 2012, equation 3), so its mean is 0 for equal
     distributions. The kernel is (x.y / F + 1)^3, as in arXiv 1801.01401.
@@ -327,22 +331,22 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 
 
 def main_directions(x: Tensor, most: int = 64) -> Tensor:
-    """Return the first d principal directions of (N, F): (F, d), d at most `most` and N / 4."""
+    """Return the first d principal directions (F, d) of x (N, F), with d = min(most, N // 4)."""
     x = x.double()
     directions = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
     return directions[: max(1, min(most, len(x) // 4))].T
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Compute the Frechet distance between normal distributions fitted to (N, d) and (M, d).
+    """Compute the Frechet distance between normal distributions fitted to x (N, d) and y (M, d).
 
-    See Dowson and Landau 1982. The result is biased upwards for small N, so compare results only at
-    equal N.
+    See Dowson and Landau 1982. The result is biased upwards for small N, so compare results only if
+    they have the same N.
     """
     x = x.double()
     y = y.double()
     a = torch.cov(x.T).view(x.shape[1], -1)
     b = torch.cov(y.T).view(x.shape[1], -1)
-    root_trace = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # of (a b)^(1/2)
+    root_trace = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # tr (a b)^(1/2)
     mean_term = (x.mean(0) - y.mean(0)).square().sum()
     return float(mean_term + a.trace() + b.trace() - 2 * root_trace)

@@ -68,12 +68,14 @@ class Sampler:
         prefix: Tensor | None = None,
         prefix_rows: int = 0,
     ) -> Tensor:
-        """Sample codes, (B, h, w), on the CPU; the same options give the same codes.
+        """Sample codes (B, h, w) on the device, and return them on the CPU.
+
+        The same options on the same device give the same codes.
 
         Args:
             positions: positions of the slices in their volumes, (B,), 0 to 1; NaN if unknown.
             view: index into `prior.codes.MIRRORS`.
-            prefix: codes, (h, w), whose first rows are kept; the others are sampled.
+            prefix: codes, (h, w), whose first rows are kept; the other rows are sampled.
             prefix_rows: number of rows that are kept; must be divisible by `CodePrior.block`.
         """
         generator = torch.Generator().manual_seed(self.options.seed)

@@ -228,7 +228,9 @@ def test_a_non_finite_loss_ends_the_run_and_names_its_slices(tmp_path, train_her
         return images * torch.nan
 
     at_step({5}, spoil)
-    with pytest.raises(UserError, match="the loss is not finite at step 5 of the run, in epoch 2") as error:
+    with pytest.raises(
+        UserError, match="the loss is not finite at step 5 of the run, in epoch 2"
+    ) as error:
         train_here("--epochs 3 --name a --crop 0 --no-augment")
     slices = dataset.load_split(hipmri.find_hipmri(blobs), "train", progress=False)
     words = str(error.value).replace(",", "").split()

@@ -131,7 +131,7 @@ def test_a_file_of_empty_slices_has_no_scores(
     tmp_path, write_nifti, reconstruct_path, read_scores, capsys
 ):
     folder = reconstruct_path(write_nifti(tmp_path / "x.nii", np.full((20, 20), 7, np.int16)))
-    assert "x has only empty slices: no picture and no scores" in capsys.readouterr().out
+    assert "x has only empty slices; it gets no figure and no scores" in capsys.readouterr().out
     assert read_scores(folder)[0]["ssim"] == ""
     assert not (folder / "x.png").exists()
 
@@ -141,7 +141,7 @@ def test_unusual_voxel_sizes_are_reported(tmp_path, write_nifti, noise, reconstr
     assert "warning" not in capsys.readouterr().out
     affine = np.diag([0.5, 1, 0.5, 1])
     reconstruct_path(write_nifti(tmp_path / "fine.nii.gz", noise((30, 9, 30)), affine))
-    expected = "voxels are 0.50 x 0.50 mm in the slice, and the model was trained on about 1.70 x"
+    expected = "0.50 x 0.50 mm in the slice, but those of the training slices are about 1.70 x"
     assert expected in capsys.readouterr().out
 
 
