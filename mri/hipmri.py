@@ -92,10 +92,10 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
     """Return the data sets that a folder contains directly; `_finish` refuses more than one.
 
     Raises:
-        DataError: if a subfolder of a data set cannot be read, or two subfolders belong to one split.
+        DataError: if a subfolder of a data set cannot be read, or two belong to the same split.
     """
     sources = []
-    # Split folders contain slices, and folders named "...label..." contain segmentations.
+    # Split folders contain slices; folders with "label" in their names contain segmentations.
     may_hold_volumes = not split_of_folder(folder) and "label" not in folder.name.lower()
     if may_hold_volumes and any(is_volume(file) for file in files):
         sources.append(_volumes_source(folder, files))

@@ -290,7 +290,7 @@ def read_segmentation(
             labels.append(_crop(image, preprocessing.fit, preprocessing.size))
     except (ValueError, IndexError) as error:
         raise DataError(
-            f"{path} {error}; expected the shape of its image. Repair or remove the segmentation."
+            f"{path} {error}; expected a segmentation with the shape of its image, or no file."
         ) from error
     batch = torch.from_numpy(np.stack(labels))
     return resize(batch, list(preprocessing.size), InterpolationMode.NEAREST_EXACT)
