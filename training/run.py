@@ -148,7 +148,7 @@ class Run:
         """Return whether any process received a signal; all processes must call this.
 
         Raises:
-            UserError: if there is a signal, but the loss of a step was not finite. Nothing is saved.
+            UserError: if there is a signal but the loss of a step was not finite; nothing is saved.
         """
         received = distributed.all_reduce_sum(torch.tensor(len(self._signals)))
         if received:
