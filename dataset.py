@@ -1,6 +1,6 @@
 """The data set: 2D MRI slices as z-scored tensors, for `train.py` and `predict.py`.
 
-    source = splits.find_source("/data/keras_slices_data")     # mri/splits.py: files of each split
+    source = splits.find_source("/data/keras_slices_data")     # the files of each split
     train = load_split(source, "train")                        # decoded once, then memory-mapped
     image = train[0]                                           # (1, 256, 128) float32
 
@@ -10,7 +10,7 @@
         images = augment(images, crop=96, flip=True)           # (16, 1, 96, 96)
 
 Files are read in mri/nifti.py, cut and resized in mri/preprocessing.py, and stored as int16 in
-mri/cache.py. `DataError` is raised for unusable data; `SliceDataset.notes` are lines to print.
+mri/cache.py. Unusable data raise `DataError`. `SliceDataset.notes` contains lines to print.
 """
 
 import functools
@@ -45,10 +45,10 @@ class SliceDataset(torch.utils.data.Dataset):
 
     Attributes:
         split: "train", "validate" or "test".
-        names: N SliceName, the parsed file name of each slice.
+        names: N `SliceName` objects, the parsed file name of each slice.
         files: N paths, the file of each slice.
         preprocessing: how the files became slices.
-        size: (rows, columns) of every slice; shapes below assume 256 x 128.
+        size: (rows, columns) of every slice; the shapes in this file assume 256 x 128.
         fit: how slices of another size are fitted (see `Preprocessing`).
         mean: (N,) float32, mean of each slice, in the scanner's intensities.
         std: (N,) float32, standard deviation of each slice, raised by `floor_std` if too small.
@@ -106,7 +106,7 @@ class SliceDataset(torch.utils.data.Dataset):
         """Yield the z-scored slices of each group of indices, on the device.
 
         If `cache_on_device` has copied the pixels, they are gathered on the device. Otherwise they
-        are read from the cache: by a thread that reads ahead for a GPU, on demand for the CPU.
+        are read from the cache: a thread reads ahead for a GPU; the CPU reads each batch on demand.
 
         Args:
             groups: indices (B,) of each batch; B may differ between batches.
@@ -123,7 +123,7 @@ class SliceDataset(torch.utils.data.Dataset):
             yield from self._prefetch_batches(groups, device)
 
     def cache_on_device(self, device: torch.device, max_fraction: float = 0.5) -> str:
-        """Copy the pixels to the device's memory, where `batches` then reads them, if they fit.
+        """Copy the pixels to the device's memory if they fit; `batches` then reads them there.
 
         Args:
             device: a GPU.
@@ -133,20 +133,20 @@ class SliceDataset(torch.utils.data.Dataset):
             A line to print that says where the pixels are.
         """
         needed = len(self) * math.prod(self.size) * 2
-        gigabytes = f"{self.split}: {needed / 1e9:.2f} GB"
+        pixels_size = f"{self.split}: the pixels ({needed / 1e9:.2f} GB)"
         if needed > max_fraction * free_memory(device):
             return (
-                f"{gigabytes} are more than {max_fraction:.0%} of the free memory of {device}, "
+                f"{pixels_size} need more than {max_fraction:.0%} of the free memory of {device}, "
                 "so they are read from disk for each batch"
             )
         pixels = torch.empty(len(self), *self.size, dtype=torch.int16, device=device)
         for indices in torch.arange(len(self)).split(1024):  # limits the copy's extra memory
             pixels[indices[0] : indices[-1] + 1] = self._read(indices)[0].to(device)
         self._on_device = (pixels, self._gain.to(device), self._bias.to(device))
-        return f"{gigabytes} in the memory of {device}"
+        return f"{pixels_size} are in the memory of {device}"
 
     def _gather_batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """Yield batches of the pixels on the device, without synchronising with the device."""
+        """Yield batches of pixels that are on the device, without waiting for the device."""
         indices = torch.cat(list(groups))  # one transfer for all groups
         if device.type == "cuda":
             indices = indices.pin_memory()
@@ -167,7 +167,7 @@ class SliceDataset(torch.utils.data.Dataset):
             yield _zscore(*[part.to(device, non_blocking=pin) for part in stored])
 
     def _read(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read stored pixels (B, 256, 128) int16, and their gain and bias (B, 1, 1, 1) float32."""
+        """Return stored pixels, (B, 256, 128) int16, and their gain and bias, each (B, 1, 1, 1)."""
         pixels = torch.from_numpy(self._pixels[self._rows[indices.numpy()]])
         return pixels, self._gain[indices], self._bias[indices]
 
@@ -187,7 +187,7 @@ class SliceDataset(torch.utils.data.Dataset):
         """Read the segmentations of the slices; only the evaluation uses them.
 
         Returns:
-            (N, 256, 128) uint8, zeros for slices without a segmentation; None if there are none.
+            (N, 256, 128) uint8, zeros for slices without a segmentation; None if no slice has one.
         """
         indices_of: dict[Path, list[int]] = {}
         for index, file in enumerate(self.files):
@@ -240,13 +240,13 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the mean and standard deviation of each slice, in order; paths do not matter."""
+        """Hash of the mean and standard deviation of each slice, in order; paths have no effect."""
         statistics = torch.stack([self.mean, self.std])
         return hashlib.sha256(statistics.numpy().tobytes()).hexdigest()[:16]
 
 
 def _zscore(pixels: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """Z-score stored pixels: (B, H, W) int16, both others (B, 1, 1, 1) -> (B, 1, H, W) float32."""
+    """Z-score pixels (B, H, W) with gain and bias (B, 1, 1, 1); return (B, 1, H, W) float32."""
     return pixels[:, None].float().add_(32768).mul_(gain).add_(bias)
 
 
@@ -290,7 +290,7 @@ def load_split(
         preprocessing: how files become slices (default: `Preprocessing.resolve(source)`).
         cache_dir: folder of all caches (default: $HIPMRI_CACHE, else the user's cache folder).
         skip_bad_files: leave out unusable files and add a note, instead of raising an error.
-        workers: number of decoding processes (default: one per core, or 1 for few slices).
+        workers: number of decoding processes (default: one per core; 1 for a few slices).
         progress: show a progress bar.
 
     Raises:
@@ -320,7 +320,7 @@ def read_slice(path: str | Path, preprocessing: Preprocessing) -> Tensor:
         (1, rows, columns) float32, z-scored.
 
     Raises:
-        DataError: if the file cannot be used, or has a single value.
+        DataError: if the file cannot be used, or all of its pixels are equal.
     """
     slices, reason = decode_file(Path(path), replace(preprocessing, form="2D", planes=1))
     if reason:
@@ -369,7 +369,7 @@ def augment(images: Tensor, crop: int, flip: bool) -> Tensor:
 
 
 def random_crop(images: Tensor, side: int) -> Tensor:
-    """Cut a square crop at a random position from each slice, (B, 1, side, side)."""
+    """Cut a square crop from each slice at a random position; return (B, 1, side, side)."""
     count, _, height, width = images.shape
     device = images.device
     top = torch.randint(height - side + 1, (count, 1), device=device)

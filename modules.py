@@ -97,7 +97,7 @@ class Decoder(nn.Module):
 
 
 def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
-    """Return the convolutions with stride 2 that are needed in addition to the two of stride 4."""
+    """Return the stride-2 convolutions that a total stride above 4 needs after the first two."""
     if stride < 4 or stride & (stride - 1):
         raise ValueError(f"stride is {stride}; expected 4, 8, 16 or another power of two")
     extra = range(stride.bit_length() - 3)
@@ -107,27 +107,27 @@ def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of each vector's nearest embedding: (N, D), (K, D) -> (N,) int64."""
-    # argmin ||z - e||^2 = argmin ||e||^2 - 2 z.e; blocks bound the memory of the distances.
+    # argmin ||z - e||^2 = argmin (||e||^2 - 2 z.e). The split limits the memory for distances.
     norms = codebook.square().sum(1)  # (K,)
     indices = [torch.addmm(norms, v, codebook.T, alpha=-2).argmin(1) for v in vectors.split(8192)]
     return torch.cat(indices)
 
 
 def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """Return the sum of the values of each code: (N, ...), (N,) -> (K, ...); of ones: counts."""
+    """Sum the values of each code: (N, ...), (N,) -> (K, ...). Values of 1 give the counts."""
     return values.new_zeros(num_codes, *values.shape[1:]).index_add_(0, indices, values)
 
 
 @torch.no_grad()
 def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, Tensor]:
-    """Cluster vectors (N, D); return centres (K, D) and residuals (M, D) of the M <= 32 K used."""
+    """Cluster M <= 32 K of the vectors (N, D); return centres (K, D) and residuals (M, D)."""
     if len(vectors) < num_clusters:
         raise ValueError(f"{len(vectors)} vectors cannot initialise {num_clusters} codes")
     order = torch.randperm(len(vectors), generator=generator)[: 32 * num_clusters]
     vectors = vectors[order.to(vectors.device)].float()  # (M, D)
-    centres = vectors[:num_clusters].clone()  # the first stays
+    centres = vectors[:num_clusters].clone()  # the first is final; the loop replaces the others
     distance = (vectors - centres[0]).square().sum(1)  # (M,), to the nearest centre
-    for k in range(1, num_clusters):  # k-means++: draw in proportion to the squared distance
+    for k in range(1, num_clusters):  # k-means++: sample in proportion to squared distances
         draw = torch.rand((), generator=generator, dtype=torch.float64).float().to(vectors.device)
         cumulative = distance.cumsum(0)  # (M,)
         index = torch.searchsorted(cumulative, draw * cumulative[-1]).clamp_max(len(vectors) - 1)
@@ -142,24 +142,24 @@ def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, 
 
 
 class Quantized(NamedTuple):
-    """The result of a quantiser; of R codebooks, the losses are sums."""
+    """The result of a quantiser; with R codebooks, each loss is the sum over all codebooks."""
 
     quantized: Tensor  # (B, D, h, w) float32; its gradient passes straight through to the input
     indices: Tensor  # (B, h, w) int64, or (B, h, w, R)
     codebook_loss: Tensor  # (), ||sg[z] - e||^2, which trains the codebook; 0 for "ema"
-    commitment_loss: Tensor  # (), ||z - sg[e]||^2, which trains the encoder; not yet times beta
+    commitment_loss: Tensor  # (), ||z - sg[e]||^2, which trains the encoder; without beta
     counts: Tensor  # (K,) float32, or (R K,): how often each code was used
 
 
 class VectorQuantizer(nn.Module):
     """Replace each vector by its nearest embedding (arXiv 1711.00937, equations 1 and 2).
 
-    Computes in float32, also under autocast: half precision overflows in the distances.
+    Distances are computed in float32, even under autocast: half precision would overflow.
 
-    codebook: "gradient": the codebook loss trains the embeddings (equation 3, second term);
-        "ema": they are moving averages of their vectors, over all processes (appendix A.1).
-    decay: of the moving averages.
-    restart_below: with "ema", codes used less than this fraction of the mean restart; 0: never.
+    codebook: with "gradient", the codebook loss trains the embeddings (equation 3, second term);
+        with "ema", each is a moving average of its vectors in all processes (appendix A.1).
+    decay: decay rate of the moving averages.
+    restart_below: with "ema", reinitialise codes below this fraction of the mean usage; 0: never.
     """
 
     def __init__(
@@ -169,22 +169,22 @@ class VectorQuantizer(nn.Module):
         if codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook is {codebook!r}; expected 'gradient' or 'ema'")
         if restart_below and codebook != "ema":
-            raise ValueError("restart_below needs codebook 'ema', as only it counts uses")
+            raise ValueError("restart_below needs codebook 'ema', which counts the uses of codes")
         self.num_codebooks = 1
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.codebook, self.decay, self.restart_below = codebook, decay, restart_below
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
-        # The usual start, from which few codes are ever used; `init_codebook` starts from data.
+        # The usual initialisation. It leaves most codes unused, unlike `init_codebook`.
         nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
         if codebook == "ema":
             self.embedding.weight.requires_grad_(False)
-            # Start with sum / count = embedding: with counts of 0, unused codes would explode.
+            # Initially sum / count = embedding. With counts of 0, unused codes would explode.
             self.register_buffer("ema_count", torch.ones(num_embeddings))  # (K,)
             self.register_buffer("ema_sum", self.embedding.weight.detach().clone())  # (K, D)
 
     def forward(self, z: Tensor) -> Quantized:  # (B, D, h, w) of any float dtype
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float().movedim(1, -1)  # (B, h, w, D): D last, or rows would mix positions
+            z = z.float().movedim(1, -1)  # (B, h, w, D), so that each row is one position
             vectors = z.reshape(-1, self.embedding_dim)  # (N, D)
             result = self.quantize(vectors)
             quantized = vectors + (result.quantized - vectors).detach()  # (N, D)
@@ -192,7 +192,7 @@ class VectorQuantizer(nn.Module):
         return result._replace(quantized=quantized, indices=result.indices.view(z.shape[:-1]))
 
     def quantize(self, vectors: Tensor) -> Quantized:  # (N, D) float32
-        """Return embeddings (N, D) and indices (N,); in training, update an "ema" codebook."""
+        """Return quantized (N, D) and indices (N,); in training mode, update an "ema" codebook."""
         indices = nearest_codes(vectors.detach(), self.embedding.weight.detach())  # (N,)
         quantized = F.embedding(indices, self.embedding.weight)  # (N, D)
         counts = sum_by_code(torch.ones_like(vectors[:, 0]), indices, self.num_embeddings)  # (K,)
@@ -210,7 +210,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Start the codebook from (N, D) encoder outputs; return `kmeans`'s residuals, (M, D)."""
+        """Initialise the codebook by `kmeans` of vectors (N, D); return the residuals (M, D)."""
         centres, residuals = kmeans(vectors, self.num_embeddings, generator)
         self.embedding.weight.copy_(centres)
         if self.codebook == "ema":
@@ -218,16 +218,16 @@ class VectorQuantizer(nn.Module):
             self.ema_sum.copy_(centres)
         return residuals
 
-    # Not compiled: torch 2.5 to 2.9 would move reads of the embeddings behind this update.
+    # Not compiled, because torch 2.5 to 2.9 would move reads of the embeddings after this update.
     @torch.compiler.disable
     @torch.no_grad()
     def update_codebook(self, vectors: Tensor, indices: Tensor, counts: Tensor) -> None:
-        """Update the averages from (N, D), (N,) and (K,) (equations 6 to 8); restart dead codes."""
+        """Update the averages (equations 6 to 8) from vectors (N, D); reinitialise dead codes."""
         # Counts and sums of the vectors of each code, (K, 1 + D).
         statistics = torch.cat([counts[:, None], sum_by_code(vectors, indices, len(counts))], 1)
         if _is_distributed():
             dist.all_reduce(statistics)
-        # If a vector of any process is not finite, nothing changes. A Python `if` would wait.
+        # If a vector of any process is not finite, nothing changes. `if` would wait for the GPU.
         finite = statistics.isfinite().all()  # ()
         statistics = statistics.nan_to_num(0, 0, 0)
         weight = (1 - self.decay) * finite
@@ -235,31 +235,31 @@ class VectorQuantizer(nn.Module):
         self.ema_sum.lerp_(statistics[:, 1:], weight)
         if self.restart_below:
             self._restart_dead_codes(vectors, indices, finite)
-        # The count of a code that is never used decays to 0; its embedding stays where it is.
+        # The count of a code that is never used decays to 0; its embedding stays unchanged.
         alive = self.ema_count > 1e-10
         means = self.ema_sum / self.ema_count.clamp_min(1e-10)[:, None]
         self.embedding.weight.copy_(torch.where(alive[:, None], means, self.embedding.weight))
 
     def _restart_dead_codes(self, vectors: Tensor, indices: Tensor, finite: Tensor) -> None:
-        """Restart dead codes at vectors of rank 0, drawn in proportion to their squared errors."""
-        candidates = torch.zeros_like(self.ema_sum)  # (K, D), one for each code
+        """Move dead codes to vectors of rank 0, sampled in proportion to their squared errors."""
+        candidates = torch.zeros_like(self.ema_sum)  # (K, D), a new vector for each code
         if not _is_distributed() or dist.get_rank() == 0:  # other ranks may have no slices
             errors = (vectors - self.embedding(indices)).square().sum(1)  # (N,)
             errors = errors.nan_to_num(0, 0, 0).clamp_min(1e-12)
             candidates = vectors[torch.multinomial(errors, self.num_embeddings, replacement=True)]
         if _is_distributed():
-            dist.all_reduce(candidates)  # the others add zeros
+            dist.all_reduce(candidates)  # other ranks add zeros
         mean_count = self.ema_count.mean()
         dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
-        # Restart the averages too, or the next update would move the embedding back. The count is
-        # twice the threshold: too high to be dead at once, low enough for its vectors to move it.
+        # Reset the averages too, or the next update would move the embedding back. With twice the
+        # threshold as its count, a code is not dead at once, but its vectors can still move it.
         count = 2 * self.restart_below * mean_count
         self.ema_count.copy_(torch.where(dead, count, self.ema_count))
         self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
 
 
 class ResidualVectorQuantizer(nn.Module):
-    """Quantise with R codebooks, each on the residual of those before (arXiv 2107.03312)."""
+    """R codebooks, each of which quantises the residual of the previous ones (arXiv 2107.03312)."""
 
     def __init__(self, num_codebooks, num_embeddings, embedding_dim, *options):
         super().__init__()
@@ -288,12 +288,12 @@ class ResidualVectorQuantizer(nn.Module):
         return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
 
     def embed(self, indices: Tensor) -> Tensor:
-        """Return the sums of the embeddings of codes: (B, h, w, R) -> (B, D, h, w)."""
+        """Return the sum of the R embeddings at each position: (B, h, w, R) -> (B, D, h, w)."""
         pairs = zip(self.quantizers, indices.unbind(-1), strict=True)
         return sum(reversed([quantizer.embed(codes) for quantizer, codes in pairs]))
 
     def init_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start each codebook from the residuals of those before; vectors: (N, D)."""
+        """Initialise each codebook from the residuals of the previous ones; vectors: (N, D)."""
         for quantizer in self.quantizers:
             vectors = quantizer.init_codebook(vectors, generator)
 
@@ -303,10 +303,10 @@ def _is_distributed() -> bool:
 
 
 def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Return 1 - SSIM (Wang et al. 2004) with a Gaussian window, 11 x 11, sigma 1.5.
+    """Return 1 - SSIM (Wang et al. 2004) with an 11 x 11 Gaussian window of sigma 1.5.
 
-    Both (B, 1, H, W) are scaled by the minimum and maximum of `images`, which may be crops. Unlike
-    in the score `ssim` of evaluation/metrics.py, reconstructions are not clipped.
+    Both inputs, (B, 1, H, W), are scaled by the minimum and maximum of each slice in `images`.
+    Unlike in the score `ssim` of evaluation/metrics.py, reconstructions are not clipped.
     """
     if min(images.shape[-2:]) < 11:
         raise ValueError(f"slices of {tuple(images.shape[-2:])} are smaller than SSIM's window, 11")
@@ -316,8 +316,8 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     y = (images.float() - low) / span
     taps = torch.exp(-((torch.arange(11, device=images.device) - 5.0) ** 2) / (2 * 1.5**2))
     taps = taps / taps.sum()
-    # In float32, as variances are differences of nearly equal numbers. On a CPU, products with
-    # banded matrices, (H - 10, H) and (W - 10, W), are faster than convolutions.
+    # Variances need float32, as differences of nearly equal numbers. On a CPU, multiplication by
+    # banded matrices, (H - 10, H) and (W - 10, W), is faster than convolution.
     with torch.autocast(images.device.type, enabled=False):
         rows, columns = [torch.eye(n, device=x.device).unfold(0, 11, 1) @ taps for n in x.shape[2:]]
         means = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T
@@ -372,7 +372,7 @@ class VQVAE(nn.Module):
         return self.decoder(quantized.quantized), quantized  # (B, 1, H, W)
 
     def loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> tuple:
-        """Return reconstruction and quantisation loss, both () (arXiv 1711.00937, equation 3)."""
+        """Return the reconstruction and the quantisation loss (arXiv 1711.00937, equation 3)."""
         # Beta multiplies the term whose gradient reaches the encoder.
         beta = self.commitment_cost
         quantization_loss = quantized.codebook_loss + beta * quantized.commitment_loss
@@ -386,15 +386,15 @@ class VQVAE(nn.Module):
         return loss
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return codes in 0..K-1: (B, 1, H, W) -> (B, h, w) int64; of R codebooks (B, h, w, R)."""
+        """Encode slices (B, 1, H, W) as codes (B, h, w), or (B, h, w, R), int64 from 0 to K - 1."""
         return self.vector_quantization(self.encoder(images)).indices
 
     def decode_codes(self, indices: Tensor) -> Tensor:
-        """Return the slices of codes in the shape of `encode`: (B, h, w) -> (B, 1, H, W)."""
+        """Decode codes, in the shape that `encode` returns, to slices (B, 1, H, W)."""
         return self.decoder(self.vector_quantization.embed(indices))
 
     @property
     def bits_per_pixel(self) -> float:
-        """The rate of fixed-length codes."""
+        """Bits per pixel if each code takes log2(K) bits."""
         quantizer = self.vector_quantization
         return quantizer.num_codebooks * math.log2(quantizer.num_embeddings) / self.stride**2

@@ -1,6 +1,6 @@
 """Train a VQ-VAE on MRI slices.
 
-    python train.py                                     # sample data: minutes on two CPU cores
+    python train.py                                     # sample data; takes minutes on two cores
     python train.py --data /data/keras_slices_data      # HipMRI, 100 epochs
     python train.py --data ... --recipe document        # the source document's recipe
     python train.py --data ... --gan                    # adversarial loss in the second half
@@ -50,7 +50,7 @@ LOSSES = ("train_recon", "train_vq")
 GAN_LOSSES = (*LOSSES, "train_adversarial", "train_discriminator", "adaptive_weight")
 NUM_MINIMISED = 4
 
-# ---------------------------------------------------------------- the story of a run
+# ---------------------------------------------------------------- a run from start to end
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(flags: dict) -> int:
-    """Train the run that the flags ask for and return the exit code."""
+    """Start or resume the run that the flags select, and return the exit code."""
     folder, config, checkpoint = open_run(flags)
     folder = distributed.broadcast_object(folder)  # its name may contain the current second
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -138,13 +138,13 @@ def train(flags: dict) -> int:
                 batch_losses = full_batch_losses if step.is_full else eager_losses
                 losses = batch_losses(images, adversary)  # (2,) or (5,), named by LOSSES
                 if step.size == 0:
-                    losses = losses.nan_to_num()  # means over no slices
+                    losses = losses.nan_to_num()  # the means over no slices are NaN
 
                 optimizer.zero_grad(set_to_none=True)
                 total = losses[:NUM_MINIMISED].sum()
                 (total * step.weight).backward()  # weight: see training.step.Step
-                if discriminator is not None:
-                    distributed.average_gradients(discriminator)  # the model's are averaged already
+                if discriminator is not None:  # `parallel_model` averages the model's gradients
+                    distributed.average_gradients(discriminator)
                 finite = clip_gradients(modules.values(), config.clip_grad_norm)
                 skip_step_unless(finite, optimizer)
                 optimizer.step()
@@ -166,7 +166,7 @@ def train(flags: dict) -> int:
             if run.is_plot_epoch(epoch):
                 plot_epoch(run, model, val_slices)
             run.write_history()
-            run.save("last.pt")  # last: a run that is killed before this repeats the epoch
+            run.save("last.pt")  # at the end: a run that is killed earlier repeats the epoch
 
     if rank == 0:
         page = report.write_report(folder)
@@ -185,11 +185,12 @@ def resolve_data(
 ) -> tuple[TrainConfig, Source, dict | None]:
     """Find the files of each split, and complete the configuration.
 
-    If neither `--data` nor $HIPMRI_DATA is set, use the sample data, and make it if necessary.
+    If neither `--data` nor $HIPMRI_DATA is set, use the sample data, and generate it if necessary.
 
     Returns:
-        The configuration with the path of the data and, on the sample, fewer epochs; the files;
-        and, for scans, the manifest of which scan is in which split, otherwise None.
+        The configuration, with the path of the data and, for the sample data, fewer epochs; the
+        files of each split; and the manifest, which lists the scans of each split. The manifest is
+        None for data other than scans.
 
     Raises:
         DataError: if the data cannot be found.
@@ -225,10 +226,10 @@ def resolve_data(
 def make_optimizer(
     model: VQVAE, discriminator: PatchDiscriminator | None, config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """Return one Adam for the model and, with --gan, the discriminator."""
+    """Return an Adam optimizer for the model and, with --gan, also for the discriminator."""
     groups: list[dict] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if discriminator is not None:
-        # A lower first beta: a slow mean of gradients would lag behind its opponent.
+        # The first beta is low, because a slow mean of gradients would lag behind the generator.
         groups.append({"params": list(discriminator.parameters()), "betas": (0.5, 0.9)})
     return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
@@ -266,10 +267,10 @@ def compute_losses(
 
     Args:
         parallel_model: the VQ-VAE, wrapped if there are several processes.
-        discriminator: None without --gan, and until it takes part.
+        discriminator: the discriminator; None without --gan, and before --gan-start.
         images: (B, 1, H, W) z-scored.
-        precision: "float32" or "bfloat16", of the convolutions.
-        config: gives the weights of the losses.
+        precision: precision of the convolutions, "float32" or "bfloat16".
+        config: the configuration, which contains the weights of the losses.
 
     Returns:
         (2,), or with --gan (5,).
@@ -308,10 +309,11 @@ def validate(
 
 
 def may_be_best(epoch: int, run: Run) -> bool:
-    """Return whether best.pt may be of this epoch.
+    """Return whether the model of this epoch may be saved as best.pt.
 
-    With --gan, only epochs in which the discriminator took part qualify, and the last epoch, so
-    that every run has a best.pt. Earlier epochs score a higher SSIM but are not what --gan is for.
+    With --gan, epochs before the discriminator takes part do not qualify. Their SSIM is higher, but
+    they lack the detail that --gan adds. The last epoch always qualifies, so that every run has a
+    best.pt.
     """
     if not run.config.gan or epoch == run.config.epochs:
         return True
@@ -350,7 +352,7 @@ def format_epoch(row: dict) -> str:
 
 @torch.no_grad()
 def plot_epoch(run: Run, model: VQVAE, val_slices: SliceDataset) -> None:
-    """Plot the same four validation slices every time, and the curves so far."""
+    """Plot up to four validation slices, the same in every epoch, and the curves so far."""
     indices = plots.spread_indices(len(val_slices))
     originals = val_slices.batch(indices)
     model.eval()

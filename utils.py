@@ -44,9 +44,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     code 2. Any other exception is a bug in the program, so its traceback is shown.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        # File names may contain undecodable bytes. Python sets the same for stderr by default.
+        # File names may contain undecodable bytes. For stderr, this is Python's default.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # torchrun sets both. torch.distributed forgets them when the process group is destroyed.
+    # torchrun sets both variables. They are read here because torch.distributed forgets the rank
+    # when the process group is destroyed.
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -79,7 +80,7 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
 
     Args:
         name: "auto" (the first available of cuda, mps, cpu), "cuda", "cuda:1", "mps" or "cpu".
-        rank: rank of this process; if torchrun started several, process r uses GPU r.
+        rank: rank of this process; if torchrun started several processes, process r uses GPU r.
         world_size: number of processes that torchrun started.
 
     Raises:
@@ -95,13 +96,14 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
         name = usable[0]
     if name.startswith("cuda:") and world_size > 1:
         raise UserError(
-            f"--device is {name} for {world_size} processes; expected cuda (one GPU each) or cpu"
+            f"--device is {name} for {world_size} processes; expected cuda (one GPU per process) "
+            "or cpu"
         )
     if name == "cuda" and world_size > 1:
         if torch.cuda.device_count() < world_size:
             raise UserError(
-                f"{world_size} processes have {torch.cuda.device_count()} GPUs; expected one each: "
-                "lower --nproc-per-node, or train with --device cpu"
+                f"{world_size} processes have {torch.cuda.device_count()} GPUs; expected one GPU "
+                "per process: lower --nproc-per-node, or train with --device cpu"
             )
         name = f"cuda:{rank}"
     elif name == "cuda" and available["cuda"]:
@@ -116,12 +118,12 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
             f"{', '.join(usable)}"
         )
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # otherwise the first GPU is used too
+        torch.cuda.set_device(device)  # otherwise torch also uses the first GPU
     return device
 
 
 def describe_device(device: torch.device, world_size: int = 1) -> str:
-    """Describe the device, and the number of processes if more than one, for result files."""
+    """Describe the device, and the number of processes if there are several, for result files."""
     name = str(device)
     if device.type == "cuda":
         gpu = f"({torch.cuda.get_device_name(device)})"
@@ -134,7 +136,7 @@ def describe_device(device: torch.device, world_size: int = 1) -> str:
 def pick_precision(name: str, device: torch.device) -> str:
     """Return "float32" or "bfloat16" for `--precision`.
 
-    "auto" means bfloat16 on CUDA GPUs and CPUs with bfloat16 instructions, float32 elsewhere.
+    "auto" means bfloat16 on GPUs (CUDA) and CPUs that support it in hardware, otherwise float32.
     """
     if name != "auto":
         return name
@@ -163,11 +165,11 @@ def keep_freed_memory() -> None:
         return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # musl and others
+    except (OSError, AttributeError):  # the C library is not glibc
         return
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     if not mallopt(M_MMAP_THRESHOLD, 1 << 30):
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the limit of older glibc
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the maximum in older versions of glibc
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
@@ -237,7 +239,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if the file cannot be written; no temporary file is left behind.
     """
-    # With the process number, two processes that write `path` use different temporary files.
+    # The process ID gives two processes that write the same path different temporary files.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -287,7 +289,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write dictionaries that share their keys as rows of a CSV file with a header, atomically."""
+    """Write a CSV file atomically; each dictionary is a row, and all must have the same keys."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -15,13 +15,15 @@ CACHE_FORMAT. <files> is a hash of the name, size and modification time of every
   the size or modification time of a file changes; if a field of the preprocessing differs; or if
   CACHE_FORMAT was raised. Raise it with every code change that affects the contents of the cache.
 - Pixels that change while the file keeps its size and modification time go unnoticed.
-- Unusable files are tried again at every start, because their permissions or the network may
-  have been repaired, which does not change the hashes. A damaged cache is replaced.
-- A new cache replaces those of the same data set with other <files>. Caches of other folders,
+- Unusable files are tried again at every start, because a repaired permission or network does not
+  change the hashes.
+- A damaged cache is replaced.
+- A new cache replaces older caches of the same split and <data set>. Caches of other folders,
   preprocessing settings or formats are not deleted.
 
 Several runs may share a cache: one run builds it while the others wait for its lock. A folder gets
-its final name when it is complete; if another run has made one by then, that one is used.
+its final name when it is complete. If another run has created a folder of this name by then, that
+folder is used.
 """
 
 from __future__ import annotations
@@ -59,13 +61,13 @@ from utils import DataError, lock
 CACHE_FORMAT = 2  # see "When is a cache stale?"
 POOL_FROM = 500  # slices; decoding fewer takes less time than starting processes
 
-# Of each slice: its row in pixels.npy, its file's index in the split, the fields of SliceRecord.
+# For each slice: its row in pixels.npy, the index of its file in the split, and its SliceRecord.
 SLICE_DTYPE = np.dtype([
     ("row", "i8"), ("file", "i8"),
     ("plane", "i8"), ("scale", "f8"), ("low", "f8"), ("mean", "f8"), ("std", "f8"),
     ("constant", "?"), ("height", "i8"), ("width", "i8"),
 ])  # fmt: skip
-# Of each unusable file: its index in the split, and the reason (worded as in `mri.nifti`).
+# For each unusable file: its index in the split, and the reason (worded as in `mri.nifti`).
 BAD_DTYPE = np.dtype([("file", "i8"), ("reason", "U200")])
 
 
@@ -74,14 +76,14 @@ class CachedSplit(NamedTuple):
 
     pixels: np.ndarray  # (rows of the cache, *size) int16, memory-mapped; some rows may be unused
     records: np.ndarray  # (N,) SLICE_DTYPE
-    bad: np.ndarray  # (files that cannot be used,) BAD_DTYPE
+    bad: np.ndarray  # (unusable files,) BAD_DTYPE
 
 
 # ---------------------------------------------------------------- finding a cache
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
-    """Return the folder of all caches: `cache_dir`, $HIPMRI_CACHE or the user's cache folder."""
+    """Return the folder of all caches: cache_dir, else $HIPMRI_CACHE, else the user's cache."""
     folder = cache_dir or os.environ.get("HIPMRI_CACHE")
     if folder:
         return Path(os.path.abspath(Path(folder).expanduser()))
@@ -144,7 +146,7 @@ def load_cached_split(
 
 
 def _data_set_prefix(source: Source, split: str, preprocessing: Preprocessing) -> str:
-    """Return `<split>-<data set>-`, the part of a cache's name that ignores the files."""
+    """Return `<split>-<data set>-`, the part of a cache's name that is independent of the files."""
     key = os.fsencode(f"{source.root} {preprocessing} {CACHE_FORMAT}")
     return f"{split}-{hashlib.sha256(key).hexdigest()[:10]}-"
 
@@ -153,7 +155,7 @@ def _files_key(source: Source, split: str) -> str:
     """Return a hash of the names, sizes and modification times of a split's files."""
     key = hashlib.sha256()
     root_length = len(str(source.root)) + 1
-    for path in map(str, source.splits[split]):  # strings are fast; a split may have 10,000 files
+    for path in map(str, source.splits[split]):  # fast strings, as a split may have 10,000 files
         try:
             status = os.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
@@ -258,8 +260,8 @@ def _plan_jobs(files: list[Path], preprocessing: Preprocessing) -> list[_Job]:
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:
     """Create an int16 memory map and allocate its disk space.
 
-    Without the space, a process that writes to the map would be killed if the disk or quota is
-    full.
+    If the space were not allocated and the disk or quota was full, a process that writes to the map
+    would be killed.
 
     Raises:
         OSError: if there is not enough space.
@@ -283,7 +285,7 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> None:
 def _decode(
     jobs: list[_Job], pixels_path: Path, preprocessing: Preprocessing, workers: int
 ) -> Iterator[tuple[list[_Job], list[tuple], list[tuple]]]:
-    """Decode files in chunks; when a chunk is done, yield it and what `_decode_chunk` returns."""
+    """Decode files in chunks; yield each finished chunk with the results of `_decode_chunk`."""
     chunk_size = 64 if preprocessing.form == "2D" else 1
     chunks = [jobs[i : i + chunk_size] for i in range(0, len(jobs), chunk_size)]
     if workers == 1:
@@ -309,7 +311,7 @@ def _decode(
 def _decode_chunk(
     chunk: list[_Job], pixels_path: Path, preprocessing: Preprocessing
 ) -> tuple[list[tuple], list[tuple]]:
-    """Decode files directly into the memory map, in a worker process if there are several.
+    """Decode files directly into the memory map; several workers run this in their processes.
 
     Returns:
         The records of the slices (SLICE_DTYPE) and of the unusable files (BAD_DTYPE).
@@ -335,14 +337,14 @@ def worker_pool(workers: int, context=None) -> ProcessPoolExecutor:
 
     Args:
         workers: number of processes.
-        context: multiprocessing context (default: with the system's start method).
+        context: multiprocessing context (default: the default start method of the system).
     """
     return ProcessPoolExecutor(workers, context, initializer=_start_worker)
 
 
 def _start_worker() -> None:
     """Prepare a worker process: use one thread, and exit when the parent process is killed."""
-    torch.set_num_threads(1)  # OpenMP threads do not survive a fork; every core has a process
+    torch.set_num_threads(1)  # OpenMP threads do not survive a fork; each core has a worker
 
     def exit_with_parent() -> None:
         multiprocessing.parent_process().join()
@@ -371,9 +373,9 @@ def _publish(temporary: Path, folder: Path, size: tuple[int, int]) -> None:
 
 
 def _delete_stale(root: Path, prefix: str, current: Path) -> None:
-    """Delete caches of earlier states of the files, and temporary folders that are a day old.
+    """Delete caches of earlier states of the files, and temporary folders older than a day.
 
-    Only names with the prefix are deleted, so caches of other settings remain.
+    Only folders whose names start with the prefix are deleted, so caches of other settings remain.
     """
     for path in root.glob(f"{prefix}*"):
         try:

@@ -26,7 +26,7 @@ class SliceRecord(NamedTuple):
     low: float
     mean: float  # of the fitted slice, in the scanner's intensities
     std: float
-    constant: bool  # whether it has a single value (see `preprocessing.is_constant`)
+    constant: bool  # whether the slice has a single value (see `preprocessing.is_constant`)
     height: int  # rows of the slice before fitting
     width: int  # columns before fitting
 
@@ -46,8 +46,8 @@ def quantize(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, fl
         low, high: its smallest and largest value.
 
     Returns:
-        int16 pixels, and the scale in image = (pixels + 32768) * scale + low. For integers whose
-        range is at most 65,535, the scale is 1 and the pixels are exact.
+        The int16 pixels, and the scale, for image = (pixels + 32768) * scale + low. For integers
+        whose range is at most 65,535, the scale is 1 and the pixels are exact.
     """
     if high - low <= 65535 and (image == np.rint(image)).all():
         return (image - low - 32768).astype(np.int16), 1.0
@@ -100,6 +100,6 @@ def decode_file(path: Path, preprocessing: Preprocessing) -> tuple[list[EncodedS
             slices.append(encode_slice(image, plane, preprocessing))
     except ValueError as error:
         return [], str(error)
-    except Exception as error:  # one odd file must not stop the others from being read
+    except Exception as error:  # one odd file must not prevent the decoding of other files
         return [], f"cannot be decoded ({error!r})"
     return slices, ""

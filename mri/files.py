@@ -40,7 +40,7 @@ class Source:
     """The files of each split, as `mri.splits.find_source` returns them."""
 
     root: Path  # the folder that contains all files
-    form: str  # what files are: "2D" slices, "3D" HipMRI volumes, or "scans" (see `find_scans`)
+    form: str  # kind of files: "2D" slices, "3D" HipMRI volumes, or "scans" (`splits.find_scans`)
     splits: dict[str, list[Path]]  # split -> files in natural order; empty splits are left out
     notes: list[str]  # for the script to print
     subjects: dict[Path, str] = field(default_factory=dict)  # file -> its subject
@@ -101,7 +101,7 @@ def split_of_folder(folder: Path) -> str | None:
 
 
 def split_of_path(path: Path) -> str | None:
-    """Return the split of the outermost folder of a path that is named after a split, or None."""
+    """Return the split of the outermost split folder in a path; None if it has no split folder."""
     for parent in reversed(path.parents):
         split = split_of_folder(parent)
         if split:
@@ -145,7 +145,7 @@ def find_segmentation(image: Path) -> Path | None:
 
 
 def files_below(folder: Path, ending: str) -> list[Path]:
-    """Return the files at any depth that match a pattern, in no particular order.
+    """Return the files at any depth of a folder whose names match, in no particular order.
 
     Args:
         folder: the folder to search; hidden files and folders, and `__MACOSX`, are left out.
@@ -195,7 +195,8 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 def _file_inside(folder: Path) -> Path:
     """Return the NIfTI file inside a folder called `x.nii.gz`.
 
-    If there is not exactly one, return the folder itself, which is then reported as a bad file.
+    If it does not contain exactly one such file, return the folder itself, which is then reported
+    as a bad file.
     """
     names = []
     for name in os.listdir(folder):
@@ -205,7 +206,7 @@ def _file_inside(folder: Path) -> Path:
 
 
 def format_listing(lines: list[str], most: int = 100) -> str:
-    """Indent and join the first `most` lines, and append how many more there are."""
+    """Indent and join the first `most` lines, and append the number of lines left out."""
     shown = lines[:most]
     if len(lines) > most:
         shown = [*shown, f"... and {len(lines) - most:,} more"]

@@ -25,8 +25,8 @@ from mri.files import (
 from mri.subjects import report_splits, subject_of
 from utils import DataError
 
-# The cases of each split, as in HipMRI's 2D version. The volumes of the 3D version are split by
-# them. The folders of the 2D version are used as they are, whatever cases they contain.
+# The cases of each split in HipMRI's 2D version. They determine the splits of the 3D version. The
+# splits of the 2D version are its folders, whatever cases they contain.
 HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
 EXPECTED = """expected one of
   keras_slices_train/ keras_slices_validate/ keras_slices_test/  (HipMRI's 2D version)
@@ -42,7 +42,8 @@ def find_hipmri(root: str | Path) -> Source:
     the folder above it is searched, too.
 
     Raises:
-        DataError: if there is no data set, several at one level, or an unreadable one.
+        DataError: if there is no data set, if there are several at one level, or if one cannot be
+            read.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if not root.is_dir():
@@ -66,9 +67,12 @@ def find_hipmri(root: str | Path) -> Source:
 
 
 def _search(folders: list[Path]) -> tuple[list[Source], list[Path], list[str]]:
-    """Return the data sets in the folders, all subfolders, and a line for each unreadable folder.
+    """Find the data sets that the folders contain directly.
 
     An unreadable folder is an error only if no data set is found elsewhere.
+
+    Returns:
+        The data sets, the subfolders of all folders, and a line for each unreadable folder.
     """
     sources: list[Source] = []
     all_subfolders: list[Path] = []
@@ -91,7 +95,7 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
         DataError: if a subfolder of a data set cannot be read, or two belong to the same split.
     """
     sources = []
-    # Folders named after a split contain slices, and folders named after labels segmentations.
+    # Split folders contain slices; folders with "label" in their names contain segmentations.
     may_hold_volumes = not split_of_folder(folder) and "label" not in folder.name.lower()
     if may_hold_volumes and any(is_volume(file) for file in files):
         sources.append(_volumes_source(folder, files))
@@ -126,7 +130,7 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
 
 
 def is_volume(path: Path) -> bool:
-    """Return whether a file is named like a HipMRI volume: with case and week but no slice."""
+    """Return whether a file is named like a HipMRI volume: with a case and a week but no slice."""
     match = HIPMRI_NAME.match(NIFTI_NAME.sub("", path.name))
     return bool(match and match[2] and not match[3])
 
@@ -144,7 +148,7 @@ def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     """Split volumes by case, as HipMRI's 2D version is split.
 
     Raises:
-        DataError: if a volume has another case, or a name without a case.
+        DataError: if a volume is not of a HipMRI case, or has a name without a case.
     """
     splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
     others = []
@@ -159,7 +163,7 @@ def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
             f"{len(others)} of the {len(files)} volumes in {folder} belong to no split:\n"
             f"{format_listing(others)}\n"
             "expected HipMRI's cases: 004-035 train, 036-039 validate, 040-042 test.\n"
-            "Move the others elsewhere, or cut them into slices in train/ validate/ test/."
+            "Move these volumes elsewhere, or cut them into slices in train/ validate/ test/."
         )
     return {split: volumes for split, volumes in splits.items() if volumes}
 
@@ -178,7 +182,7 @@ def _finish(sources: list[Source], root: Path, level: str) -> Source:
     Args:
         sources: the data sets that were found.
         root: the folder that the user gave.
-        level: where they were found relative to `root`, such as "one level below".
+        level: where the data sets are relative to `root`, such as "one level below".
 
     Raises:
         DataError: if there are several data sets.

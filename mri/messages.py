@@ -98,9 +98,9 @@ def describe_split(
 
 def _describe_planes(records: np.ndarray, preprocessing: Preprocessing) -> str:
     """Describe which planes of the volumes are used as slices."""
-    cut = "the central coronal ones"
+    cut = "the central coronal slices"
     if preprocessing.form == "scans":
-        cut = f"cut along {preprocessing.axis}, without empty ones"
+        cut = f"cut with --axis {preprocessing.axis}, without empty slices"
     planes = f"{records['plane'].min()}-{records['plane'].max()}"
     volumes = len(np.unique(records["file"]))
     return f"{len(records):,} slices of {volumes:,} volume(s), {cut} (planes {planes})"

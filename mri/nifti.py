@@ -6,10 +6,10 @@
 Safety. A header may claim any size, a gzip stream may unpack to terabytes, and reading a pipe may
 never end. Headers are therefore checked before any data is read or unpacked.
 
-Orientation. A volume is cut into "sagittal", "coronal" or "axial" planes, which its affine
-determines; their rows and columns run to the right, anterior or superior. Alternatively, it is cut
-along the stored axis 0, 1 or 2, and the affine is ignored. Only `Cut` deals with axes and
-directions: it maps stored voxels to planes and back, with `nibabel.orientations`.
+Orientation. A volume is cut into "sagittal", "coronal" or "axial" planes, as its affine determines.
+Rows and columns then run to the right, anterior or superior. Alternatively, a volume is cut along
+its stored axis 0, 1 or 2, and the affine is ignored. Only `Cut` deals with axes and directions: it
+maps stored voxels to planes and back, with `nibabel.orientations`.
 
 Errors. ValueError is raised for a file that cannot be used. Its message is a predicate without a
 subject, such as "is empty (zero bytes)", so that callers can put the file's name in front and list
@@ -36,7 +36,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 MAX_VOXELS = 1 << 27  # per file: 512 x 512 x 512
 MAX_PIXELS = 1 << 24  # per slice: 4,096 x 4,096
 MIN_SIDE = 8  # smallest side of a slice, in pixels
-AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # normal to the planes: right, anterior, superior
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # planes' normals: right, anterior, superior
 # Directions of the rows, columns and planes for each value of AXES, in nibabel's letters.
 _PLANE_CODES = ("ASR", "RSA", "RAS")
 
@@ -55,8 +55,8 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
     """Read the header and the uncompressed bytes of a NIfTI file.
 
-    Gzip files are recognised by their content, not by their name. Hardly more bytes are unpacked
-    than the header specifies, and a header of more than MAX_VOXELS voxels is refused.
+    Gzip files are recognised by their content, not by their name. At most 64 kB more are unpacked
+    than the header specifies, and a header that specifies more than MAX_VOXELS voxels is refused.
 
     Raises:
         ValueError: if the file is not a complete NIfTI file (see the module's docstring).
@@ -75,13 +75,14 @@ def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes]:
         raise ValueError(f"is truncated or damaged gzip ({error})") from error
     if len(data) < size:
         raise ValueError(
-            f"is truncated or damaged: its header specifies {size:,} bytes, it has {len(data):,}"
+            f"is truncated or damaged: it has {len(data):,} of the {size:,} bytes that its header "
+            "specifies"
         )
     return header, data
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
-    """Read the header of a NIfTI file without its data, at thousands of files per second.
+    """Read the header of a NIfTI file without its data (thousands of files per second).
 
     Raises:
         ValueError: if the file is not a NIfTI file, or is too small for the data that its header
@@ -102,7 +103,7 @@ def read_header(path: Path) -> nib.Nifti1Header:
     header = _parse_header(start)
     needed = _voxel_bytes(header)
     if size < header.get_data_offset() + needed:
-        raise ValueError(f"is truncated or damaged: it lacks some of {needed:,} bytes of voxels")
+        raise ValueError(f"is truncated or damaged: it is too small for {needed:,} bytes of voxels")
     return header
 
 
@@ -121,7 +122,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _file_size(path: Path) -> int:
-    """Return the size of a file in bytes; refuse pipes and devices, which may never end."""
+    """Return the size of a file in bytes; refuse pipes and devices, which may be endless."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder, expected exactly one .nii or .nii.gz in it")
@@ -134,7 +135,7 @@ def _parse_header(start: bytes) -> nib.Nifti1Header:
     """Parse a header from the first bytes of a file, and check all of its fields that are used.
 
     Raises:
-        ValueError: if it is not a NIfTI header, or not one of up to MAX_VOXELS real numbers.
+        ValueError: if this is not a NIfTI header of 1 to MAX_VOXELS real numbers.
     """
     header_sizes = [int.from_bytes(start[:4], byteorder) for byteorder in ("little", "big")]
     header_class = nib.Nifti2Header if 540 in header_sizes else nib.Nifti1Header
@@ -182,8 +183,9 @@ def affine_of(header: nib.Nifti1Header) -> np.ndarray:
 def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
     """Return the orientation of the stored axes, (3, 2), in nibabel's notation.
 
-    Row i is for stored axis i: the index of the closest of (right, anterior, superior), and 1, or
-    -1 if it runs the other way. Raises ValueError if the affine does not determine the directions.
+    Row i describes stored axis i: first the index of the closest of (right, anterior, superior),
+    then 1, or -1 if the axis runs the other way. Raises ValueError if the affine does not determine
+    the directions.
     """
     try:
         with np.errstate(all="ignore"):
@@ -199,8 +201,8 @@ def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
 class Cut:
     """The mapping between the stored axes of a volume and (row, column, plane)."""
 
-    axis: int  # normal to the planes: a value of AXES; a stored axis if orientation is None
-    orientation: np.ndarray | None  # from `axis_orientation`; None: use axes as stored
+    axis: int  # cut along it: a value of AXES, or a stored axis if orientation is None
+    orientation: np.ndarray | None  # from `axis_orientation`; None: axes as stored
 
     @property
     def _to_planes(self) -> np.ndarray:
@@ -213,7 +215,7 @@ class Cut:
         return np.moveaxis(apply_orientation(voxels, self._to_planes), -1, 0)
 
     def voxels(self, planes: np.ndarray) -> np.ndarray:
-        """Join planes (N, rows, columns) to voxels as they are stored: the inverse of `planes`."""
+        """Join planes (N, rows, columns) into stored voxels; this is the inverse of `planes`."""
         to_stored = ornt_transform(axcodes2ornt("RAS"), self._to_planes)
         return apply_orientation(np.moveaxis(planes, 0, -1), to_stored)
 
@@ -237,12 +239,12 @@ def find_cut(header: nib.Nifti1Header, axis: str | int, dimensions: int | None) 
 
 
 def _dimensions_of(shape: tuple[int, ...]) -> int:
-    """Return 2 for a slice, which may have more dimensions of size 1, and 3 for other shapes."""
+    """Return 2 if all dimensions after the second have size 1, otherwise 3."""
     return 2 if all(size == 1 for size in shape[2:]) else 3
 
 
 def _volume_shape(shape: tuple[int, ...], dimensions: int | None) -> tuple[int, ...]:
-    """Return the shape as that of a volume; a slice becomes a volume with one plane."""
+    """Return a file's shape as three numbers; a slice counts as a volume with one plane."""
     dimensions = dimensions or _dimensions_of(shape)
     if len(shape) < dimensions:
         raise ValueError(f"has shape {_format_shape(shape)}, expected {dimensions} dimensions")
@@ -268,7 +270,7 @@ def planes_affine(
 def stored_planes(
     header: nib.Nifti1Header, data: bytes, dimensions: int | None, axis: str | int
 ) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Return the planes of a file, not yet scaled, and a function that scales any of them.
+    """Return the unscaled planes of a file, and a function that scales planes.
 
     Args:
         header: the file's header.
@@ -281,8 +283,8 @@ def stored_planes(
         scale factor and intercept to one or more planes.
 
     Raises:
-        ValueError: if the file has another number of dimensions, is too small or too large, or its
-            affine does not determine the directions of its axes.
+        ValueError: if the number of dimensions is wrong, if the file is too small or too large, or
+            if its affine does not determine the directions of its axes.
     """
     shape = stored_shape = header.get_data_shape()
     dimensions = dimensions or _dimensions_of(shape)
@@ -316,12 +318,12 @@ def stored_planes(
 
 @dataclass(frozen=True)
 class Scan:
-    """The planes of a file, and what is needed to write other planes as a similar file."""
+    """The planes of a file, and what is needed to write other planes with its geometry."""
 
     planes: np.ndarray  # (N, rows, columns), in the scanner's intensities; N is 1 for a 2D file
     affine: np.ndarray  # (4, 4), of the file
     shape: tuple[int, ...]  # of the file
-    dtype: np.dtype  # for `to_bytes`: the file's if it has unscaled integers, otherwise float32
+    dtype: np.dtype  # for `to_bytes`: the file's if its voxels are unscaled integers, else float32
     cut: Cut
 
     @property
@@ -337,10 +339,10 @@ class Scan:
         return rows, columns
 
     def to_bytes(self, planes: np.ndarray, dtype: np.dtype | None = None) -> bytes:
-        """Return the content of a `.nii.gz` file of other planes, in the geometry of this file.
+        """Return the content of a `.nii.gz` file with other planes in the geometry of this scan.
 
         Args:
-            planes: (N, rows, columns), as many as this scan has.
+            planes: (N, rows, columns), the shape of this scan's planes.
             dtype: data type of the file (default: this scan's). For integers, values are rounded
                 and clipped to the type's range.
         """
@@ -381,7 +383,7 @@ def read_scan(path: str | Path, axis: str | int | None = None) -> Scan:
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
-    """Return the content of a `.nii.gz` file in mm. Its header is new, so it has no patient data.
+    """Return the content of a `.nii.gz` file in mm. The header is new and has no patient data.
 
     Args:
         voxels: array of any shape and real data type.

@@ -1,4 +1,4 @@
-"""Preprocessing: turn the planes of a file into slices of one size, and these into z-scores.
+"""Preprocessing: turn the planes of a file into slices of one size, and slices into z-scores.
 
     preprocessing = Preprocessing.resolve(source, size=None, axis="axial")   # once per run
     for plane, image in read_planes(path, preprocessing):                    # (rows, columns) each
@@ -38,11 +38,11 @@ class Preprocessing:
     The settings are part of the cache's name, so changing any of them creates a new cache.
     """
 
-    form: str  # what files are: "2D", "3D" or "scans" (see `mri.files.Source`)
+    form: str  # kind of files: "2D", "3D" or "scans" (see `mri.files.Source`)
     size: tuple[int, int] = SIZE  # (rows, columns) of every slice
-    fit: str = "resize"  # how to change sizes: "resize", "crop" or "trim" (see `crop_box`)
+    fit: str = "resize"  # how slices get this size: "resize", "crop" or "trim" (see `crop_box`)
     axis: str | int = "coronal"  # axis along which volumes are cut (see `nifti.stored_planes`)
-    planes: int = 1  # at most this many slices are taken from a volume, the central ones
+    planes: int = 1  # maximum number of slices per volume; they are taken from its centre
 
     @property
     def dimensions(self) -> int | None:
@@ -133,8 +133,8 @@ def background_threshold(planes: np.ndarray) -> float:
         planes: (N, rows, columns), the scan or a sample of its planes.
 
     Returns:
-        p1 + 0.1 (p99 - p1), where p1 and p99 are percentiles of all pixels. It is -inf for a single
-        plane, and for pixels that are not finite, which `encoding.encode_slice` reports.
+        p1 + 0.1 (p99 - p1), where p1 and p99 are percentiles of all pixels; or -inf if there is a
+        single plane, or if pixels are not finite (`encoding.encode_slice` reports these).
     """
     low, high = np.percentile(planes, (1, 99))
     if len(planes) == 1 or not np.isfinite(low + high):
@@ -177,7 +177,7 @@ def crop_box(shape: Sequence[int], fit: str, size: tuple[int, int]) -> tuple[int
 
 
 def fit_slice(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
-    """Crop a slice to its `crop_box`, and resize the crop if it is not of this size yet.
+    """Crop a slice to its `crop_box`, and resize the crop if it has another size.
 
     Args:
         image: (rows, columns) of any real data type.
@@ -248,7 +248,7 @@ def is_constant(low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray
 
 
 def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:
-    """Raise standard deviations below 5 % of the median of all varied slices to that value.
+    """Raise each standard deviation to at least 5 % of the median of all non-constant slices.
 
     Without this floor, the noise of a nearly empty slice would be amplified to unit variance.
 
@@ -269,7 +269,7 @@ def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:
 def read_segmentation(
     path: Path, planes: Sequence[int], preprocessing: Preprocessing
 ) -> torch.Tensor:
-    """Read slices of a segmentation, fitted like those of its image but by nearest neighbour.
+    """Read slices of a segmentation and fit them like its image, but by nearest neighbour.
 
     Args:
         path: the segmentation.
@@ -290,7 +290,7 @@ def read_segmentation(
             labels.append(_crop(image, preprocessing.fit, preprocessing.size))
     except (ValueError, IndexError) as error:
         raise DataError(
-            f"{path} {error}; expected a segmentation with the shape of its image, or none."
+            f"{path} {error}; expected a segmentation with the shape of its image, or no file."
         ) from error
     batch = torch.from_numpy(np.stack(labels))
     return resize(batch, list(preprocessing.size), InterpolationMode.NEAREST_EXACT)

@@ -1,12 +1,12 @@
 """Find the data and divide it into splits: HipMRI's own splits, or other scans split by subject.
 
-    path, line = find_data(args.data)      # --data, else $HIPMRI_DATA, else None: the sample data
+    path, line = find_data(args.data)      # --data, else $HIPMRI_DATA; None: sample data
     source = find_source(path)             # HipMRI, or 2D slices in train/ validate/ test/
     source = find_source(path, "axial")    # any folder of scans
 
-Without an axis, `find_source` uses HipMRI's splits, whose cases are listed in mri/hipmri.py, or the
-user's split folders. With an axis, it splits scans in two steps: each file gets a subject, and one
-of four policies assigns files to splits. The policies are the functions `splits_from_...`.
+Without an axis, `find_source` uses HipMRI's splits (listed in mri/hipmri.py) or the user's split
+folders. With an axis, it splits scans in two steps: each file gets a subject, and one of four
+policies assigns files to splits. The policies are the functions `splits_from_...`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from utils import DataError
 Splits = dict[str, list[Path]]  # split -> its files
 Manifest = dict[str, dict[str, list[str]]]  # split -> subject -> its files, relative to the root
 
-FRACTIONS = (0.8, 0.1, 0.1)  # of the subjects in train, validate and test
+FRACTIONS = (0.8, 0.1, 0.1)  # fractions of the subjects in train, validate and test
 MIN_SUBJECTS = 3  # with fewer, splits share subjects
 # Splits that must not share subjects; validation and test may (see `splits_from_manifest`).
 TRAIN_PAIRS = (("train", "validate"), ("train", "test"))
@@ -53,7 +53,7 @@ def find_data(data: str | Path | None) -> tuple[Path | None, str]:
         data: the value of --data; if it is None, $HIPMRI_DATA is used.
 
     Returns:
-        The path, or None for the sample data if neither is set; and the line to print.
+        The path (None, for the sample data, if neither is set), and the line to print.
 
     Raises:
         DataError: if a path is given and does not exist. A mistyped path must never lead to
@@ -120,12 +120,12 @@ def find_scans(
 
     Args:
         root: the folder, or a single file.
-        split: the value of --split, three fractions of the subjects or the path of a CSV file.
+        split: the value of --split: three fractions of the subjects, or the path of a CSV file.
         seed: seed of the random order in which subjects are divided into fractions.
         subject_pattern: regular expression that finds the subject in a path (see `subject_of`).
         manifest: the splits of an earlier run, as `to_manifest` returned them.
-        include_new_subjects: with a manifest, put the files that it does not list into validation
-            and test, unless they may belong to a training subject; otherwise leave them out.
+        include_new_subjects: whether files that the manifest does not list are put into validation
+            and test, unless they may belong to a training subject. If false, they are left out.
 
     Raises:
         DataError: if there are no files, or they cannot be split.
@@ -243,9 +243,9 @@ def splits_from_manifest(
     manifest: Manifest,
     include_new_subjects: bool,
 ) -> Splits:
-    """Split files as the manifest of an earlier run records it.
+    """Split files as recorded in the manifest of an earlier run.
 
-    Files that it does not list are left out. With `include_new_subjects`, they are instead put into
+    Files that are not listed are left out. With `include_new_subjects`, they are instead put into
     both validation and test, unless they may belong to a training subject.
     """
     recorded = _read_manifest(root, manifest)
@@ -362,7 +362,7 @@ def parse_fractions(split: Sequence[str] | None) -> list[float]:
     if not are_valid:
         raise DataError(
             f"--split is {' '.join(map(str, split or []))}; expected three fractions that add up "
-            "to 1, such as 0.8 0.1 0.1, or a CSV file. Only the last one, for test, may be 0: "
+            "to 1, such as 0.8 0.1 0.1, or a CSV file. Only the last one (test) may be 0, because "
             "validation selects the checkpoint."
         )
     return fractions

@@ -58,7 +58,7 @@ def find_subjects(
 ) -> tuple[dict[Path, str], list[Path]]:
     """Return the subject of each file, and the files whose paths name no subject.
 
-    The subjects of the latter are guessed (see `subjects_from_layout`).
+    The subjects of the unnamed files are guessed (see `subjects_from_layout`).
 
     Raises:
         DataError: if the pattern is not a regular expression.
@@ -95,7 +95,7 @@ def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
 
 
 def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, ...]]:
-    """Return the parts of each file's path, without split folders and folders that all share."""
+    """Return the parts of each path, without split folders and folders that all files share."""
     parts_of: dict[Path, tuple[str, ...]] = {}
     for file in files:
         parts = file.relative_to(root).parts
@@ -109,11 +109,11 @@ def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, .
 
 
 def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) -> None:
-    """Check that `subjects_from_layout` cannot take one subject for two.
+    """Check that `subjects_from_layout` cannot mistake one subject for two.
 
-    Two layouts are accepted, in both of which each file counts as a subject: all files in one
-    folder, or one file in each folder. In other layouts, a folder could be a subject, a sequence or
-    a site, and a wrong guess would put a subject into two splits.
+    Two layouts are accepted: all files in one folder, or one file in each folder. In both, each
+    file counts as a subject. In other layouts, a folder could be a subject, a sequence or a site,
+    and a wrong guess would put a subject into two splits.
 
     Args:
         unnamed: the files whose paths name no subject.
@@ -140,8 +140,8 @@ def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) 
     parent = Path(os.path.commonpath([file.parent for file in unnamed])).relative_to(root)
     prefix = "".join(f"{re.escape(part)}/" for part in parent.parts)
     raise DataError(
-        f"cannot determine the subject of each scan in {root}: {len(unnamed)} files in "
-        f"{len(counts)} folders, such as {example}, and no sub-<name> in their paths. To keep each "
+        f"cannot determine the subject of each scan in {root}: the paths of {len(unnamed)} files "
+        f"in {len(counts)} folders contain no sub-<name> (for example, {example}). To keep each "
         "subject in one split, extract it from the path by a regular expression:\n"
         f"  --subjects '^{prefix}([^/]+)/'   if each of these folders is a subject\n"
         "  --subjects '([^/]+)\\.nii'   if each file name is a subject, in any folder\n"

@@ -36,13 +36,13 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 1, H, W)
-        """Return (B, 1, H/8, W/8) logits; one is high if its patch of 42 x 42 pixels looks real."""
+        """Return logits (B, 1, H/8, W/8); a high logit means that its 42 x 42 patch looks real."""
         mean = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
         detail = 4 * (images - mean)  # (B, 1, H, W)
         return self.layers(torch.cat([images, detail], 1)).float()
 
     def hinge_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Return the hinge loss of the discriminator (arXiv 1705.02894); guessing gives 2.
+        """Return the discriminator's hinge loss (arXiv 1705.02894), which is 2 if all logits are 0.
 
         Args:
             images, reconstructions: both (B, 1, H, W).
@@ -61,19 +61,19 @@ def adversarial_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the adversarial losses of a batch, and their adaptive weight.
 
-    The generator's loss is weighted so that its gradient at the reconstruction is `gan_weight`
-    times as long as the gradient of the reconstruction loss. VQGAN (arXiv 2012.09841, equation 7)
-    compares the gradients at the generator's last layer instead.
+    The generator's loss is weighted so that the norm of its gradient at the reconstruction is
+    `gan_weight` times the norm of the reconstruction loss's gradient. VQGAN (arXiv 2012.09841,
+    equation 7) compares the gradients at the generator's last layer instead.
 
     Args:
-        discriminator: only the second loss has gradients for the discriminator's parameters.
+        discriminator: the discriminator; only the second loss has gradients for its parameters.
         images: (B, 1, H, W).
         reconstruction: (B, 1, H, W), with a graph to the generator's parameters.
         reconstruction_loss: a function of the reconstruction and the images.
         gan_weight: ratio of the two gradients' norms.
 
     Returns:
-        The generator's loss, the discriminator's loss, and the adaptive weight, each ().
+        Three scalars: the generator's loss, the discriminator's loss, and the adaptive weight.
     """
     leaf = reconstruction.detach().requires_grad_()
     adversarial = -discriminator(leaf).mean()

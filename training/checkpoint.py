@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from utils import CheckpointError, first_line, write_bytes
 
-# Models in formats 1 and 2 still load, but their runs cannot be resumed: they lack step counters.
+# Models can still be loaded from formats 1 and 2. Their runs cannot be resumed, because these
+# formats lack step counters.
 CHECKPOINT_FORMAT = 3
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically."""
-    # torch.save(checkpoint, path) would report a full disk as a RuntimeError, like a defect of the
-    # program. `write_bytes` raises an OSError.
+    # torch.save(checkpoint, path) would report a full disk as a RuntimeError, which would look like
+    # a bug in the program. `write_bytes` raises an OSError.
     content = io.BytesIO()
     torch.save(checkpoint, content)
     write_bytes(path, content.getbuffer())
@@ -84,7 +85,7 @@ def _describe_failure(path: Path | str, error: Exception) -> str:
     refused = re.search(pattern, str(error))
     if refused is None:
         return (
-            f"{path} cannot be read as a checkpoint ({first_line(error)}); use another one, or "
+            f"{path} cannot be read as a checkpoint ({first_line(error)}); use another file, or "
             "train again"
         )
     return (
@@ -98,8 +99,8 @@ def rename_codebooks(state: dict) -> dict:
 
     Earlier versions nested several codebooks: `vector_quantization.X` was the first,
     `vector_quantization.rest.X` the second, `vector_quantization.rest.rest.X` the third. They are
-    now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`. Their order is the same, so the
-    state of an optimizer, which numbers the parameters, stays valid.
+    now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`. An optimizer's state numbers the
+    parameters. It stays valid, because their order is the same.
     """
     if not any(str(key).startswith("vector_quantization.rest.") for key in state):
         return state
@@ -130,8 +131,8 @@ def load_model(
     arguments, state = checkpoint["model_args"], checkpoint["model"]
     try:
         _check_sizes(arguments, state)
-        # Attack: a small checkpoint whose arguments ask for a huge model. The meta device builds it
-        # without allocating memory. Its tensors must be exactly those in the file.
+        # Attack: a small checkpoint whose arguments ask for a huge model. On the meta device, the
+        # model is built without allocating memory. The file must contain exactly its tensors.
         with torch.device("meta"):
             expected = cls(**arguments).state_dict()
         if _shapes(expected) != _shapes(state):
@@ -160,7 +161,7 @@ def _check_sizes(arguments: dict, state: dict[str, Tensor]) -> None:
         ValueError: if a tensor is larger than its storage, or an argument is out of range.
     """
     for tensor in state.values():
-        # Attack: a tensor whose strides are 0, so that it stores a few bytes but seems large.
+        # Attack: a tensor with strides of 0, which stores a few bytes but claims a large shape.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError("its tensors have more elements than the file stores")
     # Attack: so many layers that building them takes hours, even on the meta device. Each layer and

@@ -92,8 +92,8 @@ class TrainConfig(RunConfig):
     )
     split: list[str] | None = _data(
         None,
-        "for scans: fractions of the subjects in train, validate and test, or a CSV file with the "
-        "columns split and subject or file (default: 0.8 0.1 0.1)",
+        "for scans: fractions of the subjects in train, validate and test; or a CSV file with a "
+        "column split and a column subject or file (default: 0.8 0.1 0.1)",
         nargs="+",
         metavar="S",
     )
@@ -159,12 +159,12 @@ class TrainConfig(RunConfig):
         False, "add an adversarial loss: sharper slices, but a slightly lower SSIM", negatable=True
     )
     gan_weight: float = _recipe(
-        0.3, "gradient norm of the adversarial loss, relative to the reconstruction loss", low=0
+        0.3, "ratio of gradient norms: adversarial loss to reconstruction loss", low=0
     )
     gan_start: float = _recipe(
         0.5, "fraction of the steps after which the adversarial loss is added", low=0, high=0.99
     )
-    commitment_cost: float = _recipe(0.25, "beta, the weight of the commitment loss", low=0)
+    commitment_cost: float = _recipe(0.25, "weight of the commitment loss (beta)", low=0)
 
     # Codebook
     codebook: str = _recipe(
@@ -180,7 +180,7 @@ class TrainConfig(RunConfig):
     ema_decay: float = _recipe(0.99, "decay of the moving averages", low=0, high=1)
     restart_below: float = _recipe(
         0.1,
-        "reinitialise EMA codes used less than this fraction as often as the average; 0: never",
+        "reinitialise EMA codes whose usage is below this fraction of the mean; 0: never",
         low=0,
     )
 
@@ -191,8 +191,8 @@ class TrainConfig(RunConfig):
     num_codebooks: int = _recipe(
         1, "codebooks per position; each quantises the residual of the previous one", low=1, high=64
     )
-    num_embeddings: int = _recipe(512, "K, codes per codebook", low=1)
-    embedding_dim: int = _recipe(64, "D, length of an embedding", low=1)
+    num_embeddings: int = _recipe(512, "number of codes per codebook (K)", low=1)
+    embedding_dim: int = _recipe(64, "length of an embedding (D)", low=1)
     hidden_channels: int = _recipe(
         64, "hidden channels; the feature maps of encoder and decoder have half as many", low=2
     )
@@ -204,8 +204,8 @@ class TrainConfig(RunConfig):
     )
 
 
-# The values in which the source document's recipe differs from the defaults. It departs from the
-# document in one point: the codebook is initialised from data (`codebook_init`).
+# The values in which the source document's recipe differs from the defaults. The recipe departs
+# from the document in one point: the codebook is initialised from data (`codebook_init`).
 DOCUMENT = {
     "recipe": "document",
     "learning_rate": 1e-4,
@@ -283,4 +283,4 @@ def check_processes(config, world_size: int) -> None:
             "processes"
         )
     if config.compile and world_size > 1:
-        raise UserError(f"--compile works with one process, not {world_size}; omit it")
+        raise UserError(f"--compile works with one process, not {world_size}; omit --compile")

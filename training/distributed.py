@@ -52,7 +52,7 @@ def session() -> Iterator[None]:
         raise LostProcessError(
             f"another process of this run ended or hangs ({first_line(error)})"
         ) from None
-    if get_world_size() > 1:  # not after an error, when this could wait forever
+    if get_world_size() > 1:  # after an error, this is skipped: it could wait forever
         dist.destroy_process_group()
 
 
@@ -76,7 +76,7 @@ def get_rank() -> int:
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Let rank 0 run the block first, then the others, which find the files that it has written."""
+    """Run the block on rank 0 first, so that the other ranks find the files that it writes."""
     if get_rank() > 0:
         _barrier()
     yield
@@ -85,7 +85,7 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def _barrier() -> None:
-    all_reduce_sum(torch.zeros(1))  # on the CPU, unlike dist.barrier(), which picks a GPU with NCCL
+    all_reduce_sum(torch.zeros(1))  # on the CPU; dist.barrier() would use a GPU with NCCL
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
     checksums = []
     for tensor in tensors.values():
         values = tensor.detach().double().flatten().cpu()
-        weights = torch.linspace(1, 2, len(values)).double()  # so that their order matters
+        weights = torch.linspace(1, 2, len(values)).double()  # so that order matters
         checksums.append(values @ weights)
     own = torch.stack(checksums)
     reference = own.clone()
@@ -149,7 +149,7 @@ def wrap_model(model: nn.Module) -> nn.Module:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the module that `wrap_model` was given."""
+    """Return the original module of a result of `wrap_model`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

@@ -32,9 +32,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def collect_stop_signals(numbers: list[int]) -> Iterator[None]:
-    """Append the numbers of the stop signals to a list instead of ending the process.
+    """Append the number of each stop signal to `numbers` instead of ending the process.
 
-    Ctrl-C after a first signal raises KeyboardInterrupt at once. Previous handlers are restored at
+    After a first signal, Ctrl-C raises KeyboardInterrupt at once. Previous handlers are restored at
     the end. Outside the main thread, where Python allows no handlers, signals are left alone.
     """
 

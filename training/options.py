@@ -43,10 +43,10 @@ def option(
         group: heading under which `--help` lists the flag.
         low, high: allowed range, inclusive; no range is checked if `low` is None.
         choices: allowed values.
-        nargs, metavar: as for argparse.
-        negatable: for a bool, whether `--no-<name>` exists too.
-        resumable: whether the flag may change with `--resume`; changing any other flag would make
-            it a different run.
+        nargs, metavar: as for argparse's `add_argument`.
+        negatable: for a bool, whether the flag `--no-<name>` also exists.
+        resumable: whether the flag may be changed with `--resume`. Changing any other flag would
+            make it a different run.
     """
     metadata = {
         "help": help,
@@ -81,8 +81,8 @@ def parse_flags(
         config_class: a dataclass whose fields are made with `option`.
         argv: arguments (default: sys.argv).
         description: text at the top of `--help`.
-        alternatives: name of a group, and the values of its fields in another recipe, which
-            `--help` shows after the defaults.
+        alternatives: name of a group of flags, and the values of these flags in another recipe;
+            `--help` shows them after the defaults.
     """
     parser = argparse.ArgumentParser(
         description=description,

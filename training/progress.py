@@ -21,7 +21,7 @@ class ProgressBar:
         num_examples: number of examples in the training set.
         batch_size: examples per step.
         epochs: number of epochs of the whole run.
-        steps_done: steps that a resumed run has already done, 0 for a new run.
+        steps_done: steps that a resumed run has already done (0 for a new run).
         device: the device; on a CPU, a warning is printed if the run will take hours.
     """
 
@@ -52,14 +52,14 @@ class ProgressBar:
         self.steps_done += 1
         self._last_step_end = time.perf_counter()
         if self._timed_steps == 0:
-            self._first_step_end = self._last_step_end  # left out: it may compile
+            self._first_step_end = self._last_step_end  # not timed, as it may compile
         self._timed_steps += 1
         if self._timed_steps == WARN_AFTER_STEPS and self.device.type == "cpu":
             self._warn_if_slow()
         return bool(self._bar.update(examples))
 
     def seconds_per_step(self) -> float:
-        """Return the mean duration of all steps but the first; with one step, its duration."""
+        """Return the mean duration of a step, without the first step unless it is the only one."""
         if self._timed_steps < 2:
             return self._last_step_end - self._start
         return (self._last_step_end - self._first_step_end) / (self._timed_steps - 1)
@@ -79,11 +79,11 @@ class ProgressBar:
         epochs = epochs_done + max(1, int(steps_per_hour / self.steps_per_epoch))
         self.write(
             f"warning: the remaining steps will take about {seconds / 3600:.0f} hours on this CPU; "
-            f"--epochs {epochs} takes about one hour, a GPU minutes"
+            f"--epochs {epochs} takes about one hour; a GPU takes minutes"
         )
 
     def show(self, totals: EpochTotals, num_shown: int, best: dict[str, float]) -> None:
-        """Show the mean of the first `num_shown` losses, the skipped steps and the best score."""
+        """Show the sum of the first `num_shown` losses, the skipped steps and the best score."""
         *losses, examples, skipped, last_skipped = totals.to_tensor().tolist()
         postfix = {"loss": f"{sum(losses[:num_shown]) / max(examples, 1):.4f}"}
         if skipped:

@@ -13,12 +13,12 @@
             run.end_epoch({"val_loss": ...})
             run.save("last.pt")
 
-How a killed run resumes: last.pt is written at the end of every epoch and, after a signal, at the
-end of the current step. A process that is killed outright writes nothing. `--resume` reads last.pt
-(`training.run_folder.open_run`), `restore` loads weights, optimizer and counters from it, and
-`steps` continues with the next step. Without a last.pt, the run starts again. All randomness
-depends on the seed and the number of the step, so the final weights are those of an uninterrupted
-run.
+How a killed run is resumed: last.pt is written at the end of every epoch and, after a signal, at
+the end of the current step. A process that is killed outright writes nothing. `--resume` reads
+last.pt (`training.run_folder.open_run`), `restore` loads weights, optimizer and counters from it,
+and `steps` continues with the next step. Without a last.pt, the run starts from the beginning. All
+randomness depends on the seed and the number of the step, so the final weights are those of an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from training.step import Step
 from training.totals import EpochTotals
 from utils import UserError
 
-SEED_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
-DRY_RUN_STEPS = 4  # the first warms up, the others are timed
+SEED_STRIDE = 1_000_003  # distance between the seeds of two runs; a run has fewer steps
+DRY_RUN_STEPS = 4  # the first is a warm-up; the others are timed
 
 
 @dataclass(kw_only=True, eq=False)
@@ -57,14 +57,14 @@ class Run:
     config: RunConfig  # of the script; it must also have epochs and batch_size
     device: torch.device  # where batches are needed
     precision: str  # of the convolutions, for config.json
-    modules: dict[str, nn.Module]  # "model", and what else is trained
+    modules: dict[str, nn.Module]  # "model", and other modules to train
     optimizer: torch.optim.Optimizer  # of all modules
     num_examples: int  # in the training set
     losses: tuple[str, ...]  # names of the recorded losses, which are columns of metrics.csv
-    num_shown: int  # `train_loss` is the sum of the first so many losses
-    best_column: str  # the validation column of which `best` is a value
-    best: float  # its best value so far; at first, the worst possible one
-    fingerprint: str  # of the data; a run can only be resumed on the same
+    num_shown: int  # `train_loss` is the sum of the first `num_shown` losses
+    best_column: str  # validation column that determines the best epoch
+    best: float  # best value of `best_column` so far; initially, the worst possible value
+    fingerprint: str  # hashes of the data; a run can only be resumed on the same data
     info: dict  # further content of config.json
     extra_state: dict = field(default_factory=dict)  # further content of checkpoints
     resume_command: str  # printed when the run is interrupted
@@ -86,10 +86,10 @@ class Run:
     def __enter__(self) -> Run:
         """Lock the folder, write config.json, and let signals end the run after the current step.
 
-        A dry run does neither.
+        A dry run does none of this.
 
         Raises:
-            UserError: if another process is training this run, or has trained it since it was read.
+            UserError: if another process trains this run, or has trained it since last.pt was read.
         """
         self._stack = contextlib.ExitStack()
         try:
@@ -132,7 +132,7 @@ class Run:
             ) from None
 
     def _check_unchanged(self) -> None:
-        """Check that last.pt is where this process starts from; raises UserError."""
+        """Raise UserError if last.pt has changed since this process read it."""
         last = self.folder / "last.pt"
         epochs_done, steps_done = 0, 0
         if last.exists():
@@ -145,10 +145,10 @@ class Run:
             )
 
     def should_stop(self) -> bool:
-        """Return whether any process received a signal; all processes must call it.
+        """Return whether any process received a signal; all processes must call this.
 
         Raises:
-            UserError: if so, and the loss of a step was not finite: nothing is saved then.
+            UserError: if there is a signal but the loss of a step was not finite; nothing is saved.
         """
         received = distributed.all_reduce_sum(torch.tensor(len(self._signals)))
         if received:
@@ -175,7 +175,7 @@ class Run:
     def steps(self, data) -> Iterator[Step]:
         """Yield the steps that the current epoch still lacks; in a dry run, only the first few.
 
-        Before each step, torch's generator is seeded with the step's number (and the rank).
+        Before each step, torch's generator is seeded from the seed, the step's number and the rank.
 
         Args:
             data: the training set, with `len`, `names` and `batches(groups, device)`.
@@ -204,16 +204,16 @@ class Run:
         self._check_losses()
 
     def record_step(self, losses: Tensor, finite: Tensor) -> None:
-        """Count a finished step.
+        """Record a finished step.
 
         Args:
-            losses: (n,) as `losses`, on the device.
-            finite: () whether its gradients were finite; if not, the optimizer has skipped it.
+            losses: (n,) losses on the device, in the order of `Run.losses`.
+            finite: () bool, false if the optimizer has skipped the step because of its gradients.
 
         Raises:
-            UserError: if the loss of a step was not finite. It is checked a few times per second,
-                when the progress bar is redrawn, and at the end of the epoch, as each check waits
-                for the device.
+            UserError: if the loss of a step was not finite. Each check waits for the device, so
+                losses are checked only when the progress bar is redrawn (a few times per second)
+                and at the end of the epoch.
         """
         number, examples, batch_size = self._current
         self.totals.add(losses.detach(), finite, examples, number + 1)
@@ -240,7 +240,10 @@ class Run:
         """Print how long the rest of the run will take, at the end of a dry run."""
         minutes = math.ceil(self._bar.seconds_left(seconds_per_validation) / 60)
         self._bar.close()
-        print(f"dry run: the rest takes about {minutes} min; nothing was written to {self.folder}")
+        print(
+            f"dry run: the rest of the run takes about {minutes} min; nothing was written to "
+            f"{self.folder}"
+        )
 
     def _check_losses(self) -> None:
         """Raise UserError, with the names of its slices, if the loss of a step was not finite."""
@@ -259,10 +262,10 @@ class Run:
         )
 
     def end_epoch(self, scores: dict[str, float]) -> dict:
-        """Close the epoch and return its row of metrics.csv.
+        """End the epoch and return its row of metrics.csv.
 
         Args:
-            scores: validation columns, with "val_loss" and the best column; equal on all ranks.
+            scores: validation columns, including "val_loss" and `best_column`; equal on all ranks.
 
         Raises:
             UserError: if no step had finite gradients, or the validation loss is not finite.
@@ -276,7 +279,7 @@ class Run:
             raise UserError(
                 f"training has diverged in epoch {epoch} ({skipped:.0f} of {self.steps_done} steps "
                 f"skipped, validation loss {scores['val_loss']}); the checkpoints contain the "
-                "epochs before; try a lower --learning-rate"
+                "earlier epochs; try a lower --learning-rate"
             )
         if skipped:
             self._bar.write(
@@ -310,10 +313,10 @@ class Run:
     # ------------------------------------------------ checkpoints
 
     def save(self, name: str) -> None:
-        """Write a checkpoint; all processes must call it.
+        """Write a checkpoint; all processes must call this.
 
-        It has no generator's state, as every step is seeded, and no scheduler's, as the learning
-        rate is a function of the step.
+        The state of random generators is not saved, as every step is seeded. There is no scheduler
+        to save, as the learning rate is a function of the step.
         """
         checkpoint = {
             "format": CHECKPOINT_FORMAT,
@@ -334,7 +337,7 @@ class Run:
             write_checkpoint(self.folder / name, checkpoint)
 
     def write_history(self) -> None:
-        """Write metrics.csv, by rank 0."""
+        """Write metrics.csv on rank 0."""
         if get_rank() == 0:
             utils.write_csv(self.folder / "metrics.csv", self.history)
 
@@ -342,7 +345,7 @@ class Run:
         """Continue from a checkpoint of this run.
 
         Raises:
-            UserError: if it is of another version, data set or model, or corrupt.
+            UserError: if it belongs to another version, data set or model, or is corrupt.
         """
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise UserError(
@@ -372,9 +375,9 @@ class Run:
         history = checkpoint["history"]
         counts = (checkpoint["epochs_done"], checkpoint["steps_done"])
         if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"{counts} epochs and steps")
+            raise ValueError(f"it has {counts[0]!r} epochs and {counts[1]!r} steps")
         if len(history) != counts[0]:
-            raise ValueError(f"{counts[0]} epochs, {len(history)} rows")
+            raise ValueError(f"it has {counts[0]} epochs, but {len(history)} rows of metrics")
         values = [checkpoint["best"], checkpoint["seconds"]]
         for row in history:
             values += [row[name] for name in ("epoch", "train_loss", "val_loss", self.best_column)]

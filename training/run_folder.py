@@ -32,8 +32,8 @@ def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
         flags: only the flags that were typed (see `training.config.parse_train_flags`).
 
     Returns:
-        The folder, the configuration, and the checkpoint to continue from, or None to start at the
-        first step.
+        The folder, the configuration, and the checkpoint to continue from. The checkpoint is None
+        if the run starts at the first step.
 
     Raises:
         UserError: if a new run's folder exists, or there is no run to resume.
@@ -63,7 +63,7 @@ def resumed_arguments(folder: Path, config_class: type, flags: dict) -> dict:
     """
     if not (folder / "config.json").exists():
         raise UserError(
-            f"{folder} contains no run to resume; omit --resume to start one, or name another run"
+            f"{folder} contains no run to resume; omit --resume to start a run, or name another run"
         )
     saved = read_arguments(folder, config_class)
     resumable = {
@@ -132,7 +132,7 @@ def load_training_data(
         folder: the run's folder; a resumed run uses the preprocessing that is stored there.
 
     Raises:
-        DataError: if files cannot be used; one error lists those of both splits.
+        DataError: if files cannot be used; one error lists the unusable files of both splits.
         UserError: if all validation slices are constant.
     """
     if config.resume:
@@ -154,7 +154,7 @@ def load_training_data(
                 )
             )
         except DataError as error:
-            errors[str(error)] = None  # a dict, as both splits may have the same error
+            errors[str(error)] = None  # dict keys are unique; both errors may be the same
     if errors:
         raise DataError("\n".join(errors))
     train_slices, val_slices = slices
@@ -244,7 +244,7 @@ def read_preprocessing(run: Path, source: Source) -> Preprocessing:
 
 
 def read_manifest(run: Path) -> dict[str, dict[str, list[str]]] | None:
-    """Return the scans of each split, {split: {subject: [path]}}; None if config.json has none.
+    """Return the scans of each split, {split: {subject: [path]}}; None if none are recorded.
 
     Raises:
         UserError: if the manifest is not as `mri.splits.to_manifest` makes it.

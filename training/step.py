@@ -22,9 +22,9 @@ class Step(NamedTuple):
     number: int  # within the run, counted from 0
     progress: float  # fraction of the run's steps before this one
     batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
-    size: int  # examples in `batch`; 0 if a small batch leaves this process without any
-    # Factor for the mean loss of this process. With it, the mean over the processes weights all
-    # examples of the batch equally.
+    size: int  # examples in `batch`; 0 if a batch is too small for all processes
+    # Factor for this process's mean loss, so that averaging over the processes weights all examples
+    # of the batch equally.
     weight: float
     is_full: bool  # whether the whole batch has `batch_size` examples; the last may have fewer
 
@@ -73,7 +73,7 @@ def compile_with_fallback(function: Callable, model: nn.Module, device: torch.de
     the model's state and the random generators. If the trial fails, a warning is printed.
 
     Args:
-        function: returns a tensor of losses; every call must pass tensors of the same shapes.
+        function: a function that returns losses; all calls must pass tensors of the same shapes.
         model: the module whose state the function may update in its forward pass.
         device: the device; on a GPU, the compiled function is recorded as CUDA graphs.
     """

@@ -16,7 +16,7 @@ class EpochTotals:
         self.losses = torch.zeros(num_losses, device=device)  # summed over examples
         self.examples = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)  # steps with non-finite gradients
-        self.last_skipped = torch.zeros((), device=device)  # number of the last one, from 1
+        self.last_skipped = torch.zeros((), device=device)  # last skipped step, from 1
         # Number (from 1) of the first step of this process with a non-finite loss; 0: none so far.
         self.nonfinite_step = torch.zeros((), device=device)
 
@@ -30,23 +30,23 @@ class EpochTotals:
         self.nonfinite_step.masked_fill_(first, step)
 
     def to_tensor(self) -> Tensor:
-        """Return this process's sums: losses, examples, skipped, last_skipped, (n + 3,)."""
+        """Return this process's totals (n + 3,): losses, examples, skipped and last_skipped."""
         steps = torch.stack([self.examples, self.skipped, self.last_skipped])
         return torch.cat([self.losses, steps])
 
     def over_processes(self) -> Tensor:
-        """Return `to_tensor` for all processes together, on the CPU, as stored in checkpoints."""
+        """Return the totals of all processes, on the CPU and in the order of `to_tensor`."""
         own = self.to_tensor()
         summed = distributed.all_reduce_sum(own[:-2])
         return torch.cat([summed, own[-2:].cpu()])  # not summed: all processes skip the same steps
 
     def load(self, values: Tensor) -> None:
-        """Restore what `over_processes` returned; raise ValueError if its length is wrong."""
+        """Restore the result of `over_processes`; raise ValueError if its length is wrong."""
         if len(values) != len(self.losses) + 3:
             raise ValueError(
                 f"the checkpoint has {len(values)} epoch totals; expected {len(self.losses) + 3}"
             )
-        if get_rank() == 0:  # the others continue with zeros, as sums are taken over all processes
+        if get_rank() == 0:  # other ranks continue from 0, as the totals are summed
             self.losses.copy_(values[:-3])
             self.examples.copy_(values[-3])
         self.skipped.copy_(values[-2])

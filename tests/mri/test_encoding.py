@@ -95,7 +95,7 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
     content = to_nifti(IMAGE)
     return {
         "truncated gzip": (gzip.compress(content)[:5000], "truncated or damaged gzip"),
-        "truncated": (content[:5000], "its header specifies 65,888 bytes, it has 5,000"),
+        "truncated": (content[:5000], "it has 5,000 of the 65,888 bytes that its header specifies"),
         "nan": (to_nifti(with_nan), "has 2 NaN or infinite pixels"),
         "infinity": (to_nifti(with_inf), "has 1 NaN or infinite pixels"),
         "huge values": (to_nifti(huge), "has intensities up to 1e+300, too large"),

@@ -223,7 +223,7 @@ def test_volumes_are_cut_into_coronal_slices(tmp_path, write_nifti, load):
     slices = load(source, "train", Preprocessing.resolve(source, planes=4))
     assert slices.names[0] == SliceName("004", "0", 8, "Case_004_Week0_LFOV_slice_8")
     assert [name.slice for name in slices.names] == [8, 9, 10, 11]
-    assert "4 slices of 1 volume(s), the central coronal ones (planes 8-11)" in slices.notes[0]
+    assert "4 slices of 1 volume(s), the central coronal slices (planes 8-11)" in slices.notes[0]
     for i, plane in enumerate(range(8, 12)):
         coronal = torch.from_numpy(volume(4)[:, plane].astype(np.float64))
         expected = resize(coronal[None], [256, 128], antialias=True)

@@ -54,7 +54,9 @@ def test_notes_count_scans_that_are_resized_or_trimmed(tmp_path, write_nifti, lo
         return "\n".join(load(source, "train", preprocessing).notes)
 
     text = notes(size=(64, 96))
-    assert "12 slices of 4 volume(s), cut along axial, without empty ones (planes 0-2)" in text
+    assert (
+        "12 slices of 4 volume(s), cut with --axis axial, without empty slices (planes 0-2)" in text
+    )
     assert "3 slice(s) of 20 x 24 are resized to 64 x 96, which changes" in text
     assert "9 slice(s)" not in text
     assert "9 slice(s) of 64 x 96 are resized to 32 x 48; --size H W" in notes(size=(32, 48))
