@@ -14,7 +14,8 @@ Published SSIM values differ more by convention than by model. Each name stands 
     psnr          same as ssim                                        none; in dB, at most 100
 
 - The reconstruction is scaled by statistics of the original, never by its own.
-- All four variants use SSIM by Wang et al. 2004 with K1 = 0.01, K2 = 0.03 and data range 1.
+- All four variants use SSIM by Wang et al. 2004 with K1 = 0.01, K2 = 0.03, data range 1 and
+  population variances (in scikit-image: `use_sample_covariance=False`).
 - A slice's SSIM is the mean over the windows that are completely inside the slice. `ssim_body`
   averages only the windows that are centred in the body (`body_mask`).
 - A split's score is the mean over its slices. The mean over the slices of each case is also

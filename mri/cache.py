@@ -17,7 +17,7 @@ CACHE_FORMAT. <files> is a hash of the name, size and modification time of every
 - Pixels that change while the file keeps its size and modification time go unnoticed.
 - Unusable files are tried again at every start, because a repaired permission or network does not
   change the hashes.
-- A damaged cache is replaced.
+- A cache that is truncated or cannot be opened is replaced. Altered pixels go unnoticed.
 - A new cache replaces older caches of the same split and <data set>. Caches of other folders,
   preprocessing settings or formats are not deleted.
 

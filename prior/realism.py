@@ -11,13 +11,13 @@ A sample is flagged as a possible copy if its distance to the nearest training s
 threshold. The threshold is the 1st percentile of the same distance for held-out slices, which are
 reconstructions of validation and test slices. About 1 % of the samples are flagged by chance;
 a fraction well above 1 % suggests that the prior repeats its training slices. There are two
-searches, both over the four views in MIRRORS:
+searches, both over four views of each slice (as it is, mirrored along either axis, and along both):
 
 - `nearest_pixels` searches over shifts of up to 8 pixels in steps of 2, along both axes;
 - `nearest_features` searches over shifts of -8, 0 and 8 pixels, along both axes.
 
-Neither search finds copies that are rotated, scaled or shifted further, or that are only a part of
-a slice.
+Neither search finds copies that are rotated (other than by 180 degrees), scaled or shifted further,
+or that are only a part of a slice.
 """
 
 from __future__ import annotations

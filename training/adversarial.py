@@ -61,9 +61,10 @@ def adversarial_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the adversarial losses of a batch, and their adaptive weight.
 
-    The generator's loss is weighted so that the norm of its gradient at the reconstruction is
-    `gan_weight` times the norm of the reconstruction loss's gradient. VQGAN (arXiv 2012.09841,
-    equation 7) compares the gradients at the generator's last layer instead.
+    The gradient of the generator's loss, not its value, is weighted: its norm at the reconstruction
+    becomes `gan_weight` times that of the reconstruction loss's gradient. The ratio of the norms is
+    limited to 1e4. VQGAN (arXiv 2012.09841, equation 7) compares the gradients at the generator's
+    last layer instead.
 
     Args:
         discriminator: the discriminator; only the second loss has gradients for its parameters.

@@ -13,11 +13,12 @@
             run.end_epoch({"val_loss": ...})
             run.save("last.pt")
 
-How a killed run is resumed: last.pt is written at the end of every epoch and, after a signal, at
-the end of the current step. A process that is killed outright writes nothing. `--resume` reads
-last.pt (`training.run_folder.open_run`), `restore` loads weights, optimizer and counters from it,
-and `steps` continues with the next step. Without a last.pt, the run starts from the beginning. All
-randomness depends on the seed and the number of the step, so the final weights are those of an
+How a killed run is resumed: last.pt is replaced atomically at the end of every epoch and, after a
+signal, at the end of the current step (during validation: after the next epoch's first step). A
+process that is killed outright writes nothing, so everything since last.pt is repeated. `--resume`
+reads last.pt (`training.run_folder.open_run`), `restore` loads weights, optimizer and counters from
+it, and `steps` continues with the next step. Without a last.pt, the run starts from the beginning.
+All randomness depends on the seed and the number of the step, so the final weights are those of an
 uninterrupted run.
 """
 
