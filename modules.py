@@ -44,7 +44,7 @@ class ResidualStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Map slices to one vector per code position; C = `channels`."""
+    """Map slices to a vector of D numbers per code position; C below is `channels`."""
 
     def __init__(self, channels, residual_channels, num_layers, embedding_dim, stride=4):
         super().__init__()

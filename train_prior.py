@@ -225,7 +225,7 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
     """Return the VQ-VAE's run, the configuration, and the checkpoint to resume from, if any.
 
     Raises:
-        UserError: if no run is found, it already has a prior, or there is no prior to resume.
+        UserError: if there is no run, a prior exists already, or there is none to resume.
     """
     runs_dir = Path(flags.get("runs_dir", "runs"))
     resume = flags.get("resume", False)

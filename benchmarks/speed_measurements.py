@@ -218,12 +218,12 @@ def inflated_size(file: Path) -> int:
 
 
 def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
-    """Measure an upper bound of the slices per second that the device could train.
+    """Measure a bound of the slices per second of eager training on the device.
 
-    The bound is computed from the slower of two times: that of a step's operations at the device's
-    rate of matrix products, and that of its memory traffic at the device's copy bandwidth. A
-    multiply-add counts as two operations. The traffic is the number of bytes that all eager
-    operations read and write, without fusion.
+    The bound assumes that a step takes the longer of two times: its operations divided by the rate
+    of matrix products, or its memory traffic divided by the copy bandwidth. A multiply-add counts
+    as two operations. The traffic is the number of bytes that all eager operations read and write,
+    without fusion.
     """
     matrix_rate = measure_matrix_rate(device, precision)
     bandwidth = measure_bandwidth(device)

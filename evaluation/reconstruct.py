@@ -1,8 +1,8 @@
 """Reconstruct the user's own files, which are slices or volumes, at their original size.
 
 `predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, it writes to OUT a NIfTI file
-with the same shape and affine, a figure, and a row in scores.csv. On request, it also writes the
-absolute error as NIfTI and the codes as .npz.
+with the same shape and affine, a figure (unless all slices are empty), and a row in scores.csv. On
+request, it also writes the absolute error as NIfTI and the codes as .npz.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def encode_slice(image: np.ndarray, plane: int, preprocessing: Preprocessing) ->
     high = float(fitted.max())
     largest = max(abs(low), abs(high))
     if largest > 1e30:
-        raise ValueError(f"has intensities up to {largest:.0e}, too large for single precision")
+        raise ValueError(f"has intensities up to {largest:.0e}; expected at most 1e30")
     pixels, scale = quantize(fitted, low, high)
     record = SliceRecord(
         plane=plane,

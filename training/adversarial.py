@@ -67,7 +67,7 @@ def adversarial_losses(
     last layer instead.
 
     Args:
-        discriminator: the discriminator; only the second loss has gradients for its parameters.
+        discriminator: the discriminator; only its own loss trains it.
         images: (B, 1, H, W).
         reconstruction: (B, 1, H, W), with a graph to the generator's parameters.
         reconstruction_loss: a function of the reconstruction and the images.

@@ -136,7 +136,7 @@ def load_model(
         with torch.device("meta"):
             expected = cls(**arguments).state_dict()
         if _shapes(expected) != _shapes(state):
-            raise ValueError("its tensors do not have the names and shapes that model_args gives")
+            raise ValueError("its tensors do not match a model that is built from its model_args")
         model = cls(**arguments)
         model.load_state_dict(state)
     except (

@@ -79,11 +79,11 @@ class ProgressBar:
         epochs = epochs_done + max(1, int(steps_per_hour / self.steps_per_epoch))
         self.write(
             f"warning: the remaining steps will take about {seconds / 3600:.0f} hours on this CPU; "
-            f"--epochs {epochs} takes about one hour; a GPU takes minutes"
+            f"--epochs {epochs} takes about one hour"
         )
 
     def show(self, totals: EpochTotals, num_shown: int, best: dict[str, float]) -> None:
-        """Show the sum of the first `num_shown` losses, the skipped steps and the best score."""
+        """Show the loss (the sum of the first `num_shown` means), skipped steps and best score."""
         *losses, examples, skipped, last_skipped = totals.to_tensor().tolist()
         postfix = {"loss": f"{sum(losses[:num_shown]) / max(examples, 1):.4f}"}
         if skipped:
