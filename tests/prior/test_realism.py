@@ -56,8 +56,8 @@ def others(slices) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def reconstruct(reference):
-    """reconstruct(images): by the default VQ-VAE, after sixty steps on the reference slices."""
-    config = TrainConfig()
+    """reconstruct(images): by a small VQ-VAE, after sixty steps on crops of the reference slices."""
+    config = TrainConfig(num_residual_layers=1, num_code_layers=0, refine_channels=0)
     torch.manual_seed(0)
     arguments = {name: getattr(config, name) for name in inspect.signature(VQVAE).parameters}
     model = VQVAE(**arguments)
@@ -68,7 +68,7 @@ def reconstruct(reference):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=2e-3)
     for _ in range(60):
-        images = reference[torch.randperm(len(reference))[:8]]
+        images = reference[torch.randperm(len(reference))[:8], :, 64:192]
         reconstruction, quantized = model(images)
         loss = torch.stack(model.loss(images, reconstruction, quantized)).sum()
         optimizer.zero_grad()
@@ -287,5 +287,5 @@ def test_reconstructed_training_slices_of_patients_are_ranked_first(
     images = []
     for split in ("train", "test"):
         slices = dataset.load_split(source, split, cache_dir=tmp_path, progress=False)
-        images.append(slices.batch(torch.arange(len(slices))))
+        images.append(slices.batch(torch.arange(0, len(slices), 2)))
     check_ranking(*images, reconstruct)

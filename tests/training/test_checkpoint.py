@@ -125,7 +125,7 @@ def test_truncated_checkpoints_are_refused(tmp_path):
     path = tmp_path / "best.pt"
     torch.save(make_checkpoint(VQVAE(**SMALL)), path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(path)
 
 
