@@ -56,7 +56,7 @@ def others(slices) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def reconstruct(reference):
-    """reconstruct(images): by a small VQ-VAE, after sixty steps on crops of the reference slices."""
+    """reconstruct(images), by a small VQ-VAE trained for sixty steps on crops of the reference."""
     config = TrainConfig(num_residual_layers=1, num_code_layers=0, refine_channels=0)
     torch.manual_seed(0)
     arguments = {name: getattr(config, name) for name in inspect.signature(VQVAE).parameters}
