@@ -1,8 +1,8 @@
 """benchmarks/ablation.py: it trains and evaluates variants, and its table shows their results."""
 
 import dataclasses
-import functools
 import json
+from argparse import Namespace
 
 import ablation
 import pytest
@@ -18,8 +18,7 @@ RUN = "tuned__FSQ_8_x_8_x_8_epochs_1_seed_0"
 
 
 def test_a_variant_is_trained_and_evaluated_once(tmp_path, write_slices, monkeypatch):
-    relative_step_times = functools.partial(ablation.relative_step_times, rounds=1)
-    monkeypatch.setattr(ablation, "relative_step_times", relative_step_times)
+    monkeypatch.setattr(ablation, "relative_step_times", lambda args: {NAME: 1.25})
     data = write_slices(tmp_path / "data", train=3, validate=2, test=2)
     out = tmp_path / "results" / "table"
     flags = ["--variants", NAME, "--epochs", "1", "--runs-dir", str(tmp_path / "runs")]
@@ -35,13 +34,19 @@ def test_a_variant_is_trained_and_evaluated_once(tmp_path, write_slices, monkeyp
     assert row["replaced"] == {"VectorQuantizer": "FSQ"}
     assert (row["epochs"], row["bits_per_pixel"], row["test_slices"]) == (1, 0.5625, 2)
     assert 1.3 < row["gmac"] < 1.5
-    assert row["step_time"] > 0
+    assert row["step_time"] == 1.25
     start = f"| {NAME} | 1 | 1 | {row['gmac']:.2f} | {row['step_time']:.2f} | 0.5625 |"
     assert start in out.with_suffix(".md").read_text()
 
     other = write_slices(tmp_path / "elsewhere" / "data", train=3, validate=2, test=2)
     with pytest.raises(UserError, match=r"was trained on .*Choose another --runs-dir"):
         ablation.main(["--data", str(other), *flags])
+
+
+def test_step_times_are_relative_to_the_document(tmp_path, write_slices):
+    data = write_slices(tmp_path / "data", train=3, validate=1, test=1)
+    args = Namespace(variants=["document"], precision="float32", data=data)
+    assert ablation.relative_step_times(args, rounds=1) == {"document": 1.0}
 
 
 def write_run(folder, config: TrainConfig, epochs: int) -> None:

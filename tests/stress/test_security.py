@@ -162,7 +162,8 @@ def test_odd_names_and_private_headers_do_not_leave_the_data(
     run_flags = ["--run", "runs/a"]
     prior_flags = ["--epochs", "1", "--channels", "8", "--num-layers", "1"]
     slice_path = os.fsdecode(os.fsencode(f"data/train/{private_data[0]}.nii"))
-    assert train.main(["--data", "data", *small, "--epochs", "1", "--name", "a"]) == 0
+    train_flags = ["--size", "64", "64", "--epochs", "1", "--name", "a"]
+    assert train.main(["--data", "data", *small, *train_flags]) == 0
     assert predict.main(run_flags) == 0
     assert train_prior.main([*run_flags, *prior_flags]) == 0
     assert generate.main([*run_flags, "--count", "1"]) == 0
