@@ -184,7 +184,8 @@ def test_odd_names_and_private_headers_do_not_leave_the_data(
         assert not any(header[name].item() for name in HEADER_FIELDS)
         assert not header.extensions
     completed = nib.load(generated / "completion_000.nii.gz")
-    assert nib.affines.voxel_sizes(completed.affine).tolist() == [2, 3, 4]
+    voxel_sizes = nib.affines.voxel_sizes(completed.affine).tolist()
+    assert voxel_sizes == [8, 6, 4]  # 2, 3 and 4 mm, resized from 256 x 128 to 64 x 64
     table = (tmp_path / "runs" / "a" / "test" / "slices.csv").read_text("utf-8")
     assert len(table.splitlines()) == 1 + len(private_data)
     assert "na\\udcffme" in table
