@@ -98,7 +98,7 @@ def bad_contents() -> dict[str, tuple[bytes, str]]:
         "truncated": (content[:5000], "it has 5,000 of the 65,888 bytes that its header specifies"),
         "nan": (to_nifti(with_nan), "has 2 NaN or infinite pixels"),
         "infinity": (to_nifti(with_inf), "has 1 NaN or infinite pixels"),
-        "huge values": (to_nifti(huge), "has intensities up to 1e+300, too large"),
+        "huge values": (to_nifti(huge), "has intensities up to 1e+300; expected at most 1e30"),
         "4D": (to_nifti(IMAGE[:96].reshape(16, 16, 3, 16)), "has shape 16 x 16 x 3 x 16, expected"),
         "volume": (to_nifti(IMAGE[:48].reshape(16, 16, 24)), "has shape 16 x 16 x 24, expected a"),
         "thin": (to_nifti(IMAGE[:, :2]), "has shape 256 x 2, expected a 2D slice of at least 8"),
