@@ -1,4 +1,4 @@
-"""What the names of NIfTI files and folders mean. Nothing here opens an image."""
+"""The meaning of the names of NIfTI files and folders. Nothing here opens an image."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from models import save_model
 
 import dataset
 import generate
@@ -17,7 +18,6 @@ from mri import hipmri
 from prior import sampling
 from prior.model import CodePrior
 from prior.sampling import Sampler, SamplingOptions
-from training.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
 from training.run_folder import load_run_data
 from utils import UserError
 
@@ -27,16 +27,6 @@ OTHER_SLICE = "data/keras_slices_test/case_040_week_0_slice_2.nii.gz"
 
 def make_vqvae() -> VQVAE:
     return VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16)
-
-
-def save_model(path: Path, model) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "model_args": model.arguments,
-        "model": model.state_dict(),
-    }
-    write_checkpoint(path, checkpoint)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ for the defect.
 import pytest
 import torch
 import torch.nn.functional as F
+from models import fails, to_vectors
 
 import modules
 from evaluation import metrics
@@ -21,19 +22,6 @@ def make_images(count=2, size=(32, 32)):
     noise = torch.randn(count, 1, size[0] // 8, size[1] // 8, generator=generator)
     smooth = F.interpolate(noise, size=size, mode="bicubic")
     return (smooth - smooth.mean()) / smooth.std()
-
-
-def to_vectors(z):
-    return z.movedim(1, -1).reshape(-1, z.shape[1])
-
-
-def fails(check, *args):
-    """Return whether an assertion of the check fails."""
-    try:
-        check(*args)
-    except AssertionError:
-        return True
-    return False
 
 
 # ---------------------------------------------------------------- structure

@@ -9,23 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import fails, to_vectors
 
 import modules
 from modules import Quantized, ResidualVectorQuantizer, VectorQuantizer, nearest_codes
-
-
-def to_vectors(z):
-    return z.movedim(1, -1).reshape(-1, z.shape[1])
-
-
-def fails(check, *args):
-    """Return whether an assertion of the check fails."""
-    try:
-        check(*args)
-    except AssertionError:
-        return True
-    return False
-
 
 # ---------------------------------------------------------------- nearest codes
 

@@ -175,22 +175,27 @@ def test_views_and_unknown_positions_are_drawn_at_the_configured_rates(mirrored)
 # ---------------------------------------------------------------- interruptions
 
 
+def before_step(monkeypatch, number, action):
+    """Call `action()` before the step with this number, counted from 1 over all runs."""
+    real, count = train_prior.compute_losses, 0
+
+    def compute_losses(*arguments):
+        nonlocal count
+        count += 1
+        if count == number:
+            action()
+        return real(*arguments)
+
+    monkeypatch.setattr(train_prior, "compute_losses", compute_losses)
+
+
 def test_a_signal_saves_at_the_step_and_resume_gives_the_same_prior(
     tmp_path, run, monkeypatch, capsys
 ):
     """After one of the two steps of the second epoch."""
     assert start(run, "--epochs 3") == 0
     (run / "prior").rename(tmp_path / "uninterrupted")
-    real, count = train_prior.compute_losses, 0
-
-    def compute_losses(*arguments):
-        nonlocal count
-        count += 1
-        if count == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(train_prior, "compute_losses", compute_losses)
+    before_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert start(run, "--epochs 3") == 128 + signal.SIGTERM
     assert read_checkpoint(run / "prior" / "last.pt")["steps_done"] == 1
     assert f"train_prior.py --resume --run {run}" in capsys.readouterr().out.splitlines()[-1]
@@ -201,16 +206,11 @@ def test_a_signal_saves_at_the_step_and_resume_gives_the_same_prior(
 def test_an_epoch_that_ended_in_a_crash_is_repeated_by_resume(tmp_path, run, monkeypatch):
     assert start(run, "--epochs 3") == 0
     (run / "prior").rename(tmp_path / "uninterrupted")
-    real, count = train_prior.compute_losses, 0
 
-    def compute_losses(*arguments):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise RuntimeError("crash in the second step of epoch 2")
-        return real(*arguments)
+    def crash():
+        raise RuntimeError("crash in the second step of epoch 2")
 
-    monkeypatch.setattr(train_prior, "compute_losses", compute_losses)
+    before_step(monkeypatch, 4, crash)
     with pytest.raises(RuntimeError, match="crash"):
         start(run, "--epochs 3")
     assert train_prior.main(["--run", str(run), "--resume"]) == 0

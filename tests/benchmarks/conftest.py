@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import save_model
 
 import utils
 from modules import VQVAE
-from training.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -24,23 +24,7 @@ def smooth_slices() -> np.ndarray:
 
 
 @pytest.fixture
-def write_model():
-    """Return a function that writes a model's checkpoint, with its folder: (path, model)."""
-
-    def write(path: Path, model: torch.nn.Module) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = {
-            "format": CHECKPOINT_FORMAT,
-            "model_args": model.arguments,
-            "model": model.state_dict(),
-        }
-        write_checkpoint(path, checkpoint)
-
-    return write
-
-
-@pytest.fixture
-def write_run(write_model):
+def write_run():
     """Return a function that writes a run with an untrained model at 0.25 bits per pixel.
 
     Its arguments are the run's folder, the folder of its data, the seed of its weights, and further
@@ -50,7 +34,7 @@ def write_run(write_model):
     def write(folder: Path, data: Path, seed: int = 0, **arguments) -> Path:
         torch.manual_seed(seed)
         model = VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16)
-        write_model(folder / "best.pt", model)
+        save_model(folder / "best.pt", model)
         arguments = {"recipe": "tuned", "data": str(data), "seed": seed, **arguments}
         config = {
             "arguments": arguments,

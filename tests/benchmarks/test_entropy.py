@@ -5,6 +5,7 @@ import math
 import entropy
 import pytest
 import torch
+from models import make_varied_prior
 from torch.nn.functional import cross_entropy
 
 from prior.model import CodePrior
@@ -15,24 +16,7 @@ NUM_SLICES = 40  # more than a batch
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda number: f"{number} grids")
 def prior(request) -> CodePrior:
-    """Return an untrained prior of 8 x 16 codes out of 20, with widely different logits."""
-    torch.manual_seed(0)
-    prior = CodePrior(
-        num_embeddings=20,
-        embedding_dim=5,
-        height=8,
-        width=16,
-        channels=16,
-        num_layers=2,
-        num_heads=2,
-        num_outlines=6,
-        num_grids=request.param,
-    ).eval()
-    codes = torch.randint(20, (9, 8, 16))
-    prior.initialize(torch.randn(20, 5), torch.randn(20), codes, torch.linspace(0, 1, 9))
-    for grid in prior.grids:
-        torch.nn.init.normal_(grid.last[1].weight, std=0.5)
-    return prior
+    return make_varied_prior(request.param)
 
 
 def mean_bits(prior: CodePrior, codes: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ import pytest
 import rate_distortion
 import torch
 from image_codecs import ACCOUNTINGS, CODECS
+from models import save_model
 from rate_distortion import Originals, measure_codec
 from rate_distortion_report import RULES, SCORES, table
 
@@ -156,9 +157,9 @@ def test_a_volume_is_cut_into_undistorted_coronal_planes(tmp_path, write_nifti):
     assert int(inside.any(1).sum()) == pytest.approx(int(inside.any(0).sum()), abs=2)  # round
 
 
-def test_the_command_compares_runs_with_codecs(tmp_path, run, write_nifti, write_model, capsys):
+def test_the_command_compares_runs_with_codecs(tmp_path, run, write_nifti, capsys):
     prior = make_prior(64, 32)
-    write_model(run / "prior" / "best.pt", prior)
+    save_model(run / "prior" / "best.pt", prior)
     constant = tmp_path / "data" / "keras_slices_test" / "case_041_week_0_slice_0.nii.gz"
     write_nifti(constant, np.zeros((256, 128), np.int16))
     out = tmp_path / "results" / "rd"

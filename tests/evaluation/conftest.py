@@ -5,10 +5,10 @@ import csv
 import numpy as np
 import pytest
 import torch
+from models import save_model
 
 import predict
 from modules import VQVAE
-from training.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +27,8 @@ def untrained_run(tmp_path_factory):
     torch.manual_seed(0)
     model = VQVAE(hidden_channels=8, residual_channels=4, num_embeddings=16, embedding_dim=4)
     folder = tmp_path_factory.mktemp("runs") / "untrained"
-    folder.mkdir()
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "model_args": model.arguments,
-        "model": model.state_dict(),
-        "slices": {"size": [256, 128], "spacing": [1.7, 2.0], "axis": "coronal"},
-    }
-    write_checkpoint(folder / "best.pt", checkpoint)
+    slices = {"size": [256, 128], "spacing": [1.7, 2.0], "axis": "coronal"}
+    save_model(folder / "best.pt", model, slices=slices)
     return folder
 
 

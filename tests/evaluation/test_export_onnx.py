@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from models import save_model
 
 import predict
 from evaluation import export_onnx
 from modules import VQVAE
-from training.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
 from utils import UserError
 
 
@@ -23,14 +23,7 @@ def test_exported_parts_compute_what_the_model_computes(tmp_path, num_codebooks)
         embedding_dim=4,
         num_codebooks=num_codebooks,
     ).eval()
-    run = tmp_path / "runs" / "x"
-    run.mkdir(parents=True)
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "model_args": model.arguments,
-        "model": model.state_dict(),
-    }
-    write_checkpoint(run / "best.pt", checkpoint)
+    save_model(tmp_path / "runs" / "x" / "best.pt", model)
     out = tmp_path / "out"
     assert export_onnx.main(["--runs-dir", str(tmp_path / "runs"), "-o", str(out)]) == 0
     encoder = onnxruntime.InferenceSession(out / "encoder.onnx")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import make_prior
 
 from prior.code_grid import CausalConv2d
 from prior.model import CodePrior
@@ -21,7 +22,7 @@ def test_one_position_of_a_causal_convolution_equals_the_whole(kernel_size, itse
             torch.testing.assert_close(result, expected[:, :, row, column])
 
 
-def test_an_untrained_prior_predicts_the_frequencies(make_prior, inputs):
+def test_an_untrained_prior_predicts_the_frequencies(inputs):
     """Those of the outline, near a place and in a part of the volume; of codes, by outline code."""
     prior = make_prior(2)
     generator = torch.Generator().manual_seed(0)

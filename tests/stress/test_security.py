@@ -3,7 +3,6 @@
 import ast
 import gzip
 import os
-import zipfile
 from pathlib import Path
 
 import fuzz
@@ -11,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from models import save_compressed
 
 import generate
 import predict
@@ -82,13 +82,7 @@ def test_a_checkpoint_with_tensors_larger_than_their_storage_is_refused(tmp_path
 
 def test_a_compressed_checkpoint_is_refused(tmp_path):
     """A compressed zip file may unpack to a thousand times its size."""
-    torch.save(small_checkpoint(), tmp_path / "a.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "a.pt") as original,
-        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as compressed,
-    ):
-        for record in original.infolist():
-            compressed.writestr(record.filename, original.read(record))
+    save_compressed(tmp_path / "b.pt", small_checkpoint())
     with pytest.raises(CheckpointError, match="is compressed"):
         read_checkpoint(tmp_path / "b.pt")
 

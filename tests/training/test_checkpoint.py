@@ -2,10 +2,10 @@
 
 import re
 import time
-import zipfile
 
 import pytest
 import torch
+from models import save_compressed
 
 from modules import VQVAE
 from training.checkpoint import CHECKPOINT_FORMAT, load_model, read_checkpoint, write_checkpoint
@@ -130,13 +130,7 @@ def test_truncated_checkpoints_are_refused(tmp_path):
 
 
 def test_compressed_checkpoints_are_refused(tmp_path):
-    torch.save(make_checkpoint(VQVAE(**SMALL)), tmp_path / "a.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "a.pt") as original,
-        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as compressed,
-    ):
-        for record in original.infolist():
-            compressed.writestr(record.filename, original.read(record))
+    save_compressed(tmp_path / "b.pt", make_checkpoint(VQVAE(**SMALL)))
     with pytest.raises(CheckpointError, match="is compressed"):
         read_checkpoint(tmp_path / "b.pt")
 
