@@ -7,18 +7,11 @@ import shutil
 import signal
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
-from training_runs import (
-    ROOT,
-    assert_same_tensors,
-    finish,
-    read_rows,
-    read_weights,
-    rows_without_seconds,
-    start_process,
-)
+from training_runs import assert_same_tensors, read_rows, read_weights, rows_without_seconds
 
 import train
 import train_prior
@@ -236,21 +229,22 @@ def test_two_processes_train_as_one(tmp_path, run, monkeypatch):
     data = shutil.copytree(Path(read_config(run)["data"]), tmp_path / "data")
     (data / "keras_slices_train" / "case_004_week_0_slice_5.nii.gz").unlink()
     flags = ["--epochs", "2", "--mirrored", "0", "--plot-every", "9", "--data", str(data)]
-    monkeypatch.setattr(train_prior, "UNKNOWN_POSITION", 0)  # draws differ between processes
+    monkeypatch.setattr(train_prior, "UNKNOWN_POSITION", train_prior.UNKNOWN_POSITION)
+    know_all_positions()
     start(run, " ".join(flags))
     (run / "prior").rename(tmp_path / "one")
-    script = tmp_path / "known_positions.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_prior, utils\n"
-        "train_prior.UNKNOWN_POSITION = 0\n"
-        "utils.run_script(train_prior.main)\n"
-    )
-    finish(start_process(tmp_path, script, "--run", run, *FLAGS, *flags, processes=2), tmp_path)
+    flags = ["--run", run, *FLAGS, *flags]
+    ranks = processes.start_ranks(tmp_path, "train_prior.py", *flags, before=know_all_positions)
+    assert [processes.wait(rank) for rank in ranks] == [0, 0], (tmp_path / "log_0").read_text()
     one, two = read_rows(tmp_path / "one"), read_rows(run / "prior")
     for row, other in zip(one, two, strict=True):
         for name in row.keys() - {"seconds"}:
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
+
+
+def know_all_positions() -> None:
+    """Draw no unknown positions, because the draws differ between processes."""
+    train_prior.UNKNOWN_POSITION = 0
 
 
 def read_config(folder: Path) -> dict:

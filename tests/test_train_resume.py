@@ -7,16 +7,10 @@ import shutil
 import signal
 import threading
 
+import processes
 import pytest
 import torch
-from training_runs import (
-    assert_same_tensors,
-    read_rows,
-    read_weights,
-    rows_without_seconds,
-    start_process,
-    wait_until,
-)
+from training_runs import assert_same_tensors, read_rows, read_weights, rows_without_seconds
 
 import dataset
 import train
@@ -67,11 +61,11 @@ def test_a_signal_saves_at_the_step_and_resume_gives_the_same_run(
 def test_a_killed_process_can_be_resumed_to_the_same_run(tmp_path, train_here, blobs, small):
     train_here("--epochs 12 --name uninterrupted")
     flags = ["--data", blobs, *small, "--epochs", "12", "--plot-every", "100", "--name", "a"]
-    process = start_process(tmp_path, "train.py", *flags)
+    process = processes.start(tmp_path, "train.py", *flags)
     folder = tmp_path / "runs/a"
-    wait_until(lambda: len(read_rows(folder)) >= 2, process, tmp_path)
+    processes.wait_until(lambda: len(read_rows(folder)) >= 2, process, tmp_path / "log")
     process.kill()
-    process.wait()
+    process.join()
     assert len(read_rows(folder)) < 12
     assert train_here("--resume --name a") == 0
     assert_same_runs(folder, tmp_path / "runs/uninterrupted")
@@ -292,8 +286,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(run_copy, train_here, monkeypatch
 
 
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, small):
-    process = start_process(tmp_path, "train.py", "--data", tmp_path / "nowhere", *small)
-    assert process.wait() == 2
+    process = processes.start(tmp_path, "train.py", "--data", tmp_path / "nowhere", *small)
+    assert processes.wait(process) == 2
     output = (tmp_path / "log").read_text()
     assert "error: " in output
     assert "nowhere" in output

@@ -18,16 +18,17 @@ import dataclasses
 import itertools
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from outputs import (
     are_equal,
@@ -37,7 +38,7 @@ from outputs import (
     prediction_content,
     run_content,
 )
-from processes import ROOT, finish, has_workers, kill_when, start
+from processes import ROOT, finish, has_workers, kill_when, start, wait
 
 import utils
 
@@ -49,6 +50,7 @@ FLAGS = (
     "--batch-size=4",
     "--crop=64",
     "--plot-every=1",
+    "--cache-dir=cache",
     "--device=cpu",
     "--precision=float32",
     "--hidden-channels=32",
@@ -97,7 +99,7 @@ class Tally:
 
     def check_kill(
         self,
-        process: subprocess.Popen,
+        process: BaseProcess,
         start_time: float,
         folder: Path,
         files_before: set[Path],
@@ -145,7 +147,7 @@ def kill_cache(tally: Tally, rng: random.Random, work: Path, data: Path, kills: 
     while is_building(undisturbed):
         time.sleep(0.001)
     seconds = time.perf_counter() - start_time
-    assert process.wait() == 0, (undisturbed / "log").read_text()
+    assert wait(process) == 0, (undisturbed / "log").read_text()
     expected = cache_content(undisturbed)
 
     for number in itertools.count():
@@ -230,15 +232,15 @@ def train_until_finished(
             break  # it had already ended
         tally.check_kill(process, start_time, folder / "runs", files_before, "x/**/.*.tmp")
         command = resume
-    if process.returncode == -signal.SIGKILL:
+    if process.exitcode == -signal.SIGKILL:
         process = start(folder, *resume)
-        process.wait()
+        process.join()
     output = (folder / "log").read_text()
     if "contains no run to resume" in output:  # killed before it wrote config.json
         finish(folder, *new_run)
         tally.restarts += 1
     else:
-        assert process.returncode == 0 or "has finished" in output, output
+        assert process.exitcode == 0 or "has finished" in output, output
         tally.resumes += 1
 
 
@@ -325,6 +327,7 @@ def main() -> int:
         help="output path without extension (default: benchmarks/results/faults)",
     )
     args = parser.parse_args()
+    torch.set_num_threads(1)  # also in the scripts
     kills = {kind: len(range(i, args.kills, len(KINDS))) for i, kind in enumerate(KINDS)}
     with tempfile.TemporaryDirectory() as work:
         rows = run_kills(kills, args.seed, Path(work))

@@ -3,11 +3,8 @@
 `python tests/stress/faults.py` is the long form of the kills.
 """
 
-import os
-import resource
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import faults
@@ -21,11 +18,10 @@ import train
 import utils
 from evaluation import plots
 from modules import VQVAE
-from mri import hipmri
+from mri import cache, hipmri
 from training.checkpoint import read_checkpoint, write_checkpoint
 from training.guards import lock_folder
 
-ROOT = Path(__file__).parents[2]
 CHECKPOINTS = ("best.pt", "last.pt")
 
 
@@ -43,38 +39,18 @@ def run_here(tmp_path, data, small, monkeypatch):
 
 @pytest.fixture
 def start(tmp_path, data, small):
-    """start("--epochs 2 ...") starts train.py in tmp_path.
+    """start("--epochs 2 ...") starts train.py in tmp_path; the options are `processes.start`'s."""
 
-    `max_bytes` is the size above which no file can grow, as on a full disk; `log` is the file for
-    the output; further arguments are environment variables.
-    """
-
-    def start(
-        flags: str,
-        max_bytes: int = resource.RLIM_INFINITY,
-        log: str = "log",
-        **variables: str,
-    ) -> subprocess.Popen:
-        def limit_files():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
-
-        script = str(ROOT / "train.py")
-        with open(tmp_path / log, "w") as file:
-            return subprocess.Popen(
-                [sys.executable, script, "--data", str(data), *small, *flags.split()],
-                cwd=tmp_path,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                preexec_fn=limit_files,
-            )
+    def start(flags: str, **options) -> BaseProcess:
+        flags = ["--data", data, *small, *flags.split()]
+        return processes.start(tmp_path, "train.py", *flags, **options)
 
     return start
 
 
-def wait_for(process: subprocess.Popen, log: Path) -> tuple[int, str]:
+def wait_for(process: BaseProcess, log: Path) -> tuple[int, str]:
     """Return the exit code and the output of a process, which must not have a traceback."""
-    code = process.wait()
+    code = processes.wait(process)
     output = log.read_text()
     assert "Traceback" not in output, output
     return code, output
@@ -125,7 +101,9 @@ def test_worker_processes_end_with_their_parent(tmp_path):
     root = faults.write_data(tmp_path / "many", faults.LARGE_DATA)
     folder = tmp_path / "a"
     folder.mkdir()
-    process = processes.start(folder, "train.py", "--data", root, "--dry-run", "--device", "cpu")
+    process = processes.start(
+        folder, "train.py", "--data", root, "--dry-run", "--cache-dir", "cache"
+    )
 
     def is_building() -> bool:
         return any((folder / "cache").glob("train-*.tmp-*"))
@@ -146,7 +124,7 @@ def test_a_full_disk_leaves_the_previous_checkpoints_unchanged(tmp_path, start, 
     folder = tmp_path / "runs" / "a"
     before = {name: (folder / name).read_bytes() for name in CHECKPOINTS}
     max_bytes = min(len(content) for content in before.values()) - 1
-    process = start("--epochs 2 --name a --resume --plot-every 9", max_bytes)
+    process = start("--epochs 2 --name a --resume --plot-every 9", max_bytes=max_bytes)
     code, output = wait_for(process, tmp_path / "log")
     assert code == 2
     assert "error: cannot write" in output
@@ -165,7 +143,7 @@ def test_a_full_disk_during_a_plot_ends_a_run_that_can_be_resumed(tmp_path, star
     max_bytes = max((folder / name).stat().st_size for name in CHECKPOINTS) + 5000
     plot = folder / "plots" / "epoch_1" / "epoch_1_images.png"
     assert plot.stat().st_size > max_bytes  # only plots exceed the limit
-    process = start("--epochs 2 --name a --resume", max_bytes)
+    process = start("--epochs 2 --name a --resume", max_bytes=max_bytes)
     code, output = wait_for(process, tmp_path / "log")
     assert code == 2
     assert "error: cannot write" in output
@@ -193,9 +171,7 @@ def test_a_full_disk_during_the_cache_is_an_error_and_leaves_no_files(tmp_path, 
 def test_a_second_process_cannot_train_the_same_run(tmp_path, start):
     first = start("--epochs 300 --name a")
     config = tmp_path / "runs" / "a" / "config.json"
-    while not config.exists():
-        assert first.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
+    processes.wait_until(config.exists, first, tmp_path / "log")
     before = config.read_bytes()
     second = start("--epochs 400 --name a --resume", log="second")
     code, output = wait_for(second, tmp_path / "second")
@@ -203,9 +179,9 @@ def test_a_second_process_cannot_train_the_same_run(tmp_path, start):
     assert "another process is training" in output
     assert "start another run" in output
     assert config.read_bytes() == before
-    assert first.poll() is None
+    assert first.is_alive()
     first.kill()
-    first.wait()
+    first.join()
     with lock_folder(config.parent):
         pass  # the lock ended with its process
 
@@ -226,40 +202,32 @@ def test_a_run_that_was_trained_since_it_was_read_is_refused(tmp_path, run_here,
     assert read_checkpoint(tmp_path / "runs" / "a" / "last.pt")["epochs_done"] == 2
 
 
-BUILD_A_CACHE = """
-import pathlib, sys, time
-import dataset
-from mri import cache, hipmri
+def wait_before_decoding() -> None:
+    """Let a process wait for the file `go` before it decodes its first file."""
+    real = cache.decode_file
 
-data, cache_dir, go = sys.argv[1:]
-decode_file = cache.decode_file
-
-def wait_and_decode(*arguments):
-    if not pathlib.Path(go).exists():
+    def decode_file(*arguments):
         print("building", flush=True)
-    while not pathlib.Path(go).exists():
-        time.sleep(0.01)
-    return decode_file(*arguments)
+        cache.decode_file = real
+        while not Path("go").exists():
+            time.sleep(0.01)
+        return real(*arguments)
 
-cache.decode_file = wait_and_decode
-source = hipmri.find_hipmri(data)
-print(len(dataset.load_split(source, "train", cache_dir=cache_dir, progress=False)))
-"""
+    cache.decode_file = decode_file
 
 
-def test_two_processes_build_a_common_cache_once(tmp_path):
+def test_two_processes_build_a_common_cache_once(tmp_path, start):
     """Let the first one continue only after the second has said that it waits."""
-    root = faults.write_data(tmp_path / "many", faults.LARGE_DATA | {"train": 99})
-    arguments = [str(root), str(tmp_path / "cache"), str(tmp_path / "go")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = []
-    for line in ("building", "waiting for another run, which is preparing the train slices"):
-        command = [sys.executable, "-c", BUILD_A_CACHE, *arguments]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline().strip() == line
+    lines = ("building", "waiting for another run, which is preparing the train slices")
+    for log, line in zip(("first", "second"), lines, strict=True):
+        process = start("--dry-run", log=log, before=wait_before_decoding)
+        path = tmp_path / log
+        processes.wait_until(lambda path=path, line=line: line in path.read_text(), process, path)
         both.append(process)
     (tmp_path / "go").touch()
-    assert [process.communicate()[0] for process in both] == ["99\n", "99\n"]
+    assert [processes.wait(process) for process in both] == [0, 0]
+    assert "building" not in (tmp_path / "second").read_text()
 
 
 # ---------------------------------------------------------------- unwritable folders

@@ -1,13 +1,15 @@
-"""Several processes, started by torchrun on a CPU: they train as one, stop and fail together."""
+"""Several processes on a CPU: they train as one, stop together and fail together."""
 
 import copy
-import os
-import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from training_runs import finish, read_rows, read_weights, start_process, wait_until
+from training_runs import read_rows, read_weights
 
 from modules import VectorQuantizer
 from training import distributed
@@ -32,9 +34,13 @@ def launch(tmp_path, small, data):
 
     def launch(*flags: str):
         flags = ["--data", data, *small, "--plot-every", "1000", *flags]
-        return start_process(tmp_path, "train.py", *flags, processes=2)
+        return processes.start_ranks(tmp_path, "train.py", *flags)
 
     return launch
+
+
+def read_logs(folder: Path) -> str:
+    return (folder / "log_0").read_text() + (folder / "log_1").read_text()
 
 
 @pytest.mark.parametrize("gan", [[], ["--gan", "--gan-start", "0.3"]], ids=["plain", "gan"])
@@ -46,7 +52,9 @@ def test_two_processes_train_as_one(tmp_path, train_here, data, launch, gan):
     """
     flags = [*DETERMINISTIC, *gan]
     train_here(f"--data {data} --name 1 {' '.join(flags)}")
-    output = finish(launch(*flags, "--name", "2"), tmp_path)
+    codes = list(map(processes.wait, launch(*flags, "--name", "2")))
+    output = read_logs(tmp_path)
+    assert codes == [0, 0], output
     assert output.count("9 training and 3 validation slices") == 1  # only rank 0 prints
     assert "2 processes, cpu" in output
     one, two = tmp_path / "runs/1", tmp_path / "runs/2"
@@ -63,14 +71,16 @@ def test_a_run_whose_process_dies_can_be_resumed_by_another_number_of_processes(
     tmp_path, train_here, launch
 ):
     """The tuned recipe: EMA statistics and restarts are checked after each epoch."""
-    process = launch("--epochs", "400", "--name", "a", "--restart-below", "0.5")
+    first, second = launch("--epochs", "400", "--name", "a", "--restart-below", "0.5")
     folder = tmp_path / "runs/a"
-    wait_until(
-        lambda: len(read_rows(folder)) >= 3 and (folder / "last.pt").exists(), process, tmp_path
+    processes.wait_until(
+        lambda: len(read_rows(folder)) >= 3 and (folder / "last.pt").exists(),
+        first,
+        tmp_path / "log_0",
     )
-    os.kill(second_process(process.pid), signal.SIGKILL)
-    assert process.wait() != 0
-    output = (tmp_path / "log").read_text()
+    second.kill()
+    assert processes.wait(first) != 0
+    output = read_logs(tmp_path)
     assert "another process of this run ended" in output, output
     assert "--resume" in output
     epochs = read_checkpoint(folder / "last.pt")["epochs_done"]
@@ -81,42 +91,43 @@ def test_a_run_whose_process_dies_can_be_resumed_by_another_number_of_processes(
     assert [int(row["epoch"]) for row in read_rows(folder)] == list(range(1, epochs + 3))
 
 
-def second_process(launcher: int) -> int:
-    """Return the id of the process of rank 1 among torchrun's children."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == launcher and b"RANK=1" in environment:
-            return int(folder.name)
-    pytest.skip("the process is found in /proc, which does not exist here")
-
-
-def test_a_signal_to_torchrun_stops_all_processes_after_the_same_step(tmp_path, launch):
-    process = launch("--epochs", "400", "--name", "a")
+def test_a_signal_to_torchrun_stops_all_processes_after_the_same_step(tmp_path, small, data):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--", str(processes.ROOT / "train.py")]
+    command += ["--data", str(data), *small, "--plot-every", "1000", "--epochs", "400"]
+    with open(tmp_path / "log", "w") as log:
+        torchrun = subprocess.Popen(
+            [*command, "--name", "a"], cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT
+        )
     folder = tmp_path / "runs/a"
-    wait_until((folder / "last.pt").exists, process, tmp_path)
-    process.terminate()
-    process.wait()
+    while not (folder / "last.pt").exists():
+        assert torchrun.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    torchrun.terminate()
+    torchrun.wait()
     output = (tmp_path / "log").read_text()
     assert "stopped in epoch" in output, output
     assert "--resume" in output
     checkpoint = read_checkpoint(folder / "last.pt")
     slices = min(4 * checkpoint["steps_done"], 9)
     assert checkpoint["sums"][2] == slices  # of both processes
-    epochs = checkpoint["epochs_done"] + 2
-    finish(launch("--resume", "--name", "a", "--epochs", str(epochs)), tmp_path)
+
+
+def test_two_processes_resume(tmp_path, train_here, data, launch):
+    assert train_here(f"--data {data} --name a --epochs 1") == 0
+    codes = list(map(processes.wait, launch("--resume", "--name", "a", "--epochs", "2")))
+    assert codes == [0, 0], read_logs(tmp_path)
+    assert [int(row["epoch"]) for row in read_rows(tmp_path / "runs/a")] == [1, 2]
 
 
 def test_a_mistake_ends_all_processes(tmp_path, launch):
-    """Only rank 0 looks at the data; the others end with it and print no traceback of ours."""
-    process = launch("--name", "a", "--data", str(tmp_path / "nowhere"))
-    assert process.wait() != 0
-    output = (tmp_path / "log").read_text()
+    """Only rank 0 looks at the data; the other ends with it and prints no traceback."""
+    first, second = launch("--name", "a", "--data", str(tmp_path / "nowhere"))
+    assert processes.wait(first) != 0
+    assert processes.wait(second) != 0
+    output = read_logs(tmp_path)
     assert "error: cannot open the data that --data names" in output
-    assert 'train.py", line' not in output  # torchrun prints a traceback of its own
+    assert "Traceback" not in output
 
 
 # ---------------------------------------------------------------- functions
