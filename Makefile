@@ -5,16 +5,11 @@ BIN := .venv/bin
 
 .PHONY: train test lint figures drawings pelvis brain faults fuzz speed test-pythons clean
 
-# The README's commands are tested first, in order and in one process, because some of them need the
-# results of earlier ones.
-run_tests = OMP_NUM_THREADS=1 $(1) -m pytest tests/test_readme.py && \
-    OMP_NUM_THREADS=1 $(1) -m pytest -n 2 --ignore tests/test_readme.py
-
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
 
 test: .venv/dev            ## run all tests, in two processes of one thread each
-	$(call run_tests,$(BIN)/python)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/dev            ## check the style
 	$(BIN)/ruff check .
@@ -101,7 +96,7 @@ test-pythons:              ## run the tests on every installed Python from 3.10 
 	    echo "python$$version"; \
 	    python$$version -m venv .venv-$$version || exit 1; \
 	    .venv-$$version/bin/pip install --quiet -r requirements-dev.txt || exit 1; \
-	    { $(call run_tests,.venv-$$version/bin/python); } || exit 1; \
+	    OMP_NUM_THREADS=1 .venv-$$version/bin/python -m pytest -n 2 || exit 1; \
 	done
 
 # ---------------------------------------------------------------- environment

@@ -20,11 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import resize
 
 from modules import VQVAE
 from mri import nifti
-from mri.preprocessing import floor_std, is_constant
+from mri.preprocessing import floor_std, is_constant, resize
 from utils import DataError, first_line, write_bytes
 
 BATCH_SIZE = 16  # for slices of up to 512 x 512 pixels
@@ -69,7 +68,7 @@ def encode_planes(
         images = images - torch.from_numpy(mean[indices]).view(-1, 1, 1, 1)
         images = (images / torch.from_numpy(scale[indices]).view(-1, 1, 1, 1)).float()
         if resize_to:
-            images = resize(images, list(resize_to), antialias=True)
+            images = resize(images, resize_to)
         bottom, right = (-side % model.stride for side in images.shape[-2:])
         images = torch.nn.functional.pad(images, (0, right, 0, bottom), mode="replicate")
         batch_codes = model.encode(images.to(device)).cpu().numpy()
@@ -87,7 +86,7 @@ def decode_planes(model: VQVAE, coded: Coded) -> np.ndarray:
         codes = torch.from_numpy(coded.codes[indices].astype(np.int64))
         images = model.decode_codes(codes.to(device)).float().cpu()
         if coded.resized:
-            images = resize(images, [rows, columns], antialias=True)
+            images = resize(images, (rows, columns))
         images = images[:, 0, :rows, :columns].numpy()
         planes.append(images * coded.std[indices, None, None] + coded.mean[indices, None, None])
     return np.concatenate(planes)

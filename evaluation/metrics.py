@@ -30,7 +30,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from evaluation.body import body_mask
 from training.distributed import all_reduce_sum, get_rank, get_world_size
@@ -136,6 +135,9 @@ def ssim_map(
     Returns:
         (B, 1, H - kernel_size + 1, W - kernel_size + 1).
     """
+    # This import takes seconds, which commands that only print help or an error do not need.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _, similarity = structural_similarity_index_measure(
         reconstructions,
         originals,

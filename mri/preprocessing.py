@@ -19,8 +19,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from mri import nifti
 from mri.files import Source
@@ -190,7 +188,24 @@ def fit_slice(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
     image = _crop(image, fit, size).astype(np.float64)
     if image.shape == size:
         return image
-    return resize(torch.from_numpy(image)[None], list(size), antialias=True)[0].numpy()
+    return resize(torch.from_numpy(image)[None], size)[0].numpy()
+
+
+def resize(
+    images: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear"
+) -> torch.Tensor:
+    """Resize images (..., rows, columns) with torchvision, without aliasing.
+
+    Args:
+        images: slices or segmentations.
+        size: (rows, columns) of the result.
+        interpolation: "bilinear", or "nearest-exact" for segmentations.
+    """
+    # This import takes seconds. Runs on slices of the right size do not need it.
+    from torchvision.transforms import InterpolationMode, v2
+
+    mode = InterpolationMode(interpolation)
+    return v2.functional.resize(images, list(size), mode, antialias=True)
 
 
 def _crop(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
@@ -293,7 +308,7 @@ def read_segmentation(
             f"{path} {error}; expected a segmentation with the shape of its image, or no file."
         ) from error
     batch = torch.from_numpy(np.stack(labels))
-    return resize(batch, list(preprocessing.size), InterpolationMode.NEAREST_EXACT)
+    return resize(batch, preprocessing.size, "nearest-exact")
 
 
 def slice_affine(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:

@@ -15,7 +15,7 @@ from models import save_model
 import generate
 import utils
 from modules import VQVAE
-from prior import sampling
+from prior import realism, sampling
 from prior.model import CodePrior
 from prior.sampling import Sampler, SamplingOptions
 from training.run_folder import load_run_data
@@ -103,11 +103,10 @@ def test_samples_are_a_picture_and_nifti_files(run, capsys):
 
 
 def test_more_slices_than_a_picture_holds_are_all_written(run, monkeypatch):
-    codes = torch.zeros(70, 16, 8, dtype=torch.long)
-    monkeypatch.setattr(Sampler, "sample", lambda self, positions, *rest: codes[: len(positions)])
-    assert len(read_images(call_generate("--count 70"))) == 70
-    folder = call_generate(f"--count 70 --complete {SLICE}")
-    assert len(read_images(folder, "completion")) == 70
+    monkeypatch.setattr(generate, "MAX_PICTURES", 2)
+    assert len(read_images(call_generate("--count 4"))) == 4
+    folder = call_generate(f"--count 4 --complete {SLICE}")
+    assert len(read_images(folder, "completion")) == 4
 
 
 def test_the_same_flags_give_the_same_slices(run):
@@ -207,7 +206,8 @@ def test_the_encoder_sees_nothing_of_the_other_half():
 # ---------------------------------------------------------------- evaluating
 
 
-def test_an_evaluation_measures_distances_and_searches_for_copies(make_run, capsys):
+def test_an_evaluation_measures_distances_and_searches_for_copies(make_run, monkeypatch, capsys):
+    monkeypatch.setattr(realism, "SHIFT", 1)
     make_run((256, 128))  # the features need slices of this size
     folder = call_generate("--evaluate --count 4")
     printed = capsys.readouterr().out
@@ -244,9 +244,6 @@ def test_an_evaluation_measures_distances_and_searches_for_copies(make_run, caps
         "about 1 % are flagged by chance",
     ):
         assert text in printed
-
-    call_generate("--evaluate --count 4")
-    assert json.loads((folder / "evaluation.json").read_text()) == result
 
 
 def test_a_prior_that_copies_is_detected(make_run, monkeypatch):
