@@ -9,7 +9,7 @@ train: .venv/runtime       ## train on the sample data, then print the next comm
 	$(BIN)/python train.py
 
 test: .venv/dev            ## run all tests, in two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/dev            ## check the style
 	$(BIN)/ruff check .
@@ -96,7 +96,7 @@ test-pythons:              ## run the tests on every installed Python from 3.10 
 	    echo "python$$version"; \
 	    python$$version -m venv .venv-$$version || exit 1; \
 	    .venv-$$version/bin/pip install --quiet -r requirements-dev.txt || exit 1; \
-	    OMP_NUM_THREADS=1 .venv-$$version/bin/python -m pytest -n 2 || exit 1; \
+	    OMP_NUM_THREADS=1 .venv-$$version/bin/python -m pytest -n 2 --dist worksteal || exit 1; \
 	done
 
 # ---------------------------------------------------------------- environment

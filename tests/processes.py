@@ -25,13 +25,15 @@ import torch
 import utils
 
 ROOT = Path(__file__).parents[1]
+PRELOAD = ["train", "predict", "train_prior"]
+PRELOAD += ["torchmetrics.functional.image", "torch._dynamo"]  # imported on demand; by torch.optim
 
 
 @functools.cache
 def fork_context() -> multiprocessing.context.BaseContext:
     """Return the context of processes that are forked from a server; start the server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "predict", "train_prior"])
+    context.set_forkserver_preload(PRELOAD)
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), path]))
     try:

@@ -16,6 +16,7 @@ import predict
 import train
 import train_prior
 from mri import phantom
+from prior import realism
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -72,9 +73,11 @@ def workspace(inputs, tmp_path, monkeypatch, small) -> Path:
         if path.name != "runs":
             (folder / path.name).symlink_to(path)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(realism, "SHIFT", 1)  # a shorter search for copies
     runs = inputs / "runs"
     if not runs.exists():
         flags = ["--data", "sample_data", "--runs-dir", str(runs), "--name", "x", "--epochs", "1"]
+        flags += ["--stride", "8"]  # fewer codes to sample
         assert train.main([*flags, *small]) == 0
     shutil.copytree(runs, folder / "runs")
     return folder

@@ -5,6 +5,7 @@ import json
 from argparse import Namespace
 
 import ablation
+import processes
 import pytest
 import torch
 from trainer import Trainer
@@ -19,6 +20,7 @@ RUN = "tuned__FSQ_8_x_8_x_8_epochs_1_seed_0"
 
 def test_a_variant_is_trained_and_evaluated_once(tmp_path, write_slices, monkeypatch):
     monkeypatch.setattr(ablation, "relative_step_times", lambda args: {NAME: 1.25})
+    monkeypatch.setattr(ablation, "get_context", lambda method: processes.fork_context())
     data = write_slices(tmp_path / "data", train=3, validate=2, test=2)
     out = tmp_path / "results" / "table"
     flags = ["--variants", NAME, "--epochs", "1", "--runs-dir", str(tmp_path / "runs")]

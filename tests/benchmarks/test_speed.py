@@ -21,7 +21,10 @@ def test_a_measurement_runs_in_a_process(write_slices, tmp_path):
     assert 0 < result["seconds"] < 600
 
 
-def test_a_failed_measurement_is_one_line(tmp_path):
+def test_a_failed_measurement_is_one_line(tmp_path, monkeypatch):
+    script = tmp_path / "failing.py"
+    script.write_text("raise OSError('missing does not exist')")
+    monkeypatch.setattr(speed.speed_measurements, "__file__", str(script))
     result = speed.measure(Namespace(device="cpu"), "first batch", tmp_path / "missing")
     assert "missing does not exist" in result["failed"]
     assert "\n" not in result["failed"]

@@ -264,12 +264,14 @@ def test_a_model_of_scans_cuts_volumes_along_its_own_axis(
 
 
 def test_a_real_brain_keeps_its_geometry(real_data, tmp_path, monkeypatch, small):
-    """An oblique volume, written back; and a sixth of its voxels, trained on and reconstructed."""
-    brain = nib.load(real_data / "brain_volume" / "anat-T1w.nii.gz")
-    scan = nifti.read_scan(brain.get_filename(), "axial")
+    """An oblique volume, written back; and fewer of its planes, trained on and reconstructed."""
     monkeypatch.chdir(tmp_path)
+    brain = nib.load(real_data / "brain_volume" / "anat-T1w.nii.gz").slicer[::2, ::2, ::2]
+    brain.to_filename("brain.nii.gz")
+    brain = nib.load("brain.nii.gz")
+    scan = nifti.read_scan("brain.nii.gz", "axial")
     (tmp_path / "whole.nii.gz").write_bytes(scan.to_bytes(scan.planes))
-    brain.slicer[::6, ::6, ::6].to_filename("small.nii.gz")
+    brain.slicer[::3, ::3, ::3].to_filename("small.nii.gz")
     flags = ["--axis", "axial", "--size", "64", "48", "--epochs", "1", "--name", "a"]
     assert train.main(["--data", "small.nii.gz", *small, *flags]) == 0
     assert predict.main(["small.nii.gz", "-o", "out", "--run", "runs/a"]) == 0

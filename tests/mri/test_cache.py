@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -259,10 +260,13 @@ def test_workers_give_the_same_cache_as_one_process(
     source = find_hipmri(data)
     alone = load(source, "train", workers=1, skip_bad_files=True)
     worker_pool = cache.worker_pool
-    processes = 2 if method == "fork" else 1  # the others import torch again, which is slow
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context = processes.fork_context()
+    num_workers = 2 if method == "fork" else 1  # the others import torch again, which is slow
 
     def idle_pool(_):
-        pool = worker_pool(processes, multiprocessing.get_context(method))
+        pool = worker_pool(num_workers, context)
         pool.submit(os.getpid).result()
         time.sleep(0.5)  # for a worker that takes another process for its parent to end
         return pool

@@ -59,8 +59,10 @@ def wait_for(process: BaseProcess, log: Path) -> tuple[int, str]:
 # ---------------------------------------------------------------- kills
 
 
-def test_kills_lose_nothing(tmp_path):
+def test_kills_lose_nothing(tmp_path, monkeypatch):
     """Kill once while a checkpoint is written; `faults.py` has five kinds of kills."""
+    smaller = ("--epochs=2", "--hidden-channels=8", "--residual-channels=4")
+    monkeypatch.setattr(faults, "FLAGS", faults.FLAGS + smaller)
     (row,) = faults.run_kills({"checkpoint": 1}, 1, tmp_path)
     assert row["killed"] == "checkpoint"
     assert row["kills"] == 1

@@ -4,6 +4,7 @@
 headers are in `test_security.py`.
 """
 
+import functools
 import gzip
 import os
 import struct
@@ -124,6 +125,7 @@ def test_any_header_is_read_or_refused_with_an_error(
 # ---------------------------------------------------------------- special files
 
 
+@functools.cache
 def special_files() -> dict[str, tuple[bytes, str]]:
     """Return name -> (content, part of the error); "" for files that can be read."""
     intact = nifti_bytes()
