@@ -17,7 +17,7 @@ MS_SSIM_WEIGHTS = tuple(weight / 0.8668 for weight in (0.0448, 0.2856, 0.3001, 0
 
 
 def ms_ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute the multi-scale SSIM of each slice: both (B, 1, H, W) -> (B,).
+    """Compute the multi-scale SSIM of each slice, (B,), from two batches (B, 1, H, W).
 
     The images are scaled and clipped as for `ssim` of evaluation/metrics.py.
     """

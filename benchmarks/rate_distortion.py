@@ -101,7 +101,7 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
 def score(
     originals: Tensor, reconstructions: Tensor, names: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
-    """Compute the given SCORES of each slice: both (N, 1, H, W) -> {name: (N,)}."""
+    """Compute the given SCORES of each slice, {name: (N,)}, from two batches (N, 1, H, W)."""
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     base_names = tuple(name for name in names if name in SCORE_NAMES)
     for pair in zip(originals.split(16), reconstructions.split(16), strict=True):

@@ -81,7 +81,7 @@ def measure_run(
 
 
 def score(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """Compute all scores and the power ratio in each octave: both (N, 1, H, W) -> {name: (N,)}.
+    """Compute all scores and the power ratio in each octave, {name: (N,)}, of N slices.
 
     `power_octave_0` is the highest octave.
     """

@@ -228,7 +228,7 @@ class CodeGridDecoder(Decoder):
 
 
 def four_scales_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Return the weighted sum of `ssim_loss` at four scales: both (B, 1, H, W) -> ().
+    """Return the weighted sum of `ssim_loss` at four scales for two batches (B, 1, H, W).
 
     MS-SSIM itself is a product over scales, whose gradient is unbounded.
     """

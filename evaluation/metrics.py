@@ -76,7 +76,7 @@ def slice_scores(
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim`: both (B, 1, H, W) -> (B,).
+    """Compute `ssim` of each slice, (B,), from two batches (B, 1, H, W).
 
     `modules.ssim_loss` is the differentiable version, which does not clip the reconstructions.
     """
@@ -85,7 +85,7 @@ def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim_zscore(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim_zscore`: both (B, 1, H, W) -> (B,)."""
+    """Compute `ssim_zscore` of each slice, (B,), from two batches (B, 1, H, W)."""
     pixels = originals.flatten(1)
     mean = pixels.mean(1).view(-1, 1, 1, 1)
     std = pixels.std(1, correction=0).view(-1, 1, 1, 1).clamp_min(1e-12)
@@ -93,13 +93,13 @@ def ssim_zscore(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim_uniform(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim_uniform`: both (B, 1, H, W) -> (B,)."""
+    """Compute `ssim_uniform` of each slice, (B,), from two batches (B, 1, H, W)."""
     originals, reconstructions = _scale_to_range(originals, reconstructions)
     return ssim_map(originals, reconstructions, kernel_size=7, gaussian=False).mean((1, 2, 3))
 
 
 def ssim_body(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim_body`: both (B, 1, H, W) -> (B,).
+    """Compute `ssim_body` of each slice, (B,), from two batches (B, 1, H, W).
 
     Unlike `ssim`, it depends neither on the air around the body nor on single very bright voxels.
     In `ssim`, such voxels make all other pixels of both images darker and therefore more similar.
@@ -114,7 +114,7 @@ def ssim_body(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `psnr` in dB: both (B, 1, H, W) -> (B,)."""
+    """Compute `psnr` in dB of each slice, (B,), from two batches (B, 1, H, W)."""
     originals, reconstructions = _scale_to_range(originals, reconstructions)
     return _decibels((reconstructions - originals).square().mean((1, 2, 3)))
 

@@ -245,7 +245,7 @@ def _note_html(text: str) -> str:
 
 
 def _details_html(summary: str, content: str) -> str:
-    """Return a section that is collapsed until the reader opens it; content: HTML."""
+    """Return a section that the reader can expand; `content` is HTML."""
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>\n"
 
 

@@ -135,7 +135,7 @@ def _parse_header(start: bytes) -> nib.Nifti1Header:
     """Parse a header from the first bytes of a file, and check all of its fields that are used.
 
     Raises:
-        ValueError: if this is not a NIfTI header of 1 to MAX_VOXELS real numbers.
+        ValueError: if this is not the header of a NIfTI file with 1 to MAX_VOXELS real voxels.
     """
     header_sizes = [int.from_bytes(start[:4], byteorder) for byteorder in ("little", "big")]
     header_class = nib.Nifti2Header if 540 in header_sizes else nib.Nifti1Header

@@ -305,7 +305,7 @@ def paint(image: np.ndarray, box, distance: np.ndarray, signal, edge: float = 1.
 
 
 def merge(group: np.ndarray, shape: Shape, blend: float = 6.0) -> None:
-    """Add a shape to the distances of a group, in place; round the seam over `blend` mm."""
+    """Merge a shape into the distance field of a group, in place; blend over `blend` mm."""
     box, distance = shape
     part = group[box]
     overlap = np.maximum(blend - np.abs(part - distance), 0)
@@ -624,7 +624,7 @@ def make_volume(
         week: number of the scan.
         slices: number of slices, 1 to 60.
         columns: 128 or 144.
-        seed: another seed gives other patients.
+        seed: a different seed gives different patients.
         noise: if false, return the same scan without noise, on the same intensity scale.
 
     Returns:
@@ -735,7 +735,7 @@ def write_phantom(
         out: folder to create.
         volumes: number of training, validation and test volumes; no patient is in two splits.
         slices: number of slices of each volume, 1 to 60.
-        seed: another seed gives other patients.
+        seed: a different seed gives different patients.
         workers: number of processes (default: one per core); it does not change the files.
         progress: whether to show a progress bar.
 
@@ -816,7 +816,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="random seed; another seed gives other patients (default: 0)",
+        help="random seed; a different seed gives different patients (default: 0)",
     )
     args = parser.parse_args(arguments)
     try:

@@ -331,7 +331,7 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 
 
 def main_directions(x: Tensor, most: int = 64) -> Tensor:
-    """Return the first principal directions (F, d) of x (N, F); d is at most `most` and N / 4."""
+    """Return the first principal directions (F, d) of x (N, F); d <= min(most, N / 4)."""
     x = x.double()
     directions = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
     return directions[: max(1, min(most, len(x) // 4))].T

@@ -61,10 +61,10 @@ def adversarial_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the adversarial losses of a batch, and their adaptive weight.
 
-    The gradient of the generator's loss, not its value, is weighted: its norm at the reconstruction
-    becomes `gan_weight` times that of the reconstruction loss's gradient. The ratio of the norms is
-    limited to 1e4. VQGAN (arXiv 2012.09841, equation 7) compares the gradients at the generator's
-    last layer instead.
+    Only the gradient of the generator's loss is weighted; the returned value is not. The gradient
+    with respect to the reconstruction is scaled to `gan_weight` times the norm of the gradient of
+    the reconstruction loss, by a factor of at most 1e4 `gan_weight`. VQGAN (arXiv 2012.09841,
+    equation 7) compares the gradients at the generator's last layer instead.
 
     Args:
         discriminator: the discriminator; only its own loss trains it.

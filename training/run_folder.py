@@ -247,7 +247,7 @@ def read_manifest(run: Path) -> dict[str, dict[str, list[str]]] | None:
     """Return the scans of each split, {split: {subject: [path]}}; None if none are recorded.
 
     Raises:
-        UserError: if the manifest is not as `mri.splits.to_manifest` makes it.
+        UserError: if the manifest is not in the format of `mri.splits.to_manifest`.
     """
     manifest = utils.read_json(run / "config.json").get("scans")
     if manifest is None or _is_manifest(manifest):
@@ -312,7 +312,7 @@ def load_run_data(
     config = read_config(run)
     root, description = splits.find_data(data or config.data)
     if root is None:
-        raise UserError(f"{run / 'config.json'} names no data; give the folder with --data")
+        raise UserError(f"{run / 'config.json'} does not name the data folder; give it with --data")
     print(description if data else f"data: {root} (from the run's config.json)")
     manifest = read_manifest(run)
     source = splits.find_source(

@@ -202,5 +202,5 @@ def test_the_files_a_run_was_trained_on_are_known_while_its_data_exists(run_copy
 
 def test_a_run_without_data_asks_for_it(tmp_path):
     write_config(tmp_path, {})
-    with pytest.raises(UserError, match="names no data; give the folder with --data"):
+    with pytest.raises(UserError, match="does not name the data folder; give it with --data"):
         load_run_data(tmp_path, "test")
