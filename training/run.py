@@ -367,8 +367,8 @@ class Run:
             self._load(checkpoint)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.folder / 'last.pt'} is corrupt ({utils.first_line(error)}). best.pt may "
-                "still be usable; start a new run"
+                f"{self.folder / 'last.pt'} is corrupt ({utils.first_line(error)}), so the run "
+                "cannot be resumed; start a new run (predict.py may still be able to use best.pt)"
             ) from None
 
     def _load(self, checkpoint: dict) -> None:
