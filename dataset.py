@@ -9,8 +9,8 @@
     for images in train.batches(order.split(16), device):      # (16, 1, 256, 128) on the device
         images = augment(images, crop=96, flip=True)           # (16, 1, 96, 96)
 
-Files are read in mri/nifti.py, cut and resized in mri/preprocessing.py, and stored as int16 in
-mri/cache.py. Unusable data raise `DataError`. `SliceDataset.notes` contains lines to print.
+mri/nifti.py reads the files, mri/preprocessing.py cuts and resizes them, and mri/cache.py stores
+them as int16. Unusable data raise `DataError`. `SliceDataset.notes` contains lines to print.
 """
 
 import functools
@@ -49,7 +49,7 @@ class SliceDataset(torch.utils.data.Dataset):
         files: N paths, the file of each slice.
         preprocessing: how the files became slices.
         size: (rows, columns) of every slice; the shapes in this file assume 256 x 128.
-        fit: how slices of another size are fitted (see `Preprocessing`).
+        fit: how slices of a different size are fitted (see `Preprocessing`).
         mean: (N,) float32, mean of each slice, in the scanner's intensities.
         std: (N,) float32, standard deviation of each slice, raised by `floor_std` if too small.
         constant: (N,) bool, true for slices with a single value; all their z-scores are 0.
@@ -105,8 +105,8 @@ class SliceDataset(torch.utils.data.Dataset):
     def batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         """Yield the z-scored slices of each group of indices, on the device.
 
-        If `cache_on_device` has copied the pixels, they are gathered on the device. Otherwise they
-        are read from the cache: a thread reads ahead for a GPU; the CPU reads each batch on demand.
+        If `cache_on_device` has copied the pixels, they are gathered on the device. Otherwise, they
+        are read from the cache: ahead of time by a thread for a GPU, on demand for a CPU.
 
         Args:
             groups: indices (B,) of each batch; B may differ between batches.
@@ -123,7 +123,7 @@ class SliceDataset(torch.utils.data.Dataset):
             yield from self._prefetch_batches(groups, device)
 
     def cache_on_device(self, device: torch.device, max_fraction: float = 0.5) -> str:
-        """Copy the pixels to the device's memory if they fit; `batches` then reads them there.
+        """Copy the pixels to the device's memory if they fit; `batches` then uses this copy.
 
         Args:
             device: a GPU.
@@ -146,7 +146,7 @@ class SliceDataset(torch.utils.data.Dataset):
         return f"{pixels_size} are in the memory of {device}"
 
     def _gather_batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """Yield batches of pixels that are on the device, without waiting for the device."""
+        """Yield batches from the pixels on the device, without waiting for the device."""
         indices = torch.cat(list(groups))  # one transfer for all groups
         if device.type == "cuda":
             indices = indices.pin_memory()
@@ -290,7 +290,7 @@ def load_split(
         preprocessing: how files become slices (default: `Preprocessing.resolve(source)`).
         cache_dir: folder of all caches (default: $HIPMRI_CACHE, else the user's cache folder).
         skip_bad_files: leave out unusable files and add a note, instead of raising an error.
-        workers: number of decoding processes (default: one per core; 1 for a few slices).
+        workers: number of decoding processes (default: one per core, or 1 if there are few slices).
         progress: show a progress bar.
 
     Raises:
@@ -357,7 +357,7 @@ def augment(images: Tensor, crop: int, flip: bool) -> Tensor:
         images: (B, 1, H, W).
         crop: side of the square crop in pixels, or 0 for whole slices. It is limited to the
             largest multiple of 16 that fits into the slices.
-        flip: also apply `random_flip`.
+        flip: whether to apply `random_flip` as well.
 
     Returns:
         (B, 1, side, side), or (B, 1, H, W) for whole slices.

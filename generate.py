@@ -2,7 +2,7 @@
 
     python generate.py                               # 16 slices, from the newest prior in runs/
     python generate.py --count 64 --temperature 0.9 --position 0.5 --seed 1
-    python generate.py --complete slice.nii.gz       # keep the left half, sample the rest 4 times
+    python generate.py --complete slice.nii.gz       # keep the left half, sample the other 4 times
     python generate.py --evaluate                    # measure realism, search for copies
 
 The output folder is <run>/generated/ or --out. The files are slices.png and drawn_<n>.nii.gz; with
@@ -121,8 +121,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=1.0,
         metavar="P",
-        help="sample only from the most likely codes, as many as are needed for a total "
-        "probability of P (default: 1)",
+        help="sample only from the smallest set of most likely codes whose total probability is at "
+        "least P (default: 1)",
     )
     flag(
         "--position",
@@ -132,11 +132,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "distributed as in the training split; with --complete, unknown)",
     )
     flag("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    flag("--complete", metavar="FILE", help="2D NIfTI slice: keep one half and sample the other")
+    flag(
+        "--complete",
+        metavar="FILE",
+        help="2D NIfTI slice, of which one half is kept and the other half is sampled",
+    )
     flag(
         "--keep",
         choices=VIEW_OF_HALF,
-        help="which half --complete keeps, as displayed in the figures (default: left)",
+        help="half that --complete keeps, as displayed in the figures (default: left)",
     )
     flag(
         "--evaluate",
@@ -189,8 +193,8 @@ def load_sampler(run: Path, args: argparse.Namespace) -> Sampler:
     prior = load_model(CodePrior, prior_path, device)
     if not prior.has_codebook(vqvae.vector_quantization.embedding.weight):
         raise UserError(
-            f"{prior_path} was trained on codes of another model than {vqvae_path}; train the "
-            "prior again"
+            f"{prior_path} was trained on the codes of a different model, not on those of "
+            f"{vqvae_path}; train the prior again"
         )
     print(f"models: {vqvae_path}, {prior_path}")
     options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.seed)
@@ -300,10 +304,11 @@ def check_mirrored_training(folder: Path) -> None:
 
 
 def mirrored_half(image: Tensor) -> Tensor:
-    """Replace the second half of the rows of (1, H, W) with the mirrored first half, and z-score.
+    """Mirror the first half of the rows of a slice onto the second half, and z-score the slice.
 
-    The encoder then has no information about the half that will be sampled. Its pixels are
-    replaced before the mean and the standard deviation are computed.
+    The slice is (1, H, W). The encoder then has no information about the half that will be
+    sampled. The pixels of that half are replaced before the mean and the standard deviation are
+    computed.
     """
     half = image[:, : image.shape[1] // 2]
     mirrored = torch.cat([half, half.flip(1)], 1)
@@ -358,7 +363,7 @@ def plot_closest(
     heading: str,
     spacing: list[float] | None,
 ) -> None:
-    """Plot the four pairs closest by pixels and the four closest by features; samples on top."""
+    """Plot the four closest pairs by pixels and the four by features, with the samples on top."""
     upper, lower, upper_titles, lower_titles = [], [], [], []
     for name, search in copies.items():
         for i in np.argsort(search["distance"])[:4].tolist():

@@ -102,12 +102,12 @@ def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
         raise ValueError(f"stride is {stride}; expected 4, 8, 16 or another power of two")
     extra = range(stride.bit_length() - 3)
     convs = [layer(channels, channels, kernel_size=4, stride=2, padding=1) for _ in extra]
-    return nn.ModuleList(convs) if convs else ()  # an empty ModuleList would be printed
+    return nn.ModuleList(convs) if convs else ()  # print() would show an empty ModuleList
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of each vector's nearest embedding: (N, D), (K, D) -> (N,) int64."""
-    # argmin ||z - e||^2 = argmin (||e||^2 - 2 z.e). The split limits the memory for distances.
+    # argmin ||z - e||^2 = argmin (||e||^2 - 2 z.e). Splitting limits the memory use.
     norms = codebook.square().sum(1)  # (K,)
     indices = [torch.addmm(norms, v, codebook.T, alpha=-2).argmin(1) for v in vectors.split(8192)]
     return torch.cat(indices)
@@ -120,13 +120,13 @@ def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
 
 @torch.no_grad()
 def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, Tensor]:
-    """Cluster M <= 32 K of the vectors (N, D); return centres (K, D) and residuals (M, D)."""
+    """Cluster M = min(N, 32 K) of N vectors (N, D); return centres (K, D) and residuals (M, D)."""
     if len(vectors) < num_clusters:
         raise ValueError(f"{len(vectors)} vectors cannot initialise {num_clusters} codes")
     order = torch.randperm(len(vectors), generator=generator)[: 32 * num_clusters]
     vectors = vectors[order.to(vectors.device)].float()  # (M, D)
     centres = vectors[:num_clusters].clone()  # the first is final; the loop replaces the others
-    distance = (vectors - centres[0]).square().sum(1)  # (M,), to the nearest centre
+    distance = (vectors - centres[0]).square().sum(1)  # (M,), squared, to the nearest centre
     for k in range(1, num_clusters):  # k-means++: sample in proportion to squared distances
         draw = torch.rand((), generator=generator, dtype=torch.float64).float().to(vectors.device)
         cumulative = distance.cumsum(0)  # (M,)
@@ -147,7 +147,7 @@ class Quantized(NamedTuple):
     quantized: Tensor  # (B, D, h, w) float32; its gradient passes straight through to the input
     indices: Tensor  # (B, h, w) int64, or (B, h, w, R)
     codebook_loss: Tensor  # (), ||sg[z] - e||^2, which trains the codebook; 0 for "ema"
-    commitment_loss: Tensor  # (), ||z - sg[e]||^2, which trains the encoder; without beta
+    commitment_loss: Tensor  # (), ||z - sg[e]||^2, which trains the encoder; not multiplied by beta
     counts: Tensor  # (K,) float32, or (R K,): how often each code was used
 
 
@@ -157,7 +157,7 @@ class VectorQuantizer(nn.Module):
     Distances are computed in float32, even under autocast: half precision would overflow.
 
     codebook: with "gradient", the codebook loss trains the embeddings (equation 3, second term);
-        with "ema", each is a moving average of its vectors in all processes (appendix A.1).
+        with "ema", they are moving averages of their vectors in all processes (appendix A.1).
     decay: decay rate of the moving averages.
     restart_below: with "ema", reinitialise codes below this fraction of the mean usage; 0: never.
     """
@@ -227,7 +227,7 @@ class VectorQuantizer(nn.Module):
         statistics = torch.cat([counts[:, None], sum_by_code(vectors, indices, len(counts))], 1)
         if _is_distributed():
             dist.all_reduce(statistics)
-        # If a vector of any process is not finite, nothing changes. `if` would wait for the GPU.
+        # If any process has a non-finite vector, nothing changes. An `if` would wait for the GPU.
         finite = statistics.isfinite().all()  # ()
         statistics = statistics.nan_to_num(0, 0, 0)
         weight = (1 - self.decay) * finite
@@ -251,8 +251,8 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(candidates)  # other ranks add zeros
         mean_count = self.ema_count.mean()
         dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
-        # Reset the averages too, or the next update would move the embedding back. With twice the
-        # threshold as its count, a code is not dead at once, but its vectors can still move it.
+        # Reset the averages too, or the next update would move the embedding back. A count of twice
+        # the threshold keeps the code alive at first, but lets its new vectors move it.
         count = 2 * self.restart_below * mean_count
         self.ema_count.copy_(torch.where(dead, count, self.ema_count))
         self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
@@ -309,15 +309,15 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     Unlike in the score `ssim` of evaluation/metrics.py, reconstructions are not clipped.
     """
     if min(images.shape[-2:]) < 11:
-        raise ValueError(f"slices of {tuple(images.shape[-2:])} are smaller than SSIM's window, 11")
+        raise ValueError(f"slices of {tuple(images.shape[-2:])} do not fit SSIM's 11 x 11 window")
     low = images.amin((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     span = (images.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-3)
     x = (reconstructions.float() - low) / span
     y = (images.float() - low) / span
     taps = torch.exp(-((torch.arange(11, device=images.device) - 5.0) ** 2) / (2 * 1.5**2))
     taps = taps / taps.sum()
-    # Variances need float32, as differences of nearly equal numbers. On a CPU, multiplication by
-    # banded matrices, (H - 10, H) and (W - 10, W), is faster than convolution.
+    # Variances need float32, because they are differences of nearly equal numbers. On a CPU,
+    # products with banded matrices, (H - 10, H) and (W - 10, W), are faster than convolutions.
     with torch.autocast(images.device.type, enabled=False):
         rows, columns = [torch.eye(n, device=x.device).unfold(0, 11, 1) @ taps for n in x.shape[2:]]
         means = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T

@@ -6,12 +6,12 @@
     python train.py --data ... --gan                    # adversarial loss in the second half
     python train.py --data ... --dry-run                # print the plan and the expected time
     python train.py --resume                            # continue the newest unfinished run
-    torchrun --nproc-per-node 4 train.py --data ...     # several processes, one per GPU or on a CPU
+    torchrun --nproc-per-node 4 train.py --data ...     # four processes, on four GPUs or on a CPU
 
 A run is saved in runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png and
 plots/. It can be killed at any moment: --resume continues from last.pt, which is saved after every
-epoch and, on SIGTERM, SIGUSR1 or Ctrl-C, after the current step. The final weights are those of an
-uninterrupted run.
+epoch and, on SIGTERM, SIGUSR1 or Ctrl-C, after the current step. The final weights are the same
+as those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from utils import UserError
 SAMPLE_FOLDER = Path("sample_data")
 SAMPLE_EPOCHS = 10
 
-# The results of `compute_losses`, which are columns of metrics.csv. The sum of the first four is
-# minimised; the adaptive weight of the adversarial loss is only recorded.
+# Columns of metrics.csv for the values that `compute_losses` returns. Training minimises the sum of
+# the first four (without --gan, of both); the adaptive weight is only recorded.
 LOSSES = ("train_recon", "train_vq")
 GAN_LOSSES = (*LOSSES, "train_adversarial", "train_discriminator", "adaptive_weight")
 NUM_MINIMISED = 4
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(flags: dict) -> int:
     """Start or resume the run that the flags select, and return the exit code."""
     folder, config, checkpoint = open_run(flags)
-    folder = distributed.broadcast_object(folder)  # its name may contain the current second
+    folder = distributed.broadcast_object(folder)  # the time in its name may differ by process
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     check_config(config, world_size)
     utils.set_deterministic(config.deterministic)
@@ -136,9 +136,9 @@ def train(flags: dict) -> int:
                 images = dataset.augment(step.batch, config.crop, config.augment)
                 adversary = discriminator if step.progress >= config.gan_start else None
                 batch_losses = full_batch_losses if step.is_full else eager_losses
-                losses = batch_losses(images, adversary)  # (2,) or (5,), named by LOSSES
+                losses = batch_losses(images, adversary)  # (2,), or with --gan (5,)
                 if step.size == 0:
-                    losses = losses.nan_to_num()  # the means over no slices are NaN
+                    losses = losses.nan_to_num()  # the means over an empty batch are NaN
 
                 optimizer.zero_grad(set_to_none=True)
                 total = losses[:NUM_MINIMISED].sum()
@@ -238,7 +238,7 @@ def make_optimizer(
 def init_codebook(
     model: VQVAE, train_slices: SliceDataset, config: TrainConfig, device: torch.device
 ) -> None:
-    """Initialise the codebook by k-means on the encoder outputs of the first epoch's first slices.
+    """Initialise the codebook by k-means on encoder outputs for the first 64 slices of epoch 1.
 
     Raises:
         UserError: if the slices give fewer vectors than there are codes.
@@ -296,7 +296,7 @@ def compute_losses(
 def validate(
     model: VQVAE, val_slices: SliceDataset, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
-    """Return the validation columns of metrics.csv, which are equal in all processes."""
+    """Compute the validation columns of metrics.csv; all processes return the same values."""
     scores, counts, loss = metrics.evaluate(model, val_slices, config.batch_size, device)
     codes_used, perplexity = metrics.code_usage(counts)
     return {

@@ -2,7 +2,7 @@
 
     python train_prior.py                            # for the newest run of train.py
     python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # on a GPU
-    python train_prior.py --resume                   # continue an interrupted prior
+    python train_prior.py --resume                   # continue an interrupted training
     torchrun --nproc-per-node 2 train_prior.py       # data-parallel, with two processes
 
 The run's training slices are encoded once, together with their mirror images. A causal transformer
@@ -73,7 +73,7 @@ class PriorConfig(RunConfig):
     )
     num_grids: int = _prior(
         2,
-        "number of grids: the codes, after 0, 1 or 2 coarser outlines (default: 2)",
+        "number of grids: the codes, preceded by 0, 1 or 2 coarser outlines (default: 2)",
         low=1,
         high=3,
     )
@@ -164,8 +164,8 @@ def train(flags: dict) -> int:
     if checkpoint:
         if str(checkpoint.get("fingerprint")).split()[-1:] != [codebook_hash]:
             raise UserError(
-                f"{run.folder} was trained on codes of another model than {vqvae_run / 'best.pt'}, "
-                "which has changed since; move the prior away to train a new one"
+                f"{run.folder} was trained on codes of a different model: {vqvae_run / 'best.pt'} "
+                "has changed since then; move the prior away to train a new one"
             )
         run.restore(checkpoint)
     print_plan(run, train_codes, val_codes)
@@ -178,7 +178,7 @@ def train(flags: dict) -> int:
                 batch_losses = full_batch_losses if step.is_full else eager_losses
                 losses = batch_losses(*step.batch)  # (num_grids,), nats per code
                 if step.size == 0:
-                    losses = losses.nan_to_num()  # a mean over no slices is NaN
+                    losses = losses.nan_to_num()  # the means over an empty batch are NaN
 
                 optimizer.zero_grad(set_to_none=True)
                 (losses.sum() * step.weight).backward()
@@ -244,7 +244,7 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
             )
         return run, PriorConfig(**flags), None
     config = PriorConfig(**resumed_arguments(folder, PriorConfig, flags))
-    if not (folder / "metrics.json").exists():  # not written yet, even if all epochs are done
+    if not (folder / "metrics.json").exists():  # may be missing after the last epoch
         return run, config, last_checkpoint(folder)
     return run, config, unfinished_checkpoint(folder, config.epochs)
 
@@ -292,9 +292,9 @@ def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimiz
 def compute_losses(
     parallel_model: nn.Module, codes: Tensor, position: Tensor, precision: str, config: PriorConfig
 ) -> Tensor:
-    """Compute each grid's mean -ln p per code, (num_grids,), for one random view of each slice.
+    """Compute the mean -ln p per code of each grid, (num_grids,), for a random view of each slice.
 
-    All grids are weighted equally, because the few codes of outlines decide most of the layout.
+    All grids have the same weight: an outline has few codes, but they decide most of the layout.
 
     Args:
         parallel_model: the prior, wrapped if there are several processes.
@@ -316,7 +316,7 @@ def compute_losses(
 def negative_log_likelihood(
     parallel_model: nn.Module, codes: Tensor, position: Tensor, view: Tensor
 ) -> Tensor:
-    """Compute each grid's mean -ln p per code, given the coarser grids: (num_grids,)."""
+    """Compute the mean -ln p per code of each grid, (num_grids,), given the coarser grids."""
     grids = distributed.unwrap_model(parallel_model).to_grids(codes)
     logits = parallel_model(grids, position, view)
     losses = []
@@ -334,7 +334,7 @@ def validate(
 ) -> dict[str, float]:
     """Compute the validation columns of metrics.csv in float32, from unmirrored slices.
 
-    The bits of outlines are divided by the number of VQ-VAE codes, and "val_bits" includes them.
+    The bits of outlines are counted per code of the VQ-VAE, and "val_bits" includes them.
     """
     model.eval()
     totals = torch.zeros(config.num_grids, device=device)
@@ -348,7 +348,7 @@ def validate(
     nats = (distributed.all_reduce_sum(totals) / len(val_codes)).tolist()
     bits = []
     for n, value in zip(reversed(range(config.num_grids)), nats, strict=True):
-        bits.append(value * 4.0**-n / math.log(2))  # halved n times: 4^-n of the codes
+        bits.append(value * 4.0**-n / math.log(2))  # halved n times, a grid has 4^-n as many
     return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
 
 

@@ -102,7 +102,7 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
     if name == "cuda" and world_size > 1:
         if torch.cuda.device_count() < world_size:
             raise UserError(
-                f"{world_size} processes have {torch.cuda.device_count()} GPUs; expected one GPU "
+                f"{world_size} processes share {torch.cuda.device_count()} GPUs; expected one GPU "
                 "per process: lower --nproc-per-node, or train with --device cpu"
             )
         name = f"cuda:{rank}"
@@ -149,7 +149,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Switch torch's deterministic algorithms on or off; call it before any computation."""
+    """Switch torch's deterministic algorithms on or off; call this before any computation."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     torch.use_deterministic_algorithms(enabled)
@@ -195,10 +195,10 @@ def format_command(script: str, *arguments: object) -> str:
 
 
 def _relative(path: str | Path) -> str:
-    """Return the path relative to the working directory if it is inside, otherwise unchanged."""
+    """Return a path in the working directory as a relative path, and any other path unchanged."""
     try:
         relative = os.path.relpath(path)
-    except ValueError:  # Windows: another drive
+    except ValueError:  # on Windows: a different drive
         return str(path)
     return str(path) if relative.startswith("..") else relative
 
@@ -239,7 +239,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if the file cannot be written; no temporary file is left behind.
     """
-    # The process ID gives two processes that write the same path different temporary files.
+    # Two processes may write the same path: the process ID keeps their temporary files apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

@@ -266,7 +266,7 @@ def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
     checkpoint = read_checkpoint(run / "best.pt")
     checkpoint["model"]["vector_quantization.embedding.weight"] *= -1
     torch.save(checkpoint, run / "best.pt")
-    with pytest.raises(UserError, match=r"of another model than .*best\.pt, which has changed"):
+    with pytest.raises(UserError, match=r"of a different model: .*best\.pt has changed"):
         train_prior.main([*resume, "--epochs", "2"])
 
 

@@ -78,7 +78,7 @@ def test_each_of_several_processes_has_a_gpu(monkeypatch):
     assert utils.pick_device("auto", rank=1, world_size=2) == torch.device("cuda:1")
     assert current == [torch.device("cuda:1")]
     assert utils.pick_device("cpu", rank=1, world_size=2) == torch.device("cpu")
-    with pytest.raises(UserError, match="3 processes have 2 GPUs; expected one GPU per process"):
+    with pytest.raises(UserError, match="3 processes share 2 GPUs; expected one GPU per process"):
         utils.pick_device("cuda", rank=0, world_size=3)
     with pytest.raises(UserError, match="--device is cuda:1 for 2 processes; expected cuda"):
         utils.pick_device("cuda:1", rank=0, world_size=2)
