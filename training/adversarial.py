@@ -61,17 +61,17 @@ def adversarial_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the adversarial losses of a batch, and their adaptive weight.
 
-    Only the gradient of the generator's loss is weighted; the returned value is not. The gradient
-    with respect to the reconstruction is scaled to `gan_weight` times the norm of the gradient of
-    the reconstruction loss, by a factor of at most 1e4 `gan_weight`. VQGAN (arXiv 2012.09841,
-    equation 7) compares the gradients at the generator's last layer instead.
+    The adaptive weight scales the gradient of the generator's loss, but not the returned value.
+    With respect to the reconstruction, the norm of the scaled gradient is `gan_weight` times the
+    norm of the reconstruction loss's gradient. The weight is limited to 1e4 `gan_weight`. VQGAN
+    (arXiv 2012.09841, equation 7) compares the gradients at the generator's last layer instead.
 
     Args:
         discriminator: the discriminator; only its own loss trains it.
         images: (B, 1, H, W).
-        reconstruction: (B, 1, H, W), with a graph to the generator's parameters.
+        reconstruction: (B, 1, H, W), through which gradients reach the generator's parameters.
         reconstruction_loss: a function of the reconstruction and the images.
-        gan_weight: ratio of the two gradients' norms.
+        gan_weight: ratio of the gradients' norms, adversarial loss to reconstruction loss.
 
     Returns:
         Three scalars: the generator's loss, the discriminator's loss, and the adaptive weight.

@@ -72,8 +72,8 @@ def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dic
 def _is_compressed(path: Path | str) -> bool:
     """Return whether any record of a checkpoint's zip file is compressed.
 
-    Attack: a small file that unpacks to a thousand times its size. Raises an exception for a file
-    that is not a zip file, as in torch's older formats.
+    Attack: a small file that unpacks to a thousand times its size. A file that is not a zip file,
+    such as one in torch's older formats, raises an exception.
     """
     with zipfile.ZipFile(path) as archive:
         return any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
@@ -99,8 +99,8 @@ def rename_codebooks(state: dict) -> dict:
 
     Earlier versions nested several codebooks: `vector_quantization.X` was the first,
     `vector_quantization.rest.X` the second, `vector_quantization.rest.rest.X` the third. They are
-    now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`. An optimizer's state numbers the
-    parameters. It stays valid, because their order is the same.
+    now `vector_quantization.quantizers.0.X`, `.1.X` and `.2.X`. An optimizer's state refers to the
+    parameters by number, so it stays valid: the order of the parameters is the same.
     """
     if not any(str(key).startswith("vector_quantization.rest.") for key in state):
         return state
@@ -132,7 +132,7 @@ def load_model(
     try:
         _check_sizes(arguments, state)
         # Attack: a small checkpoint whose arguments ask for a huge model. On the meta device, the
-        # model is built without allocating memory. The file must contain exactly its tensors.
+        # model is built without allocating memory. The file must have exactly the model's tensors.
         with torch.device("meta"):
             expected = cls(**arguments).state_dict()
         if _shapes(expected) != _shapes(state):

@@ -93,7 +93,7 @@ class TrainConfig(RunConfig):
     split: list[str] | None = _data(
         None,
         "for scans: fractions of the subjects in train, validate and test; or a CSV file with a "
-        "column split and a column subject or file (default: 0.8 0.1 0.1)",
+        "column `split`, and a column `subject` or `file` (default: 0.8 0.1 0.1)",
         nargs="+",
         metavar="S",
     )
@@ -111,7 +111,7 @@ class TrainConfig(RunConfig):
     )
     fit: str | None = _data(
         None,
-        "how to fit slices of another size: resize; crop the centre to the proportions of --size, "
+        "how to fit slices of other sizes: resize; crop the centre to the proportions of --size, "
         "then resize; or trim to --size if that removes at most 10 %% of the rows and of the "
         "columns, otherwise resize (default: resize; for scans, trim)",
         choices=("resize", "crop", "trim"),
@@ -128,7 +128,7 @@ class TrainConfig(RunConfig):
     # Run
     recipe: str = _run(
         "tuned",
-        "recipe that sets the defaults of the last group (default: tuned)",
+        "recipe that sets the defaults of the last group of flags (default: tuned)",
         choices=("tuned", "document"),
     )
     name: str | None = _run(
@@ -141,7 +141,7 @@ class TrainConfig(RunConfig):
     learning_rate: float = _recipe(2e-3, "peak learning rate of Adam", low=0)
     schedule: str = _recipe(
         "cosine",
-        "learning rate after the warm-up; cosine decays towards 0",
+        "learning rate after the warm-up: constant, or a cosine decay towards 0",
         choices=("constant", "cosine"),
     )
     warmup: float = _recipe(0.05, "fraction of the steps used for a linear warm-up", low=0, high=1)
@@ -204,8 +204,8 @@ class TrainConfig(RunConfig):
     )
 
 
-# The values in which the source document's recipe differs from the defaults. The recipe departs
-# from the document in one point: the codebook is initialised from data (`codebook_init`).
+# The fields whose values in the `document` recipe are not the defaults. The recipe departs from the
+# source document in one point: the codebook is initialised from data (`codebook_init`).
 DOCUMENT = {
     "recipe": "document",
     "learning_rate": 1e-4,
@@ -226,7 +226,7 @@ DOCUMENT = {
 def parse_train_flags(argv: list[str] | None, description: str | None) -> dict:
     """Return the flags of train.py that were typed; `--help` shows the values of both recipes."""
     flags = parse_flags(TrainConfig, argv, description, alternatives=(RECIPE_GROUP, DOCUMENT))
-    if len(flags.get("split", ())) == 1:  # a CSV file, which --resume must find from any directory
+    if len(flags.get("split", ())) == 1:  # a CSV file, which --resume must find from any folder
         flags["split"] = [str(Path(flags["split"][0]).resolve())]
     return flags
 

@@ -60,7 +60,7 @@ def is_lost_process(error: RuntimeError) -> bool:
     """Return whether the error says that another process could not be reached."""
     if get_world_size() == 1:
         return False
-    # gloo has no exception class of its own; its messages contain its name.
+    # gloo has no exception class of its own, but its messages contain "gloo".
     return isinstance(error, dist.DistBackendError) or "gloo" in str(error).lower()
 
 
@@ -85,7 +85,7 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def _barrier() -> None:
-    all_reduce_sum(torch.zeros(1))  # on the CPU; dist.barrier() would use a GPU with NCCL
+    all_reduce_sum(torch.zeros(1))  # on the CPU; with NCCL, dist.barrier() would use a GPU
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
     """Check that all processes hold equal tensors.
 
     Raises:
-        RuntimeError: if they differ, naming the tensors; training diverged replicas would be
-            meaningless.
+        RuntimeError: if they differ; the message names the tensors. Replicas that have diverged
+            must not be trained further.
     """
     if get_world_size() == 1:
         return
@@ -138,18 +138,18 @@ def wrap_model(model: nn.Module) -> nn.Module:
     """Return a module whose backward pass averages gradients over the processes.
 
     Buffers are not copied from rank 0. The quantiser itself keeps its averages equal in all
-    processes, and copying them would hide a failure to do so.
+    processes; if it failed to do so, copying would hide the failure.
     """
     if get_world_size() == 1:
         return model
     parameters = inspect.signature(DistributedDataParallel).parameters
-    renamed = "forward_sync_buffers" in parameters  # the option's name in newer versions
+    renamed = "forward_sync_buffers" in parameters  # in newer versions of torch
     option = "forward_sync_buffers" if renamed else "broadcast_buffers"
     return DistributedDataParallel(model, **{option: False})
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the original module of a result of `wrap_model`."""
+    """Return the module that `wrap_model` wrapped; return a module that is not wrapped as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from utils import UserError
 
-ANY_POSITIVE = 1e9  # used as the upper bound if there is none
+ANY_POSITIVE = 1e9  # upper bound of options without a maximum
 
 
 def option(
@@ -35,7 +35,7 @@ def option(
     negatable: bool = False,
     resumable: bool = False,
 ):
-    """Declare a field of a configuration dataclass, which is also a command-line flag.
+    """Declare a field of a configuration dataclass that is also a command-line flag.
 
     Args:
         default: value of the field if neither the flags nor the recipe set it.
@@ -81,8 +81,8 @@ def parse_flags(
         config_class: a dataclass whose fields are made with `option`.
         argv: arguments (default: sys.argv).
         description: text at the top of `--help`.
-        alternatives: name of a group of flags, and the values of these flags in another recipe;
-            `--help` shows them after the defaults.
+        alternatives: name of a group of flags, and the values of these flags in a different
+            recipe; `--help` shows these values after the defaults.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -145,7 +145,7 @@ def check_types(config_class: type, values: dict, path: Path) -> None:
 
 
 def _has_type(value: object, hint) -> bool:
-    """Return whether a JSON value fits a type hint. A float may be written as an integer."""
+    """Return whether a JSON value fits a type hint; an integer also fits the hint float."""
     if value is None:
         return type(None) in typing.get_args(hint)
     for member in _types(hint):

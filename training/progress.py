@@ -52,7 +52,7 @@ class ProgressBar:
         self.steps_done += 1
         self._last_step_end = time.perf_counter()
         if self._timed_steps == 0:
-            self._first_step_end = self._last_step_end  # not timed, as it may compile
+            self._first_step_end = self._last_step_end  # not timed: it may include compilation
         self._timed_steps += 1
         if self._timed_steps == WARN_AFTER_STEPS and self.device.type == "cpu":
             self._warn_if_slow()

@@ -11,9 +11,9 @@ def learning_rate(config, step: int, total_steps: int) -> float:
     """Return the learning rate of a step.
 
     Args:
-        config: has the attributes `learning_rate` (the peak), `warmup` (the fraction of the steps
-            in which the rate rises linearly to the peak) and `schedule`: "constant", or "cosine"
-            for half a cosine, which would reach 0 at the step after the last.
+        config: a configuration with the attributes `learning_rate` (the peak), `warmup` (the
+            fraction of the steps in which the rate rises linearly to the peak) and `schedule`
+            ("constant" or "cosine"). The cosine would reach 0 one step after the last step.
         step: number of the step, 0 to total_steps - 1.
         total_steps: number of steps of the whole run.
     """

@@ -22,7 +22,7 @@ class Step(NamedTuple):
     number: int  # within the run, counted from 0
     progress: float  # fraction of the run's steps before this one
     batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
-    size: int  # examples in `batch`; 0 if a batch is too small for all processes
+    size: int  # examples in `batch`; 0 if the whole batch has too few for this process
     # Factor for this process's mean loss, so that averaging over the processes weights all examples
     # of the batch equally.
     weight: float
@@ -33,8 +33,8 @@ def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
     """Clip each module's gradient to `max_norm` (0: no clipping).
 
     Returns:
-        () bool, whether all gradients are finite. It stays on the device, so that the host does
-            not wait for it.
+        A bool tensor, (), true if all gradients are finite. It stays on the device, so that the
+            host does not wait for it.
     """
     norms = []
     for module in modules:
@@ -58,7 +58,7 @@ def compile_if_enabled(
 ) -> Callable:
     """Return `function`, compiled if `--compile` is set; by default, only on a single CUDA GPU.
 
-    The arguments are those of `compile_with_fallback`.
+    The other arguments are those of `compile_with_fallback`.
     """
     enabled = config.compile
     if enabled is None:
@@ -67,7 +67,7 @@ def compile_if_enabled(
 
 
 def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:
-    """Return `function`, compiled on its first call, or unchanged if it cannot be compiled.
+    """Wrap `function` so that its first call compiles it; if that fails, it runs uncompiled.
 
     The first call compiles the function with a trial forward and backward pass, and then restores
     the model's state and the random generators. If the trial fails, a warning is printed.

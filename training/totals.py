@@ -10,18 +10,18 @@ from training.distributed import get_rank
 
 
 class EpochTotals:
-    """Totals over the steps of an epoch, kept on the device so that no step waits for it."""
+    """Totals over the steps of an epoch, kept on the device so that steps need not wait for it."""
 
     def __init__(self, num_losses: int, device: torch.device):
         self.losses = torch.zeros(num_losses, device=device)  # summed over examples
         self.examples = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)  # steps with non-finite gradients
-        self.last_skipped = torch.zeros((), device=device)  # last skipped step, from 1
+        self.last_skipped = torch.zeros((), device=device)  # number of the last such step, from 1
         # Number (from 1) of the first step of this process with a non-finite loss; 0: none so far.
         self.nonfinite_step = torch.zeros((), device=device)
 
     def add(self, losses: Tensor, finite: Tensor, examples: int, step: int) -> None:
-        """Add a step: its losses, (n,), and whether its gradients were finite, ()."""
+        """Add the losses (n,) of a step; `finite`, (), is true if all its gradients were finite."""
         self.losses += (losses * examples).masked_fill(~finite, 0)
         self.examples += finite * examples
         self.skipped += ~finite
