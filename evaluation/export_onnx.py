@@ -72,7 +72,7 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
 def _export_module(
     module: nn.Module, example: Tensor, sizes: dict, input_name: str, output_name: str, path: Path
 ) -> None:
-    """Export a module with one input and one output; sizes: {dimension of input: symbolic size}."""
+    """Export a module with one input and one output; `sizes`: input dimension -> symbolic size."""
     try:
         program = torch.onnx.export(
             module.eval(),

@@ -79,7 +79,7 @@ def write_report(run: Path) -> Path:
             sections[f"{name}, {split}"] = content
     if not splits:
         command = utils.format_command("predict.py", "--run", run, "--html")
-        content = f"not evaluated yet; to evaluate: <code>{html.escape(command)}</code>"
+        content = f"not evaluated yet; to evaluate it: <code>{html.escape(command)}</code>"
         sections["Scores"] = f"<p>{content}</p>\n"
     path = run / "report.html"
     utils.write_bytes(path, _page_html(f"Run {run.resolve().name}", sections).encode())
@@ -141,7 +141,7 @@ def _split_sections(folder: Path) -> dict[str, str]:
 
 
 def _scores_html(summary: dict) -> str:
-    """Return the table of scores: the mean over all slices, and over the slices of each case."""
+    """Return the table of mean scores over all slices, and over the slices of each case."""
     cases = list(summary["ssim"]["by_case"])[:MAX_CASES]
     rows = []
     for name in SCORE_NAMES:
@@ -222,13 +222,13 @@ def write_comparison(runs: list[Path], path: Path) -> Path:
 
 
 def _page_html(title: str, sections: dict[str, str]) -> str:
-    """Return a page; sections: {heading: HTML}."""
+    """Return a page with the given sections, {heading: HTML}."""
     parts = [f"<h2>{html.escape(name)}</h2>\n{content}" for name, content in sections.items()]
     return PAGE.substitute(title=html.escape(title), sections="\n".join(parts))
 
 
 def _table_html(head: list[str], rows) -> str:
-    """Return a table; head: column titles; rows: sequences of cells of any plain type."""
+    """Return a table with column titles `head`; a row is a sequence of cells of any plain type."""
     lines = [_row_html("th", head)]
     for row in rows:
         lines.append(_row_html("td", [_format_cell(cell) for cell in row]))

@@ -8,8 +8,8 @@ HipMRI may not be redistributed, so this module simulates pelves with the same g
 contrast. An atlas defines the shapes in millimetres. Its axes are x to the right, y to anterior and
 z to superior, where x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are
 warped slightly for each case and week, filled with texture, shaded as by surface coils, and given
-Rician noise. Results on the phantom show that the code works, and settings can be compared on it;
-they say nothing about patients.
+Rician noise. The phantom shows that the code works and is useful for comparing settings, but no
+result on it says anything about patients.
 
 A volume depends only on (seed, case, week), not on the number of workers or on other volumes.
 """
@@ -48,7 +48,7 @@ STREAMS = (*PATIENT_STREAMS, "scan", "scan warp", "outline", "bowel", "shading",
 
 Shape = tuple[tuple[slice, ...], np.ndarray]  # a box of voxels, and signed distances (mm) in it
 
-FAR = np.float32(1e3)  # mm: a distance that is outside every shape
+FAR = np.float32(1e3)  # mm: exceeds the distance to any shape
 HEAD = np.array([103, 3, 94])  # mm: centre of the femoral head on the right, where x > 0
 HEAD_RADIUS = 22.5  # mm
 
@@ -262,7 +262,7 @@ class PhantomScan:
         return box, to_axis - (float(radii[0]) + t * float(radii[1] - radii[0]))
 
     def ellipsoid(self, centre, semi_axes) -> Shape:
-        """Return an ellipsoid, as the signed distance to its surface (nearly exact close to it).
+        """Return an ellipsoid, as the signed distance to its surface (accurate near the surface).
 
         Args:
             centre: (3,) x, y, z in mm.
@@ -276,7 +276,7 @@ class PhantomScan:
         return box, k1 * (k1 - 1) / np.maximum(k2, 1e-4)
 
     def empty_distance(self) -> np.ndarray:
-        """Return the distances to a group that has no shapes yet, for `merge`."""
+        """Return the distance field of a group that has no shapes yet, as input for `merge`."""
         return np.full(self.x.shape, FAR)
 
 
@@ -320,11 +320,11 @@ def sheets(noise: np.ndarray, width: float) -> np.ndarray:
 
 # ---------------------------------------------------------------- tissues
 
-# Each function paints one kind of tissue in place, over what earlier ones painted.
+# Each `paint_` function paints one kind of tissue in place, over the tissues painted before.
 
 
 def body_depth(scan: PhantomScan) -> np.ndarray:
-    """Return the depth under the skin in mm, negative outside.
+    """Return the depth of each voxel under the skin in mm; it is negative outside the body.
 
     The body is a rounded trunk whose lower end divides into two thighs.
     """
@@ -388,9 +388,9 @@ def nearest_muscle(
     """Find the muscle that is nearest to each voxel; a muscle may have several segments.
 
     Returns:
-        Four arrays: the distance to the nearest segment in mm, how much farther the second nearest
-        segment is, and the index of the nearest segment, all three of the scan's shape; and the
-        direction of each segment, (segments, 3).
+        Three arrays of the scan's shape: the distance to the nearest segment in mm, the additional
+        distance to the second nearest segment in mm, and the index of the nearest segment. A
+        fourth array contains the direction of each segment, (segments, 3).
     """
     nearest = scan.empty_distance()
     second = scan.empty_distance()
@@ -530,7 +530,7 @@ def paint_rectum(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
     height = scan.y + 34 + 6 * scan.coarse  # gas collects in front: the patient lies supine
     gas = np.clip((height - 12 + 24 * scan.gas) * 0.4, 0, 1)
     paint(image, ..., distance, 0.11)
-    wall = 3.4 + np.clip(80 - scan.z, 0, 6)  # mm, with the sphincter below
+    wall = 3.4 + np.clip(80 - scan.z, 0, 6)  # mm; the sphincter thickens its lower end
     paint(image, ..., distance + wall, stool * (1 - gas) + 0.015 * gas)
     return distance < 0
 
@@ -598,7 +598,7 @@ def draw_tissues(scan: PhantomScan) -> tuple[np.ndarray, np.ndarray]:
 def shade(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
     """Return the image with the shading of surface coils.
 
-    The image is brightest at the skin of one side, and darker towards the upper and lower end.
+    The image is brightest at the skin of one side, and darker towards the upper and lower ends.
     """
     left_gain = scan.coils[0] / (1 + np.exp((150 + scan.x) / 12))
     right_gain = scan.coils[1] / (1 + np.exp((150 - scan.x) / 12))
@@ -675,7 +675,7 @@ def plan(volumes: Sequence[int]) -> list[Volume]:
 
 
 def write_volume(root: Path, slices: int, seed: int, volume: Volume) -> None:
-    """Write the slices and masks of one volume; spawned processes need it at module level."""
+    """Write the slices and masks of one volume (at module level, so that it can be pickled)."""
     image, labels = make_volume(volume.case, volume.week, slices, volume.columns, seed)
     # Rows run to the right, columns to superior, planes to anterior.
     affine = np.zeros((4, 4))
@@ -777,7 +777,7 @@ def write_phantom(
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -1,4 +1,4 @@
-"""The causal convolutions and the logits of one grid of codes, as `prior.model` uses them."""
+"""One grid of codes for `prior.model`: its causal convolutions and its logits."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class CausalConv2d(nn.Conv2d):
         """Compute the output at one position.
 
         Args:
-            padded: the input, padded with zeros above, left and right for the kernel size k:
-                (B, channels, h + k // 2, w + 2 (k // 2)).
+            padded: the input, padded with k // 2 zeros above, on the left and on the right, where k
+                is the kernel size: (B, channels, h + k // 2, w + 2 (k // 2)).
             row, column: position in the grid without padding.
 
         Returns:
@@ -94,7 +94,7 @@ class CodeGrid(nn.Module):
         self.bias_per_place = bias_per_place
         self.num_positions = height * width // self.SEGMENT  # T
         self.register_buffer("embedding", torch.zeros(num_embeddings, embedding_dim))
-        self.register_buffer("brightness", torch.zeros(num_embeddings))  # mean per code
+        self.register_buffer("brightness", torch.zeros(num_embeddings))  # mean brightness per code
 
         # Input: local features
         self.first = CausalConv2d(embedding_dim, channels, 7, itself=False)
@@ -174,7 +174,7 @@ class CodeGrid(nn.Module):
         return counts
 
     def _count_per_coarse_code(self, codes: Tensor, coarse: Tensor | None) -> Tensor:
-        """Count codes by coarse code and by place in the 2 x 2 block: (coarse K, 4, K)."""
+        """Count codes by coarse code and by place in the 2 x 2 block: (coarse codes, 4, K)."""
         counts = torch.zeros_like(self.bias)
         if coarse is None:
             coarse = torch.zeros_like(codes[:, ::2, ::2])
@@ -192,7 +192,7 @@ class CodeGrid(nn.Module):
             position: (B,), as for `CodePrior.forward`.
 
         Returns:
-            (B,) int64, below PARTS; PARTS for unknown positions.
+            (B,) int64, 0 to PARTS - 1, or PARTS for unknown positions.
         """
         part = (position.nan_to_num(0.0) * self.PARTS).long().clamp(0, self.PARTS - 1)
         return part.masked_fill(position.isnan(), self.PARTS)
@@ -248,8 +248,8 @@ class CodeGrid(nn.Module):
             coarse: codes of the next coarser grid, (B, height/2, width/2); None if there is none.
             position, view: (B,), as for `CodePrior.forward`.
         """
-        # Do not index the table instead of calling F.embedding: the backward pass of indexing sums
-        # in a different order each time, so a resumed run would differ from an uninterrupted run.
+        # Use F.embedding, not indexing: the backward pass of indexing sums in a varying order, so
+        # that a resumed run would differ from an uninterrupted run.
         if self.bias_per_place:
             table = F.embedding(self.part(position), self.bias.flatten(1))
             table = table.view(-1, self.height, self.width, len(self.embedding))

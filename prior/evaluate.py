@@ -101,13 +101,13 @@ def print_evaluation(result: dict) -> None:
     high = rows["codes drawn independently"]["kernel"]["mean"]
     sampled = rows["drawn from the prior"]["kernel"]["mean"]
     print(
-        "kernel distance of the samples, if the first row is 0 % and the last row is 100 %: "
+        "kernel distance of the samples, on a scale from the first row (0 %) to the last (100 %): "
         f"{(sampled - low) / (high - low):.1%}"
     )
     if result["cases"] == 1:
         print(
             "note: there is only one training case. Both halves show the same patient, so the "
-            "first row is lower than it would be for different patients"
+            "distance in the first row is smaller than it would be between different patients"
         )
     print(
         "\ndistance to the nearest training slice: samples below the 1st percentile of held-out "

@@ -68,7 +68,7 @@ class CodePrior(nn.Module):
     The last grid holds the codes. The grids before it are outlines. An outline has half the height
     and width of the next grid and holds the quantised mean brightness of the next grid's 2 x 2
     blocks. It fixes the layout of a slice in few steps. As outlines are functions of the codes,
-    -ln p(outlines) - ln p(codes | outlines) is an upper bound of -ln p(codes). Results report this
+    -ln p(outlines) - ln p(codes | outlines) is an upper bound on -ln p(codes). Results report this
     bound. Each grid is conditioned on the whole previous grid, as in VQ-VAE-2 (arXiv 1906.00446).
 
     Args:
@@ -88,7 +88,7 @@ class CodePrior(nn.Module):
     """
 
     NUM_VIEWS = 4  # a slice as it is, and its mirror images (see `prior.codes.MIRRORS`)
-    FREQUENCIES = 4  # the position in the volume is encoded with this many sines and cosines each
+    FREQUENCIES = 4  # number of sines, and of cosines, that encode the position in the volume
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class CodePrior(nn.Module):
         return logits
 
     def cross_grid_context(self, index: int, coarse: Tensor | None) -> Tensor:
-        """Compute the context that a grid gets from the whole next coarser grid.
+        """Compute a grid's context from all codes of the next coarser grid.
 
         Args:
             index: index of the grid.
@@ -266,7 +266,7 @@ class CodePrior(nn.Module):
     ) -> Tensor:
         """Choose all codes in order, each given the codes before it; requires eval mode.
 
-        `sample` is based on this method. An entropy coder would pass another `choose`.
+        `sample` is based on this method. An entropy coder passes a different `choose`.
 
         Args:
             position, view: (B,), as for `forward`.
@@ -381,8 +381,8 @@ def sample_codes(
         generator: random generator on the CPU.
         temperature: number that divides the logits; at 0, the most likely code is always chosen.
         top_k: sample only from the `top_k` most likely codes; 0 means all.
-        top_p: sample only from the most likely codes, as many as are needed for this total
-            probability (nucleus sampling, arXiv 1904.09751).
+        top_p: sample only from the smallest set of most likely codes whose total probability is at
+            least `top_p` (nucleus sampling, arXiv 1904.09751).
     """
     if temperature == 0:
         return logits.argmax(1)

@@ -4,8 +4,8 @@
     kernel_distance(features(sampled), features(training))      # about 0 for equal distributions
     search_copies(sampled, held_out, training, features, cases)
 
-Images are z-scored slices (N, 1, H, W). The distances depend on these features, so they cannot be
-compared with published values.
+Images are z-scored slices (N, 1, H, W). The distances depend on the choice of features, so they
+cannot be compared with published values.
 
 A sample is flagged as a possible copy if its distance to the nearest training slice is below a
 threshold. The threshold is the 1st percentile of the same distance for held-out slices, which are
@@ -50,7 +50,7 @@ def search_copies(
 ) -> dict[str, dict]:
     """Search for sampled slices that may be copies, by pixels and by features.
 
-    The three sets of slices are on the same device. Each is (N, 1, H, W), with its own N.
+    The three sets of slices are (N, 1, H, W) and on the same device; N differs between them.
 
     Args:
         sampled: slices decoded from sampled codes.
@@ -61,7 +61,7 @@ def search_copies(
         progress: a function such as tqdm, which wraps the list of shifts.
 
     Returns:
-        {"pixels": {...}, "features": {...}}, each with
+        {"pixels": {...}, "features": {...}}; each of the two dictionaries contains
 
         - "threshold": 1st percentile of the distances of the held-out slices;
         - "held_out_median", "drawn_median": median distance of the held-out and sampled slices;
@@ -230,7 +230,7 @@ class Features(nn.Module):
 
 
 def _normalise_filters(filters: Tensor) -> Tensor:
-    """Normalise each filter of (N, ...) to mean 0 and norm 1; it then ignores constant areas."""
+    """Normalise each of N filters (N, ...) to mean 0, to ignore constant areas, and to norm 1."""
     filters = filters - filters.flatten(1).mean(1).view(-1, 1, 1, 1)
     return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
