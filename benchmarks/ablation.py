@@ -1,4 +1,4 @@
-"""Train variants for equally many epochs on the same data, and compare them on the test split.
+"""Train variants for the same number of epochs on the same data, and compare their test scores.
 
     python benchmarks/ablation.py --data DIR                             # all variants, one seed
     python benchmarks/ablation.py --data DIR --variants document tuned --seeds 0 1 2
@@ -57,7 +57,7 @@ RECIPE_FIELDS = tuple(
 
 
 def run_variant(args: argparse.Namespace, name: str, seed: int) -> dict:
-    """Train and evaluate a variant with a seed, unless this was done before; return its result."""
+    """Train and evaluate a variant with a seed, unless already done; return the run's result."""
     variant = VARIANTS[name]
     flags = [*variant.flags.split(), "--epochs", str(args.epochs), "--seed", str(seed)]
     flags += ["--precision", args.precision]
@@ -94,7 +94,7 @@ def finished_epochs(run: Path, data: Path, flags: list[str]) -> int:
     arguments = json.loads((run / "config.json").read_text("utf-8"))["arguments"]
     used = Path(arguments["data"])
     data = data.resolve()
-    # Given `data`, train.py may have found a data set in a subfolder or in the parent folder.
+    # train.py may have found the data set in a subfolder of `data`, or in its parent folder.
     if data != used and data not in used.parents and data.parent != used:
         raise UserError(f"{run} was trained on {used}; expected {data}. Choose another --runs-dir")
     expected = resolve_config(parse_train_flags(flags, None))
@@ -126,7 +126,7 @@ def call_script(
 
 
 def read_result(run: Path, name: str, seed: int) -> dict:
-    """Return what the result file records about a finished run."""
+    """Return the entry of a finished run for the result file."""
     variant = VARIANTS[name]
     config = json.loads((run / "config.json").read_text("utf-8"))
     summary = json.loads((run / "test" / "metrics.json").read_text("utf-8"))
@@ -154,7 +154,7 @@ def read_result(run: Path, name: str, seed: int) -> dict:
         "test_slices": summary["slices"],
         "device": config["device"],
         "precision": config["precision"],
-        "versions": config["versions"],  # with the commit at which the run was trained
+        "versions": config["versions"],  # including the commit at training time
     }
 
 
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(args: argparse.Namespace, out: Path) -> list[dict]:
     """Train and evaluate all variants and seeds; write the results after each run."""
-    # All variants are trained with the first seed first, so that a complete table exists early.
+    # The first seed is run for all variants first, so that a complete table exists early.
     jobs = [(args, name, seed) for seed in args.seeds for name in args.variants]
     threads = max(1, torch.get_num_threads() // args.jobs)
     pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))

@@ -4,9 +4,9 @@
     codes = decode(prior, streams)            # the same codes, on the same machine
 
 The coder is the range coder of the package constriction. Encoder and decoder must compute exactly
-the same probabilities, so both visit the codes in the same order and in batches of the same slices.
-On another machine, or with another number of threads or version of torch, the probabilities may be
-rounded differently, and the decoded codes would be wrong.
+the same probabilities, so they process the same batches of slices and visit the codes in the same
+order. On a different machine, or with a different number of threads or version of torch, the
+probabilities may be rounded differently, and the decoded codes would be wrong.
 """
 
 from __future__ import annotations

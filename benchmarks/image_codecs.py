@@ -90,8 +90,8 @@ def webp_payload(file: bytes) -> int:
 def avif_payload(file: bytes) -> int:
     """Return the size of the coded frame, in bytes.
 
-    The frame consists of the contents of those units (OBUs) in the mdat box that are a frame
-    header, a tile group, or both.
+    Its size is the total size of the units (OBUs) in the mdat box that contain a frame header, a
+    tile group, or both. The headers of the units are not counted.
     """
     position = 0
     while file[position + 4 : position + 8] != b"mdat":
@@ -141,7 +141,7 @@ class Codec:
     name: str
     prefix: str  # prefix of the names of its functions in imagecodecs
     depths: tuple[int, ...]  # bits per sample
-    settings: Sequence[float]  # values of its argument `level`, coarsest first
+    settings: Sequence[float]  # values of its encoder's argument `level`, coarsest first
     payload: Callable[[bytes], int]  # computes the size of a file without headers, in bytes
     options: dict = field(default_factory=dict)  # other arguments of its encoder
     rgb: bool = False  # whether greyscale images must be given as three equal channels
@@ -249,7 +249,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
         except ImportError as error:
             raise UserError(
                 f"imagecodecs has no {name} here ({first_line(error)}); leave it out of --codecs, "
-                "or install another build"
+                "or install a different build"
             ) from None
     return result
 
@@ -257,7 +257,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 def search(
     codec: Codec, depth: int, rates: Sequence[float], image: np.ndarray
 ) -> dict[tuple[float, str], Encoded | None]:
-    """Find the finest setting that fits each rate by bisection, and encode a slice with it.
+    """Encode a slice at the finest setting that fits each rate, which is found by bisection.
 
     Args:
         codec: a value of CODECS.

@@ -71,7 +71,7 @@ class LibraryQuantizer(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """The document's encoder and decoder with another quantiser."""
+    """The document's encoder and decoder with a different quantiser."""
 
     def __init__(self, quantizer: nn.Module):
         super().__init__()

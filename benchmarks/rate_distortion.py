@@ -74,8 +74,8 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
         source = Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
     else:
         source = hipmri.find_hipmri(args.data)
-    # Resizing would distort a volume whose slices have another aspect ratio, so crop its slices.
-    # Pixels are assumed to be square.
+    # Resizing would distort a volume whose slices have a different aspect ratio, so its slices are
+    # cropped. Pixels are assumed to be square.
     fit = "crop" if args.volume else "resize"
     preprocessing = Preprocessing.resolve(source, fit=fit, planes=args.planes)
     slices = dataset.load_split(source, args.split, preprocessing)
@@ -125,8 +125,9 @@ def mean_scores(originals: Originals, reconstructions: Tensor) -> dict[str, dict
 def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) -> list[dict]:
     """Compress the slices with a codec, and return a row for each rate and accounting.
 
-    A row has the scores at the depth with the best mean `ssim`. If some slices do not fit at any
-    depth, the row has no scores. "misfits" counts these slices at the depth with the fewest.
+    A row has the scores at the depth with the best mean `ssim`. If no depth fits all slices,
+    the row has no scores. "misfits" is the number of slices that do not fit, at the depth with the
+    fewest of them.
     """
     images = originals.images
     minimum = images.amin((1, 2, 3), keepdim=True)
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure_run(run, originals, device, args.entropy_coded)
     for name in args.codecs:
         rows += measure_codec(CODECS[name], originals, sorted(args.rates))
-    rows.sort(key=lambda row: row["rate"])  # at equal rates, runs stay before codecs
+    rows.sort(key=lambda row: row["rate"])  # stable: at equal rates, runs come first
 
     name = (args.volume or args.data).resolve().name.split(".")[0]
     out = args.out or RESULTS / f"rate_distortion_{name}"

@@ -85,7 +85,7 @@ def plot(path: Path, rows: list[dict], heading: str) -> None:
             point = (row["bits_per_pixel"], row["scores"]["ssim"]["mean"])
             curves.setdefault((row["method"], row["accounting"]), []).append(point)
     colours = {codec.name: f"C{number}" for number, codec in enumerate(CODECS.values())}
-    # Runs are distinguished by markers, because labels beside the points would overlap.
+    # Runs are distinguished by markers, because labels next to the points would overlap.
     runs = sorted({method for method, _ in curves} - colours.keys())
     markers = dict(zip(runs, itertools.cycle("osD^vP*X"), strict=False))
     for (method, accounting), points in sorted(curves.items()):

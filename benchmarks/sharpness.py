@@ -2,10 +2,10 @@
 
     python benchmarks/sharpness.py --runs runs/plain runs/gan
 
-The runs must have the same data set and rate. The result files <out>.json and <out>.md
-contain the SSIM variants, PSNR, the power of the reconstructions relative to that of the originals
-in each of the three highest octaves of spatial frequency, and kernel distances (prior/realism.py).
-<out>.png shows some reconstructions.
+The runs must have the same training data and the same rate. The result files <out>.json and
+<out>.md contain the SSIM variants, PSNR, kernel distances (prior/realism.py), and the power of the
+reconstructions relative to that of the originals, in each of the three highest octaves of spatial
+frequency. <out>.png shows some reconstructions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure_run(
 
 
 def score(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """Compute all scores and the power ratio in each octave, {name: (N,)}, of N slices.
+    """Compute all scores and the power ratio in each octave for N slices; return {name: (N,)}.
 
     `power_octave_0` is the highest octave.
     """

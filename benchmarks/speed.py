@@ -41,7 +41,7 @@ from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("monai", "vector-quantize-pytorch")
-# Methods that differ from "this project" on one type of device only.
+# Methods that differ from "this project" only on a GPU, or only on a CPU.
 GPU_METHODS = {"- slices not on the GPU", "- not compiled"}
 CPU_METHODS = {"- freed memory returned to the system", "- compiled"}
 
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, name: str, data: Path, **options) -> dict:
 def medians(results: list[dict]) -> dict:
     """Return the median of each number over the rounds that did not fail.
 
-    `first_epoch` is the maximum instead, because later rounds find the compiled code in a cache.
+    For `first_epoch`, return the maximum, because later rounds find compiled code in a cache.
     """
     successful = [result for result in results if "failed" not in result]
     if not successful:
@@ -245,7 +245,7 @@ def precision_of(name: str, device: torch.device) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the other libraries; raises UserError if one is not installed."""
+    """Return the versions of the other libraries; raise UserError if one is not installed."""
     versions = {}
     for name in LIBRARIES:
         try:

@@ -47,7 +47,7 @@ IMPORTED = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 16
 
-# The rows of speed.py's table that are trained by `own_epochs`, with its options.
+# The rows of speed.py's table that are trained by `own_epochs`, and the options for each row.
 OWN_OPTIONS = {
     "this project": {},
     "- in float32": {"precision": "float32"},
@@ -181,9 +181,9 @@ def measure_first_batch(device: torch.device, data: Path) -> dict:
 
 
 def measure_cache(device: torch.device, data: Path, rounds: int) -> dict:
-    """Measure the time to decode a split into a new cache, and its ratio to gzip inflation alone.
+    """Measure the time to decode a split into a new cache, also relative to gzip inflation alone.
 
-    Both use the same number of processes.
+    Decoding and inflation use the same number of processes.
     """
     source = hipmri.find_hipmri(data)
     files = source.splits["train"]
@@ -218,7 +218,7 @@ def inflated_size(file: Path) -> int:
 
 
 def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
-    """Measure a bound of the slices per second of eager training on the device.
+    """Measure an upper bound on the slices per second of eager training on the device.
 
     The bound assumes that a step takes the longer of two times: its operations divided by the rate
     of matrix products, or its memory traffic divided by the copy bandwidth. A multiply-add counts
@@ -274,7 +274,7 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 class Traffic(TorchDispatchMode):
-    """A counter of the bytes that operations read and write, except views and allocations."""
+    """A counter of the bytes that operations other than views and allocations read and write."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training loop of train.py for measurements, without run folder, validation and plots.
+"""The training loop of train.py for measurements, without a run folder, validation or plots.
 
 trainer = Trainer(config, device)
 train.init_codebook(trainer.model, slices, config, device)
@@ -39,7 +39,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, device: torch.device, channels_last: bool = True):
         if config.gan:
-            raise ValueError("gan is True; expected a configuration without adversarial loss")
+            raise ValueError("gan is True; expected a configuration without an adversarial loss")
         self.config = config
         self.device = device
         self.epochs_done = 0
