@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import zlib
@@ -42,10 +43,9 @@ class FileSet(frozenset):
         """Size without compression -> files; unreadable files are left out."""
         files: dict[int, list[Path]] = {}
         for file in self:
-            try:
-                files.setdefault(content_size(file), []).append(file)
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                if file.is_file():  # opening a FIFO would block
+                    files.setdefault(content_size(file), []).append(file)
         return files
 
     @functools.cached_property

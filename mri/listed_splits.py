@@ -101,22 +101,24 @@ def read_table(table: Path) -> list[tuple[int, dict[str, str]]]:
     """
     try:
         lines = _decode(table.read_bytes()).splitlines()
-        header = lines[0] if lines else ""
+        header = next((line for line in lines if line.strip()), "")
         delimiter = max(DELIMITERS, key=header.count)
         rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"cannot read --split {table} ({error}); expected three fractions or a CSV file."
         ) from error
-    columns = []
-    for cell in rows[0] if rows else []:
-        name = cell.strip().lower()
-        columns.append(COLUMN_NAMES.get(name, name))
+    columns: list[str] = []
     table_rows = []
-    for number, cells in enumerate(rows[1:], start=2):
-        cells = [cell.strip() for cell in cells]
-        if any(cells):
+    for number, row in enumerate(rows, start=1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        if columns:
             table_rows.append((number, dict(zip(columns, cells, strict=False))))
+        else:
+            names = [cell.lower() for cell in cells]
+            columns = [COLUMN_NAMES.get(name, name) for name in names]
     return table_rows
 
 
@@ -203,13 +205,19 @@ class RecordedSplits:
         return splits
 
     def notes(self, files: list[Path]) -> list[str]:
-        """Return a warning if recorded files are missing."""
+        """Return a warning if recorded files are missing; a note if all of them are."""
         missing = sorted(self.recorded.keys() - {self._key(file) for file in files})
         if not missing:
             return []
+        example = printable(missing[0])
+        if len(missing) == len(self.recorded):
+            return [
+                f"none of the {len(missing):,} scan(s) that the run recorded is in {self.root} "
+                f"(for example, {example}), so its training subjects are recognised by name only"
+            ]
         return [
             f"warning: {len(missing):,} of the {len(self.recorded):,} scan(s) that the run recorded"
-            f" are not in {self.root}; for example, {printable(missing[0])}"
+            f" are not in {self.root}; for example, {example}"
         ]
 
     def _training_subjects(self, files: list[Path], subjects: dict[Path, str]) -> set[str]:

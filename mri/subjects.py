@@ -174,7 +174,7 @@ def note_on_unnamed(unnamed: list[Path], subjects: dict[Path, str], unit: str) -
         return []
     names = {subjects[file] for file in unnamed}
     if len(names) == len(unnamed):
-        rule = f"each of these {unit} counts as a subject of its own"
+        rule = f"each of these {unit.replace('(s)', 's')} counts as a subject of its own"
     else:
         rule = f"they count as {len(names):,} subject(s), by the names of files and folders"
     return [f"the paths of {len(unnamed):,} {unit} name no subject; {rule}"]
