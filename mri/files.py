@@ -186,15 +186,13 @@ def find_segmentation(image: Path) -> Path | None:
 
 def _segmentation_names(folder: Path, stem: str) -> list[tuple[Path, str]]:
     """Return the folders and names, without ending, that an image's segmentation may have."""
-    names = []
-    for mark in ("seg_", "SEG_"):
-        name = re.sub("^case_", mark, stem, flags=re.I)
-        if name != stem:
-            names.append((folder, name))
-        if split_of_folder(folder):
-            marked = re.sub("^(keras_slices_)?", rf"\g<1>{mark}", folder.name, flags=re.I)
-            for sibling in dict.fromkeys((marked, marked.lower())):
-                names += [(folder.parent / sibling, name), (folder.parent / sibling, stem)]
+    masks = [re.sub("^case_", mark, stem, flags=re.I) for mark in ("seg_", "SEG_")]
+    names = [(folder, mask) for mask in masks if mask != stem]
+    if split_of_folder(folder):
+        for mark in ("seg_", "SEG_"):
+            sibling = re.sub("^(keras_slices_)?", rf"\g<1>{mark}", folder.name, flags=re.I)
+            for place in (folder.parent / sibling, folder.parent / sibling.lower()):
+                names += [(place, name) for name in (*masks, stem)]
     if re.search("_LFOV", stem, re.I) or folder.name.lower().startswith("semantic_mrs"):
         for labels in ("semantic_labels_anon", "semantic_labels_only"):
             for mark in ("_SEMANTIC_LFOV", "_SEMANTIC", "_semantic_lfov", "_semantic"):

@@ -10,8 +10,8 @@ import predict
 import train
 import utils
 from mri import splits
-from training.run_folder import load_run_data, read_manifest
-from utils import DataError, UserError
+from training.run_folder import load_run_data
+from utils import DataError
 
 
 def make_files(root: Path, *names: str) -> Path:
