@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mri.copies import FileSet
-from training.run_folder import training_files
 
 
 @pytest.fixture
@@ -58,11 +57,3 @@ def test_unreadable_files_are_not_copies(volume, tmp_path):
     copy.write_bytes(volume.read_bytes())
     assert trained_on.has_copy(copy)
     assert not trained_on.has_copy(tmp_path / "nothing")
-
-
-def test_a_run_knows_copies_of_its_training_files(run_copy, blobs, tmp_path):
-    trained_on = training_files(run_copy)
-    for split, expected in (("train", True), ("validate", False)):
-        file = next((blobs / f"keras_slices_{split}").iterdir())
-        (tmp_path / "copy.nii").write_bytes(gzip.decompress(file.read_bytes()))
-        assert trained_on.has_copy(tmp_path / "copy.nii") == expected

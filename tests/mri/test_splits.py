@@ -1,6 +1,7 @@
 """Which file is in which split: fractions, folders, and the splits of a run."""
 
 import csv
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -255,14 +256,17 @@ def test_results_say_which_files_were_trained_on(study, tmp_path, monkeypatch, s
     for split, subjects in manifest.items():
         files_of[split] = {file for files in subjects.values() for file in files}
 
+    copied = next(iter(files_of["train"]))
+    (tmp_path / "study" / "copy.nii").write_bytes(gzip.decompress((study / copied).read_bytes()))
     assert predict.main(["study", "-o", "out", "--device", "cpu"]) == 0
+    (tmp_path / "study" / "copy.nii").unlink()
     with open(tmp_path / "out" / "scores.csv") as file:
         in_training = {row["path"]: row["in_training"] for row in csv.DictReader(file)}
-    assert len(in_training) == 10
+    assert len(in_training) == 11
     assert set(in_training.values()) == {"yes", "no"}
     trained = {path for path, answer in in_training.items() if answer == "yes"}
-    assert trained == {f"study/{file}" for file in files_of["train"]}
-    assert "the model was trained on 6 of 10 files" in capsys.readouterr().out
+    assert trained == {"study/copy.nii", *(f"study/{file}" for file in files_of["train"])}
+    assert "the model was trained on 7 of 11 files" in capsys.readouterr().out
 
     assert predict.main(["--run", "runs/a", "--html", "--device", "cpu"]) == 0
     with open("runs/a/test/slices.csv") as file:

@@ -192,11 +192,10 @@ def test_slices_of_a_subject_are_one_case(tmp_path, write_nifti, load):
     volumes = [f"{case}_Week{week}_LFOV.nii" for case in ("B006", "W011") for week in (0, 1)]
     for name in volumes:
         write_nifti(tmp_path / "3d" / "semantic_MRs" / name, np.stack([image] * 3, 1))
-    source = splits.find_source(tmp_path / "2d")
-    warnings = [note for note in source.notes if "2 subject(s) in both" in note]
-    assert len(warnings) == 3
+    slices = splits.find_source(tmp_path / "2d")
+    assert sum("2 subject(s) in both" in note for note in slices.notes) == 3
     for source, expected in (
-        (source, ["01", "01", "x", "x"]),
+        (slices, ["01", "01", "x", "x"]),
         (splits.find_source(tmp_path / "3d"), ["B006"] * 6 + ["W011"] * 6),
         (splits.find_source(tmp_path / "2d", "axial"), ["01", "01", "x", "x"]),
     ):
