@@ -28,6 +28,8 @@ class FileSet(frozenset):
         """
         if file.resolve() in self:
             return True
+        if not file.is_file():
+            return False
         try:
             candidates = self._files_of_size.get(content_size(file), [])
             checksum = content_checksum(file) if candidates else 0

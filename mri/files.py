@@ -186,8 +186,10 @@ def find_segmentation(image: Path) -> Path | None:
 
 def _segmentation_names(folder: Path, stem: str) -> list[tuple[Path, str]]:
     """Return the folders and names, without ending, that an image's segmentation may have."""
-    masks = [re.sub("^case_", mark, stem, flags=re.I) for mark in ("seg_", "SEG_")]
-    names = [(folder, mask) for mask in masks if mask != stem]
+    masks = [re.sub("^(case_)?", mark, stem, flags=re.I) for mark in ("seg_", "SEG_")]
+    names = []
+    if stem.lower().startswith("case_"):
+        names = [(folder, mask) for mask in masks]
     if split_of_folder(folder):
         for mark in ("seg_", "SEG_"):
             sibling = re.sub("^(keras_slices_)?", rf"\g<1>{mark}", folder.name, flags=re.I)

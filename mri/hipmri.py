@@ -65,16 +65,19 @@ def find_hipmri(root: str | Path) -> Source:
         raise DataError(f"{root} {problem}; {describe_archive(root) or EXPECTED}")
     unreadable: list[str] = []
     folders = [root]
-    volumes: tuple[list[Source], str] = ([], "")  # those of the nearest level, and the level
+    volumes: list[Source] = []  # the data sets of volumes at the nearest level that has any
+    volumes_level = ""
     for level in LEVELS:
         sources, folders, errors = _search(folders)
         unreadable += errors
         slices = [source for source in sources if source.form == "2D"]
-        volumes = volumes if volumes[0] else ([s for s in sources if s.form == "3D"], level)
+        if not volumes:
+            volumes = [source for source in sources if source.form == "3D"]
+            volumes_level = level
         if slices:
-            return _finish(slices, root, level, volumes[0])
-    if volumes[0]:
-        return _finish(volumes[0], root, volumes[1])
+            return _finish(slices, root, level, volumes)
+    if volumes:
+        return _finish(volumes, root, volumes_level)
     if split_of_folder(root) or root.name.lower().startswith(("keras_slices_", "semantic_")):
         sources, _, errors = _search([root.parent])
         unreadable += errors

@@ -6,7 +6,8 @@
 
 Without an axis, `find_source` uses HipMRI's splits (listed in mri/hipmri.py) or the user's split
 folders. With an axis, it splits scans in two steps: each file gets a subject, and one of four
-policies assigns files to splits. The policies are the functions `splits_from_...`.
+policies assigns files to splits. Two of them, which use a table or the manifest of a run, are in
+mri/listed_splits.py; the other two are functions `splits_from_...` below.
 """
 
 from __future__ import annotations

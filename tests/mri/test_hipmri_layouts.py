@@ -143,6 +143,7 @@ def test_segmentations_of_slices_are_found(tmp_path, prefix, mask_prefix):
         ("val/case_036_slice_0.nii.gz/x.nii", "seg_val/seg_036_slice_0.nii.gz/y.nii"),
         ("Train/CASE_004.nii", "SEG_Train/SEG_004.nii"),
         ("train/a.nii", "seg_train/a.nii"),
+        ("train/B006_week_0_slice_3.nii.gz", "seg_train/seg_B006_week_0_slice_3.nii.gz"),
     ],
 )
 def test_a_segmentation_may_differ_in_ending_and_letters(tmp_path, image, mask):
@@ -155,6 +156,7 @@ def test_a_segmentation_may_differ_in_ending_and_letters(tmp_path, image, mask):
     [
         ("train/a.nii", "train/a.nii.gz"),
         ("scans/a.nii", "seg_scans/a.nii"),
+        ("train/a.nii", "train/seg_a.nii"),
         ("train/case_004_week_0_slice_1.nii", "seg_train/seg_004_week_0_slice_10.nii"),
         ("semantic_MRs/B006_Week0_LFOV.nii", "semantic_labels_only/B006_Week5_SEMANTIC.nii"),
     ],
