@@ -333,13 +333,12 @@ def read_slice(path: str | Path, preprocessing: Preprocessing) -> Tensor:
 
 
 def _name_slices(source: Source, files: list[Path], records: np.ndarray) -> list[SliceName]:
-    """Name each slice after its file; for volumes, append the plane number."""
+    """Name each slice after its subject and file; for volumes, append the plane number."""
     volumes = set(records["file"][records["plane"] > 0].tolist())
     names = []
     for path, record in zip(files, records, strict=True):
         name = parse_name(path)
-        if source.form == "scans":
-            name = replace(name, case=source.subjects[path])
+        name = replace(name, case=source.subjects.get(path, name.case))
         if record["file"] in volumes:
             plane = int(record["plane"])
             name = replace(name, slice=plane, stem=f"{name.stem}_slice_{plane}")

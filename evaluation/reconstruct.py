@@ -27,6 +27,7 @@ from evaluation.codec import (
 )
 from modules import VQVAE
 from mri import files, nifti, preprocessing
+from mri.copies import FileSet
 from mri.files import printable
 from training.checkpoint import load_model, read_checkpoint
 from training.run_folder import newest_run, training_files
@@ -257,11 +258,11 @@ def decode_file(model: VQVAE, file: Path, path: Path) -> None:
     utils.write_bytes(path, scan.to_bytes(decode_planes(model, coded)))
 
 
-def _describe_membership(file: Path, trained_on: set[Path] | None) -> str:
-    """Return "yes" or "no" for whether the model was trained on the file, or "unknown"."""
+def _describe_membership(file: Path, trained_on: FileSet | None) -> str:
+    """Return "yes" if the model was trained on the file or a copy of it, else "no" or "unknown"."""
     if trained_on is None:
         return "unknown"
-    return "yes" if file.resolve() in trained_on else "no"
+    return "yes" if trained_on.has_copy(file) else "no"
 
 
 def _output(target: Path, ending: str) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +22,20 @@ SPLIT_NAMES = {
 }
 
 NIFTI_NAME = re.compile(r"\.nii(?:\.gz)?$", re.I)
+# "case_004_week_0_slice_12" and "Case_004_Week0_LFOV"; "B006_Week0_LFOV", which needs the week
+# because other names start with a letter and a number, too.
 HIPMRI_NAME = re.compile(
-    r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I
+    r"(?:case[ _-]?|(?P<letter>[a-z])(?=\d+[ _-]?week[ _-]?\d))(?P<number>\d+)"
+    r"(?:[ _-]?week[ _-]?(?P<week>\d+))?(?:[ _-]?slice[ _-]?(?P<slice>\d+))?(?![^\W_])",
+    re.I,
 )
+ARCHIVE_COMMANDS = {  # file name -> the command that unpacks it
+    re.compile(r"\.zip$", re.I): "unzip {file} -d {folder}",
+    re.compile(r"\.(tar|tgz|tbz2|txz|tar\.(gz|bz2|xz|zst))$", re.I): (
+        "mkdir {folder} && tar -xf {file} -C {folder}"
+    ),
+    re.compile(r"\.7z$", re.I): "7z x {file} -o{folder}",
+}
 OUTPUT_NAME = re.compile(r"_(reconstruction|error)\.nii(\.gz)?$", re.I)
 HIPMRI_SEGMENTATION_NAME = re.compile(r"seg_|.*semantic", re.I)
 SEGMENTATION_SUFFIX = re.compile(r"[_-](d?seg|segmentation|mask|label)s?(\.nii|$)", re.I)
@@ -53,7 +66,7 @@ class Source:
 class SliceName:
     """The parts of a slice's file name, for titles and tables."""
 
-    case: str  # "004"; the stem if the name is not like HipMRI's
+    case: str  # the subject: "004" or "B006"; the stem if the name is not like HipMRI's
     week: str  # "0"; "" if the name has none
     slice: int  # 12; 0 if the name has none
     stem: str  # the file name without its ending, "case_004_week_0_slice_12"
@@ -63,21 +76,44 @@ class SliceName:
 
 
 def parse_name(path: str | Path) -> SliceName:
-    """Parse `case_004_week_0_slice_12.nii.gz` or `Case_004_Week0_LFOV.nii.gz`.
+    """Parse a name such as `case_004_week_0_slice_12.nii.gz` or `B006_Week0_LFOV.nii.gz`.
 
     A file with any other name counts as a case of its own. If a file is inside a folder called
     `x.nii.gz`, the name of the folder is parsed instead.
+    """
+    stem = stem_of(path)
+    match = HIPMRI_NAME.match(stem)
+    if not match:
+        return SliceName(stem, "", 0, stem)
+    case = f"{(match['letter'] or '').upper()}{int(match['number']):03d}"
+    return SliceName(case, match["week"] or "", int(match["slice"] or 0), stem)
+
+
+def stem_of(path: str | Path) -> str:
+    """Return the printable name of a file without .nii or .nii.gz.
+
+    The name is that of the folder if the file is inside a folder called `x.nii.gz`.
     """
     folder, name = os.path.split(path)
     folder_name = os.path.basename(folder)
     if NIFTI_NAME.search(folder_name):
         name = folder_name
-    stem = printable(NIFTI_NAME.sub("", name))
-    match = HIPMRI_NAME.match(stem)
-    if not match:
-        return SliceName(stem, "", 0, stem)
-    case, week, number = match.groups()
-    return SliceName(f"{int(case):03d}", week or "", int(number or 0), stem)
+    return printable(NIFTI_NAME.sub("", name))
+
+
+def path_key(path: str | Path) -> str:
+    """Return a key that is equal for the same path on all platforms: with /, and in NFC.
+
+    Windows separates folders by backslashes, and macOS decomposes letters such as an u with two
+    dots (NFD).
+    """
+    text = path.as_posix() if isinstance(path, Path) else path
+    return nfc(text.replace("\\", "/"))
+
+
+def nfc(text: str) -> str:
+    """Return text in Unicode's form NFC, in which names from all platforms are compared."""
+    return unicodedata.normalize("NFC", text)
 
 
 def printable(text: str) -> str:
@@ -127,18 +163,44 @@ def is_output(path: Path) -> bool:
 
 
 def find_segmentation(image: Path) -> Path | None:
-    """Return the segmentation of an image in HipMRI's 2D or 3D layout, or None if there is none."""
-    folder = image.parent
-    folder_2d = folder.name.lower().replace("keras_slices_", "keras_slices_seg_")
-    name_2d = re.sub("^case_", "seg_", image.name, flags=re.I)
-    name_3d = re.sub("_LFOV", "_SEMANTIC_LFOV", image.name, flags=re.I)
-    for path in (
-        folder.parent / folder_2d / name_2d,
-        folder.parent / "semantic_labels_anon" / name_3d,
-    ):
-        if path != image and path.is_file():
-            return path
+    """Return the segmentation of an image in HipMRI's 2D or 3D layout, or None if there is none.
+
+    2D: `keras_slices_seg_train/seg_004_week_0_slice_0.nii.gz`, or the same name in `seg_train/`,
+    for an image in `keras_slices_train/` or `train/`. 3D: `Case_004_Week0_SEMANTIC_LFOV.nii.gz` in
+    `semantic_labels_anon/`, or `B006_Week0_SEMANTIC.nii.gz` in `semantic_labels_only/`, next to the
+    folder of the image. Letters may have another case, and the file another of NIfTI's endings.
+    """
+    if NIFTI_NAME.search(image.parent.name):  # a folder called x.nii.gz with the .nii inside
+        image = image.parent
+    stem = NIFTI_NAME.sub("", image.name)
+    endings = dict.fromkeys((image.name[len(stem) :], ".nii.gz", ".nii"))  # its own ending first
+    for folder, name in _segmentation_names(image.parent, stem):
+        for ending in endings:
+            path = folder / f"{name}{ending}"
+            if path.is_dir():
+                path = _file_inside(path)
+            if path.is_file():
+                return path
     return None
+
+
+def _segmentation_names(folder: Path, stem: str) -> list[tuple[Path, str]]:
+    """Return the folders and names, without ending, that an image's segmentation may have."""
+    masks = [re.sub("^(case_)?", mark, stem, flags=re.I) for mark in ("seg_", "SEG_")]
+    names = []
+    if stem.lower().startswith("case_"):
+        names = [(folder, mask) for mask in masks]
+    if split_of_folder(folder):
+        for mark in ("seg_", "SEG_"):
+            sibling = re.sub("^(keras_slices_)?", rf"\g<1>{mark}", folder.name, flags=re.I)
+            for place in (folder.parent / sibling, folder.parent / sibling.lower()):
+                names += [(place, name) for name in (*masks, stem)]
+    if re.search("_LFOV", stem, re.I) or folder.name.lower().startswith("semantic_mrs"):
+        for labels in ("semantic_labels_anon", "semantic_labels_only"):
+            for mark in ("_SEMANTIC_LFOV", "_SEMANTIC", "_semantic_lfov", "_semantic"):
+                name = re.sub("_LFOV", mark, stem, flags=re.I)
+                names.append((folder.parent / labels, name))
+    return list(dict.fromkeys(names))
 
 
 # ---------------------------------------------------------------- folders
@@ -190,6 +252,28 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
         if not HIPMRI_SEGMENTATION_NAME.match(entry.name):
             files.append(path)
     return folders, files
+
+
+def describe_archive(path: Path) -> str:
+    """Return what to do with an archive, such as data.zip; "" if a path is not named like one."""
+    for ending, command in ARCHIVE_COMMANDS.items():
+        folder = ending.sub("", path.name)
+        if folder != path.name:
+            file, target = shlex.quote(str(path)), shlex.quote(str(path.with_name(folder)))
+            return (
+                "expected a folder. Unpack it first, and point --data at the new folder:\n"
+                f"  {command.format(file=file, folder=target)}"
+            )
+    return ""
+
+
+def describe_archives(folder: Path) -> list[str]:
+    """Return lines about the archives that a folder contains, for an error message."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if describe_archive(path):
+            lines.append(f"  {path.name} is a file; {describe_archive(path)}")
+    return lines
 
 
 def _file_inside(folder: Path) -> Path:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from mri.files import (
     HIPMRI_NAME,
-    NIFTI_NAME,
     SPLITS,
     Source,
+    describe_archive,
+    describe_archives,
     format_listing,
     list_folder,
-    parse_name,
     split_of_folder,
+    stem_of,
 )
-from mri.subjects import report_splits, subject_of
+from mri.subjects import find_subjects, note_on_unnamed, report_splits
 from utils import DataError
 
 # The cases of each split in HipMRI's 2D version. They determine the splits of the 3D version. The
@@ -31,36 +33,58 @@ HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(
 EXPECTED = """expected one of
   keras_slices_train/ keras_slices_validate/ keras_slices_test/  (HipMRI's 2D version)
   semantic_MRs_anon/Case_004_Week0_LFOV.nii.gz ...               (HipMRI's 3D version)
+  semantic_MRs/B006_Week0_LFOV.nii.gz ...                        (HipMRI's 3D version)
   train/ validate/ test/                                         (your own 2D slices)
   any folder of scans, or one scan, with --axis coronal, sagittal or axial"""
 
+# Where the data may be relative to the given folder. The public download, for example, has its
+# volumes three levels below its top folder.
+LEVELS = (
+    "",
+    "one level below",
+    "two levels below",
+    "three levels below",
+    "four levels below",
+)
+
 
 def find_hipmri(root: str | Path) -> Source:
-    """Find the splits in a folder, or one or two levels below it.
+    """Find the splits in a folder, or up to four levels below it.
 
-    If nothing is found and the folder is itself part of a data set, such as `keras_slices_test`,
-    the folder above it is searched, too.
+    The nearest data set is used, but 2D slices are preferred to volumes at any level, because they
+    define HipMRI's splits. If nothing is found and the folder is itself part of a data set, such as
+    `keras_slices_test`, the folder above it is searched, too.
 
     Raises:
-        DataError: if there is no data set, if there are several at one level, or if one cannot be
-            read.
+        DataError: if there is no data set, if there are several of the same form at one level, or
+            if one cannot be read.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
-        raise DataError(f"{root} {problem}; {EXPECTED}")
+        raise DataError(f"{root} {problem}; {describe_archive(root) or EXPECTED}")
     unreadable: list[str] = []
     folders = [root]
-    for level in ("", "one level below", "two levels below"):
+    volumes: list[Source] = []  # the data sets of volumes at the nearest level that has any
+    volumes_level = ""
+    for level in LEVELS:
         sources, folders, errors = _search(folders)
         unreadable += errors
-        if sources:
-            return _finish(sources, root, level)
+        slices = [source for source in sources if source.form == "2D"]
+        if not volumes:
+            volumes = [source for source in sources if source.form == "3D"]
+            volumes_level = level
+        if slices:
+            return _finish(slices, root, level, volumes)
+    if volumes:
+        return _finish(volumes, root, volumes_level)
     if split_of_folder(root) or root.name.lower().startswith(("keras_slices_", "semantic_")):
         sources, _, errors = _search([root.parent])
         unreadable += errors
+        form = "3D" if root.name.lower().startswith("semantic_") else "2D"
+        same_form = [source for source in sources if source.form == form]
         if sources:
-            return _finish(sources, root, "one level above")
+            return _finish(same_form or sources, root, "one level above")
     lines = [f"no slices found in {root}:", *describe_folder(root), *unreadable, EXPECTED]
     lines.append("Rename the folders, or point --data at the folder that contains them.")
     raise DataError("\n".join(lines))
@@ -131,8 +155,8 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
 
 def is_volume(path: Path) -> bool:
     """Return whether a file is named like a HipMRI volume: with a case and a week but no slice."""
-    match = HIPMRI_NAME.match(NIFTI_NAME.sub("", path.name))
-    return bool(match and match[2] and not match[3])
+    match = HIPMRI_NAME.match(stem_of(path))
+    return bool(match and match["week"] and not match["slice"])
 
 
 def _volumes_source(folder: Path, files: list[Path]) -> Source:
@@ -153,7 +177,7 @@ def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
     others = []
     for file in files:
-        split = _split_of_case(parse_name(file).case)
+        split = _split_of_volume(file)
         if split:
             splits[split].append(file)
         else:
@@ -163,26 +187,31 @@ def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
             f"{len(others)} of the {len(files)} volumes in {folder} belong to no split:\n"
             f"{format_listing(others)}\n"
             "expected HipMRI's cases: 004-035 train, 036-039 validate, 040-042 test.\n"
-            "Move these volumes elsewhere, or cut them into slices in train/ validate/ test/."
+            "Move these volumes elsewhere, cut them into slices in train/ validate/ test/, or\n"
+            "split all volumes by subject, at random, with --axis coronal."
         )
     return {split: volumes for split, volumes in splits.items() if volumes}
 
 
-def _split_of_case(case: str) -> str | None:
-    """Return the split of a HipMRI case such as "004", or None if it is not one of HipMRI's."""
+def _split_of_volume(path: Path) -> str | None:
+    """Return the split of a HipMRI volume by the number of its case, or None if it has none."""
+    match = HIPMRI_NAME.match(stem_of(path))
     for split, cases in HIPMRI_CASES.items():
-        if case.isdecimal() and int(case) in cases:
+        if match and int(match["number"]) in cases:
             return split
     return None
 
 
-def _finish(sources: list[Source], root: Path, level: str) -> Source:
+def _finish(
+    sources: list[Source], root: Path, level: str, volumes: list[Source] | None = None
+) -> Source:
     """Return the only data set that was found, with its subjects and notes filled in.
 
     Args:
         sources: the data sets that were found.
         root: the folder that the user gave.
         level: where the data sets are relative to `root`, such as "one level below".
+        volumes: HipMRI's volumes in the same folder, which are not used.
 
     Raises:
         DataError: if there are several data sets.
@@ -194,14 +223,18 @@ def _finish(sources: list[Source], root: Path, level: str) -> Source:
             "Point --data at one of them."
         )
     source = sources[0]
-    subjects = {}
-    for files in source.splits.values():
-        for file in files:
-            subjects[file] = subject_of(file.relative_to(source.root)) or parse_name(file).stem
+    files = [file for split_files in source.splits.values() for file in split_files]
+    subjects, unnamed = find_subjects(files, source.root)
     unit = "slices" if source.form == "2D" else "volumes"
     counts, *warnings = report_splits(source.splits, subjects, unit)
     place = f" ({level} the given folder)" if level else ""
     notes = [f"{source.root}{place}: {counts}", *source.notes, *warnings]
+    for other in volumes or []:
+        notes.append(
+            f"the volumes (3D version) in {other.root} are not used, because the 2D slices define "
+            f"HipMRI's splits; --data {shlex.quote(str(other.root))} selects the volumes"
+        )
+    notes += note_on_unnamed(unnamed, subjects, unit)
     return replace(source, notes=notes, subjects=subjects)
 
 
@@ -218,6 +251,7 @@ def describe_folder(root: Path) -> list[str]:
         for subfolder in subfolders_shown:
             images = list_folder(subfolder)[1]
             lines.append(f"  {subfolder.name}/: {len(images)} NIfTI image(s)")
+        lines += describe_archives(root)
         pairs = sum(len(list(folder.glob("*.hdr"))) for folder in [root, *subfolders_shown])
         if pairs:
             lines.append(

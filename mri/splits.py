@@ -6,14 +6,13 @@
 
 Without an axis, `find_source` uses HipMRI's splits (listed in mri/hipmri.py) or the user's split
 folders. With an axis, it splits scans in two steps: each file gets a subject, and one of four
-policies assigns files to splits. The policies are the functions `splits_from_...`.
+policies assigns files to splits. Two of them, which use a table or the manifest of a run, are in
+mri/listed_splits.py; the other two are functions `splits_from_...` below.
 """
 
 from __future__ import annotations
 
-import csv
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,28 +20,27 @@ import numpy as np
 
 from mri.files import (
     NIFTI_NAME,
-    SPLIT_NAMES,
     SPLITS,
     Source,
+    describe_archive,
+    describe_archives,
     files_below,
     format_listing,
     is_output,
     is_segmentation,
     natural_key,
-    parse_name,
+    path_key,
     printable,
     split_of_path,
 )
 from mri.hipmri import find_hipmri, is_volume
-from mri.subjects import check_guesses, find_subjects, report_splits
+from mri.listed_splits import Manifest, RecordedSplits, Splits, splits_from_table
+from mri.subjects import check_guesses, find_subjects, note_on_unnamed, report_splits
 from utils import DataError
-
-Splits = dict[str, list[Path]]  # split -> its files
-Manifest = dict[str, dict[str, list[str]]]  # split -> subject -> its files, relative to the root
 
 FRACTIONS = (0.8, 0.1, 0.1)  # fractions of the subjects in train, validate and test
 MIN_SUBJECTS = 3  # with fewer, splits share subjects
-# Splits that must not share subjects; validation and test may (see `splits_from_manifest`).
+# Splits that must not share subjects; validation and test may (see `RecordedSplits`).
 TRAIN_PAIRS = (("train", "validate"), ("train", "test"))
 
 
@@ -135,8 +133,10 @@ def find_scans(
     policy_notes: list[str] = []
     pairs = TRAIN_PAIRS
     if manifest:
-        subjects = subjects | subjects_from_manifest(files, folder, manifest)
-        splits = splits_from_manifest(files, subjects, folder, manifest, include_new_subjects)
+        recorded = RecordedSplits(manifest, folder)
+        policy_notes = recorded.notes(files)
+        splits = recorded.split(files, subjects, include_new_subjects)
+        subjects = subjects | recorded.subjects(files)
     elif split is None and _has_split_folders(files, folder):
         splits = splits_from_folders(files, folder)
         policy_notes = ["the splits are taken from the names of the folders"]
@@ -155,12 +155,15 @@ def find_scans(
 
 
 def to_manifest(source: Source) -> Manifest:
-    """Return the splits and subjects of the scans, for a later `find_scans(manifest=...)`."""
+    """Return the splits and subjects of the scans, for a later `find_scans(manifest=...)`.
+
+    The paths are those of `path_key`, so that the manifest can be used on any platform.
+    """
     manifest: Manifest = {}
     for split, files in source.splits.items():
         for file in files:
             names = manifest.setdefault(split, {}).setdefault(source.subjects[file], [])
-            names.append(str(file.relative_to(source.root)))
+            names.append(path_key(file.relative_to(source.root)))
     return manifest
 
 
@@ -173,14 +176,17 @@ def _list_scans(root: str | Path) -> tuple[Path, list[Path], int]:
         DataError: if there are no scans.
     """
     folder = Path(os.path.abspath(Path(root).expanduser()))
+    if folder.is_file() and describe_archive(folder):
+        raise DataError(f"{folder} is a file; {describe_archive(folder)}")
     if folder.is_file():
         return folder.parent, [folder], 0
     paths = sorted(files_below(folder, NIFTI_NAME.pattern), key=lambda path: natural_key(str(path)))
     files = [path for path in paths if not is_segmentation(path) and not is_output(path)]
     if not files:
-        raise DataError(
+        message = (
             f"no .nii or .nii.gz file in {folder}, at any depth; point --data at a folder of scans."
         )
+        raise DataError("\n".join([message, *describe_archives(folder)]))
     return folder, files, len(paths) - len(files)
 
 
@@ -207,11 +213,8 @@ def _notes_on_fractions(
 ) -> list[str]:
     """Return notes on scans without a subject, on unused splits of HipMRI, and on few subjects."""
     notes = []
-    if unnamed and len(files) > 1:
-        notes.append(
-            f"the paths of {len(unnamed):,} scan(s) name no subject; each of these scans counts as "
-            "a subject of its own (--subjects changes this)"
-        )
+    for note in note_on_unnamed(unnamed, subjects, "scan(s)"):
+        notes.append(f"{note} (--subjects changes this)")
     if any(is_volume(file) for file in files):
         notes.append(
             "HipMRI's own splits are not used with --axis: its cases are divided at random; to use "
@@ -228,48 +231,6 @@ def _notes_on_fractions(
 
 
 # ---------------------------------------------------------------- policies
-
-
-def subjects_from_manifest(files: list[Path], root: Path, manifest: Manifest) -> dict[Path, str]:
-    """Return the subjects of the files that a manifest lists."""
-    recorded = _read_manifest(root, manifest)
-    return {file: next(iter(recorded[file].values())) for file in files if file in recorded}
-
-
-def splits_from_manifest(
-    files: list[Path],
-    subjects: dict[Path, str],
-    root: Path,
-    manifest: Manifest,
-    include_new_subjects: bool,
-) -> Splits:
-    """Split files as recorded in the manifest of an earlier run.
-
-    Files that are not listed are left out. With `include_new_subjects`, they are instead put into
-    both validation and test, unless they may belong to a training subject.
-    """
-    recorded = _read_manifest(root, manifest)
-    training_subjects = set(manifest.get("train", {}))
-    splits: Splits = {split: [] for split in SPLITS}
-    for file in files:
-        file_splits = list(recorded.get(file, {}))
-        if not file_splits and include_new_subjects:
-            names = {subjects[file], parse_name(file).stem, *file.relative_to(root).parts}
-            if names.isdisjoint(training_subjects):
-                file_splits = ["validate", "test"]
-        for split in file_splits:
-            splits[split].append(file)
-    return splits
-
-
-def _read_manifest(root: Path, manifest: Manifest) -> dict[Path, dict[str, str]]:
-    """Return file -> split -> subject; with very few subjects, a file may be in several splits."""
-    recorded: dict[Path, dict[str, str]] = {}
-    for split, subjects in manifest.items():
-        for subject, names in subjects.items():
-            for name in names:
-                recorded.setdefault(root / name, {})[split] = subject
-    return recorded
 
 
 def splits_from_folders(files: list[Path], root: Path) -> Splits:
@@ -299,48 +260,6 @@ def _has_split_folders(files: list[Path], root: Path) -> bool:
     """Return whether folders are named after at least two splits."""
     splits = {split_of_path(file.relative_to(root)) for file in files}
     return len(splits - {None}) >= 2
-
-
-def splits_from_table(
-    files: list[Path], subjects: dict[Path, str], root: Path, table: Path
-) -> Splits:
-    """Split files by a CSV file with a column `split`, and a column `subject` or `file`.
-
-    Paths in the column `file` are relative to the root. Scans that are not listed are left out.
-
-    Raises:
-        DataError: if the table cannot be read, a row is unusable, or a scan is listed twice.
-    """
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"cannot read --split {table} ({error}); expected three fractions or a CSV file."
-        ) from error
-    splits: Splits = {split: [] for split in SPLITS}
-    for number, row in enumerate(rows, start=2):
-        split = SPLIT_NAMES.get((row.get("split") or "").strip().lower())
-        name = (row.get("file") or "").strip()
-        subject = (row.get("subject") or "").strip().removeprefix("sub-")
-        if name:
-            matches = [path for path in files if path == root / name]
-        else:
-            matches = [path for path in files if subjects[path] == subject]
-        if not split or not matches:
-            raise DataError(
-                f"{table}, line {number}: {dict(row)}; expected a split (train, validate or test) "
-                f"and a subject or a file that is in {root}."
-            )
-        splits[split] += matches
-    counts = Counter(path for paths in splits.values() for path in paths)
-    for path, count in counts.items():
-        if count > 1:
-            raise DataError(
-                f"{table} lists {path.relative_to(root)} more than once; expected each scan in one "
-                "split."
-            )
-    return splits
 
 
 def parse_fractions(split: Sequence[str] | None) -> list[float]:

@@ -3,6 +3,9 @@
     subject_of(Path("sub-07/ses-1/T2w.nii.gz"))        # "07"
     subject_of(Path("case_004_week_0_slice_3.nii"))    # "004"
 
+All forms of data take their subjects from `find_subjects`. In tables and confidence intervals, each
+subject is one case.
+
 No subject should be in both training and test; `report_splits` warns if one is.
 """
 
@@ -19,38 +22,63 @@ from mri.files import (
     NIFTI_NAME,
     SPLITS,
     format_listing,
+    nfc,
     parse_name,
     printable,
     split_of_folder,
+    split_of_path,
+    stem_of,
 )
 from utils import DataError
 
+NNUNET_FOLDER = re.compile(r"images(tr|ts|va|val)$", re.I)  # images in nnU-Net's layout
+CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net numbers the channels of a case: X_0000, X_0001
+SLICE_NUMBER = re.compile(r"[ _-]slice[ _-]?\d+$", re.I)
 
-def subject_of(path: Path, subject_pattern: str | None = None) -> str | None:
+
+def subject_of(path: Path, subject_pattern: str | None = None, root: Path = Path()) -> str | None:
     """Return the subject that a path names, or None if it names none.
 
-    Without a pattern, the subject is taken from the first of these that the path contains: a folder
-    `sub-<name>`; a file name that starts with `sub-<name>`; HipMRI's case in a file name.
+    Without a pattern, the subject is taken from the first of these that the path contains:
+
+    - BIDS's `sub-<name>`, in a folder or else in the file name. In a folder, the name ends at `_`;
+      in a file name, it ends at the first character that is not a letter or a digit;
+    - HipMRI's case, in the file name or else in a folder: "004" or, with a letter, "B006";
+    - the case of a file `<case>_0000` in nnU-Net's folders imagesTr and imagesTs.
 
     Args:
         path: path of a file, relative to the data folder.
         subject_pattern: regular expression to search for in the path; the subject is its first
             group, or the whole match if it has no group.
+        root: the data folder, which may be one of nnU-Net's folders.
+
+    Returns:
+        The subject, printable and in Unicode's form NFC, so that it is the same on all platforms.
     """
     if subject_pattern:
-        match = re.search(subject_pattern, path.as_posix())
+        match = re.search(nfc(subject_pattern), nfc(path.as_posix()))
         if not match:
             return None
         subject = match[1] if match.re.groups else match[0]
         return printable(subject) if subject else None
-    for part in path.parts[:-1]:
-        if part.startswith("sub-"):
-            return printable(part.removeprefix("sub-")) or None
-    match = re.match(r"sub-([A-Za-z0-9]+)", path.name)
+    if NIFTI_NAME.search(path.parent.name):  # a folder called x.nii.gz with the .nii inside
+        path = path.parent
+    folders = [nfc(part) for part in path.parts[:-1]]
+    name = nfc(NIFTI_NAME.sub("", path.name))
+    for folder in folders:
+        match = re.match(r"sub-([^_]+)", folder, re.I)
+        if match:
+            return printable(match[1])
+    match = re.match(r"sub-([^\W_]+)", name, re.I)
     if match:
         return match[1]
-    name = parse_name(path)
-    return name.case if name.case != name.stem else None
+    for part in (name, *folders):
+        parsed = parse_name(part)
+        if parsed.case != parsed.stem:
+            return parsed.case
+    if NNUNET_FOLDER.match(path.parent.name or root.name) and CHANNEL.search(name):
+        return printable(CHANNEL.sub("", name))
+    return None
 
 
 def find_subjects(
@@ -72,7 +100,7 @@ def find_subjects(
     subjects: dict[Path, str] = {}
     unnamed = []
     for file in files:
-        subject = subject_of(file.relative_to(root), subject_pattern)
+        subject = subject_of(file.relative_to(root), subject_pattern, root)
         if subject:
             subjects[file] = subject
         else:
@@ -84,28 +112,72 @@ def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
     """Guess the subjects of files whose paths name no subject.
 
     A file in a subfolder belongs to the subject that the subfolder is named after. Any other file
-    counts as a subject of its own. Folders that are named after splits, or that contain all of the
-    files, do not count as subfolders.
+    counts as a subject of its own, except that slices `x_slice_1` and `x_slice_2`, and nnU-Net's
+    channels `x_0000` and `x_0001`, belong to the subject `x`. Folders that are named after splits
+    or contain folders that are, or that contain all of the files, do not count as subfolders.
     """
     subjects = {}
+    loose = []
     for file, parts in _distinctive_parts(files, root).items():
-        subject = parts[0] if len(parts) > 1 else NIFTI_NAME.sub("", parts[0])
-        subjects[file] = printable(subject)
+        if len(parts) > 1:
+            subjects[file] = printable(nfc(parts[0]))
+        else:
+            subjects[file] = SLICE_NUMBER.sub("", nfc(stem_of(parts[0])))
+            loose.append(file)
+    if _are_channels([subjects[file] for file in loose]):
+        subjects |= {file: CHANNEL.sub("", subjects[file]) for file in loose}
     return subjects
 
 
+def _are_channels(stems: list[str]) -> bool:
+    """Return whether names end with nnU-Net's channels: at least two cases with the same channels.
+
+    The numbers of a single series, IMG_0000 to IMG_0099, may be subjects.
+    """
+    channels: dict[str, set[str]] = {}
+    for stem in stems:
+        match = CHANNEL.search(stem)
+        if not match:
+            return False
+        channels.setdefault(CHANNEL.sub("", stem), set()).add(match[1])
+    sets = list(channels.values())
+    return len(sets) > 1 and "0000" in sets[0] and all(other == sets[0] for other in sets)
+
+
 def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, ...]]:
-    """Return the parts of each path, without split folders and folders that all files share."""
+    """Return the parts of each path that may name its subject.
+
+    Split folders and folders that all files share are left out. If there are several splits, so are
+    the folders that contain the split folders: in `site/train/p1.nii`, the site is not a subject.
+    A file inside a folder called `x.nii.gz` counts as the file `x.nii.gz`.
+    """
+    splits = {split_of_path(file.relative_to(root)) for file in files} - {None}
     parts_of: dict[Path, tuple[str, ...]] = {}
     for file in files:
-        parts = file.relative_to(root).parts
-        parts_of[file] = tuple(part for part in parts if not split_of_folder(Path(part)))
+        path = file.relative_to(root)
+        path = path.parent if NIFTI_NAME.search(path.parent.name) else path
+        is_split = [split_of_folder(Path(part)) is not None for part in path.parts]
+        start = is_split.index(True) if len(splits) > 1 and True in is_split else 0
+        parts = zip(path.parts[start:], is_split[start:], strict=True)
+        parts_of[file] = tuple(part for part, skipped in parts if not skipped)
     num_shared = 0
     for folders in zip(*(parts[:-1] for parts in parts_of.values()), strict=False):
         if len(set(folders)) > 1:
             break
         num_shared += 1
     return {file: parts[num_shared:] for file, parts in parts_of.items()}
+
+
+def note_on_unnamed(unnamed: list[Path], subjects: dict[Path, str], unit: str) -> list[str]:
+    """Return a note on files whose paths name no subject, as a list; empty if there are none."""
+    if not unnamed or len(subjects) == 1:
+        return []
+    names = {subjects[file] for file in unnamed}
+    if len(names) == len(unnamed):
+        rule = f"each of these {unit.replace('(s)', 's')} counts as a subject of its own"
+    else:
+        rule = f"they count as {len(names):,} subject(s), by the names of files and folders"
+    return [f"the paths of {len(unnamed):,} {unit} name no subject; {rule}"]
 
 
 def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) -> None:

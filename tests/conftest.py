@@ -169,6 +169,7 @@ def study(tmp_path, write_nifti) -> Path:
     for subject in "ABCDE":
         for session in (1, 2):
             folder = tmp_path / "study" / f"sub-{subject}" / f"ses-{session}" / "anat"
+            scan[10, 12, 14] = 100 * session + ord(subject)  # no scan is a copy of another
             write_nifti(folder / f"sub-{subject}_ses-{session}_T2w.nii.gz", scan, affine)
     return tmp_path / "study"
 

@@ -8,13 +8,13 @@ slices, root = load_run_data(run, "test")
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
 from datetime import datetime
 from pathlib import Path
 
 import dataset
 import utils
 from mri import splits
+from mri.copies import FileSet
 from mri.files import SPLITS, Source
 from mri.preprocessing import Preprocessing
 from training.checkpoint import read_checkpoint
@@ -269,8 +269,11 @@ def _is_manifest(value: object) -> bool:
     return True
 
 
-def training_files(run: Path) -> Set[Path] | None:
-    """Return the resolved paths of a run's training files; None if its data cannot be found."""
+def training_files(run: Path) -> FileSet | None:
+    """Return the resolved paths of a run's training files; None if its data cannot be found.
+
+    Copies of these files elsewhere are recognised by `FileSet.has_copy`.
+    """
     try:
         config = read_config(run)
         source = splits.find_source(
@@ -284,7 +287,7 @@ def training_files(run: Path) -> Set[Path] | None:
         )
     except (UserError, OSError):
         return None
-    return {file.resolve() for file in source.splits.get("train", [])}
+    return FileSet(file.resolve() for file in source.splits.get("train", []))
 
 
 def load_run_data(

@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import resize
 from mri.files import SliceName
 from mri.hipmri import find_hipmri
 from mri.preprocessing import Preprocessing
+from mri.splits import find_source
 from utils import DataError
 
 
@@ -135,9 +136,25 @@ def test_error_lists_the_folders_found(tmp_path, write_nifti):
 def test_missing_folder_and_file_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist; expected"):
         find_hipmri(tmp_path / "nothing")
-    (tmp_path / "data.zip").write_bytes(b"")
+    (tmp_path / "x.nii").write_bytes(b"")
     with pytest.raises(DataError, match="is a file; expected"):
-        find_hipmri(tmp_path / "data.zip")
+        find_hipmri(tmp_path / "x.nii")
+
+
+@pytest.mark.parametrize("axis", [None, "axial"])
+@pytest.mark.parametrize("given", ["my data.ZIP", "d.tar.gz", "."])
+def test_archives_must_be_unpacked_first(tmp_path, axis, given):
+    """They are recognised in a folder without other data, too."""
+    (tmp_path / "my data.ZIP").write_bytes(b"")
+    (tmp_path / "d.tar.gz").write_bytes(b"")
+    commands = {
+        "my data.ZIP": f"unzip '{tmp_path}/my data.ZIP' -d '{tmp_path}/my data'",
+        "d.tar.gz": f"mkdir {tmp_path}/d && tar -xf {tmp_path}/d.tar.gz -C {tmp_path}/d",
+    }
+    with pytest.raises(DataError, match=r"is a file; expected a folder\. Unpack it") as error:
+        find_source(tmp_path / given, axis)
+    for name, command in commands.items():
+        assert (command in str(error.value)) == (given in (name, "."))
 
 
 def test_empty_split_folder_is_an_error(tmp_path):

@@ -1,8 +1,7 @@
-"""Which file is in which split: fractions, folders, tables, and the splits that a run recorded."""
+"""Which file is in which split: fractions, folders, and the splits of a run."""
 
-import copy
 import csv
-import json
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ import predict
 import train
 import utils
 from mri import splits
-from training.run_folder import load_run_data, read_manifest
-from utils import DataError, UserError
+from training.run_folder import load_run_data
+from utils import DataError
 
 
 def make_files(root: Path, *names: str) -> Path:
@@ -136,6 +135,21 @@ def test_hipmri_volumes_with_an_axis_do_not_get_hipmri_splits(tmp_path):
     assert not any("HipMRI" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (["0.8", "0.1"], "three fractions"),
+        (["0.8", "0.1", "0.2"], "add up to 1"),
+        (["a", "b", "c"], "three fractions"),
+        (["0", "0.5", "0.5"], "three fractions"),
+        (["nowhere.csv"], "cannot read"),
+    ],
+)
+def test_unusable_fractions_are_refused(study, split, message):
+    with pytest.raises(DataError, match=message):
+        splits.find_source(study, "axial", split)
+
+
 # ---------------------------------------------------------------- folders
 
 
@@ -165,106 +179,6 @@ def test_training_needs_both_train_and_validation_scans(tmp_path, names, small):
     make_files(tmp_path / "d", *names)
     with pytest.raises(DataError, match=r"belongs to the (train|validate) split .*with --split"):
         train.main(["--data", str(tmp_path / "d"), "--axis", "axial", *small, "--dry-run"])
-
-
-# ---------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize(
-    ("table", "expected"),
-    [
-        (
-            "subject,split\nA,train\nsub-B,val\nC,test\n",
-            {"train": {"A"}, "validate": {"B"}, "test": {"C"}},
-        ),
-        (
-            "split,file\n"
-            "train,sub-A/ses-1/anat/sub-A_ses-1_T2w.nii.gz\n"
-            "validate,sub-A/ses-2/anat/sub-A_ses-2_T2w.nii.gz\n",
-            {"train": {"A"}, "validate": {"A"}},
-        ),
-    ],
-)
-def test_table_determines_the_splits(study, tmp_path, table, expected):
-    path = tmp_path / "splits.csv"
-    path.write_text(table)
-    assert subjects_of(splits.find_source(study, "axial", [str(path)])) == expected
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ("subject,split\nX,train\n", "line 2"),
-        ("subject,split\nA,training set\n", "line 2"),
-        ("subject,split\nA,train\nA,test\n", "more than once"),
-        ("a,b\n1,2\n", "line 2"),
-    ],
-)
-def test_unusable_tables_are_refused(study, tmp_path, table, message):
-    path = tmp_path / "splits.csv"
-    path.write_text(table)
-    with pytest.raises(DataError, match=message):
-        splits.find_source(study, "axial", [str(path)])
-
-
-@pytest.mark.parametrize(
-    ("split", "message"),
-    [
-        (["0.8", "0.1"], "three fractions"),
-        (["0.8", "0.1", "0.2"], "add up to 1"),
-        (["a", "b", "c"], "three fractions"),
-        (["0", "0.5", "0.5"], "three fractions"),
-        (["nowhere.csv"], "cannot read"),
-    ],
-)
-def test_unusable_fractions_are_refused(study, split, message):
-    with pytest.raises(DataError, match=message):
-        splits.find_source(study, "axial", split)
-
-
-# ---------------------------------------------------------------- splits of a run
-
-
-def test_training_subjects_are_recognised_in_another_folder(tmp_path):
-    """By the name of a file or of any folder that it is in."""
-    manifest = {
-        "train": {"p0": ["p0.nii.gz"], "p1": ["p1.nii.gz"]},
-        "validate": {"p2": ["p2.nii.gz"]},
-    }
-    names = ("p0", "p2", "p9", "batch/p1", "batch/p8", "p0/T1", "p7/T1", "p7/T2")
-    make_files(tmp_path, *names)
-    source = splits.find_source(tmp_path, "axial", manifest=manifest)
-    new = {"p9", "batch/p8", "p7/T1", "p7/T2"}
-    assert names_of(source) == {"train": {"p0"}, "validate": {"p2", *new}, "test": new}
-    source = splits.find_source(tmp_path, "axial", manifest=manifest, include_new_subjects=False)
-    assert names_of(source) == {"train": {"p0"}, "validate": {"p2"}}
-
-
-def test_manifest_restores_splits_and_subjects(tmp_path):
-    make_files(tmp_path, *(f"{site}/p{i}" for site in ("x", "y") for i in range(4)))
-    source = splits.find_source(tmp_path, "axial", None, 3, r"p\d")
-    manifest = splits.to_manifest(source)
-    unchanged = copy.deepcopy(manifest)
-    restored = splits.find_source(tmp_path, "axial", manifest=manifest)
-    assert restored.splits == source.splits
-    assert restored.subjects == source.subjects
-    assert manifest == unchanged
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    [
-        7,
-        {"train": 7},
-        {"train": {"A": 7}},
-        {"train": {"A": [7]}},
-        {"else": {"A": ["a.nii"]}},
-    ],
-)
-def test_malformed_manifests_are_refused(tmp_path, manifest):
-    (tmp_path / "config.json").write_text(json.dumps({"scans": manifest}))
-    with pytest.raises(UserError, match="expected what train"):
-        read_manifest(tmp_path)
 
 
 # ---------------------------------------------------------------- runs
@@ -342,14 +256,17 @@ def test_results_say_which_files_were_trained_on(study, tmp_path, monkeypatch, s
     for split, subjects in manifest.items():
         files_of[split] = {file for files in subjects.values() for file in files}
 
+    copied = next(iter(files_of["train"]))
+    (tmp_path / "study" / "copy.nii").write_bytes(gzip.decompress((study / copied).read_bytes()))
     assert predict.main(["study", "-o", "out", "--device", "cpu"]) == 0
+    (tmp_path / "study" / "copy.nii").unlink()
     with open(tmp_path / "out" / "scores.csv") as file:
         in_training = {row["path"]: row["in_training"] for row in csv.DictReader(file)}
-    assert len(in_training) == 10
+    assert len(in_training) == 11
     assert set(in_training.values()) == {"yes", "no"}
     trained = {path for path, answer in in_training.items() if answer == "yes"}
-    assert trained == {f"study/{file}" for file in files_of["train"]}
-    assert "the model was trained on 6 of 10 files" in capsys.readouterr().out
+    assert trained == {"study/copy.nii", *(f"study/{file}" for file in files_of["train"])}
+    assert "the model was trained on 7 of 11 files" in capsys.readouterr().out
 
     assert predict.main(["--run", "runs/a", "--html", "--device", "cpu"]) == 0
     with open("runs/a/test/slices.csv") as file:

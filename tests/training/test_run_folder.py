@@ -1,5 +1,6 @@
 """training/run_folder.py: which run the flags ask for, and what its config.json says."""
 
+import gzip
 import json
 import os
 import shutil
@@ -198,6 +199,14 @@ def test_the_files_a_run_was_trained_on_are_known_while_its_data_exists(run_copy
     assert training_files(run_copy) == expected
     write_config(tmp_path / "gone", {"data": str(tmp_path / "nowhere")})
     assert training_files(tmp_path / "gone") is None
+
+
+def test_a_run_knows_copies_of_its_training_files(run_copy, blobs, tmp_path):
+    trained_on = training_files(run_copy)
+    for split, expected in (("train", True), ("validate", False)):
+        file = next((blobs / f"keras_slices_{split}").iterdir())
+        (tmp_path / "copy.nii").write_bytes(gzip.decompress(file.read_bytes()))
+        assert trained_on.has_copy(tmp_path / "copy.nii") == expected
 
 
 def test_a_run_without_data_asks_for_it(tmp_path):

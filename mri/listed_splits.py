@@ -1,0 +1,238 @@
+"""Splits that are listed: in a table of the user, or in the manifest of an earlier run.
+
+    splits = splits_from_table(files, subjects, root, Path("splits.csv"))     # --split splits.csv
+    splits = RecordedSplits(manifest, root).split(files, subjects)            # a run's config.json
+
+Both lists may come from another platform, so paths are compared by `mri.files.path_key`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from mri.files import SPLIT_NAMES, SPLITS, nfc, parse_name, path_key, printable
+from mri.subjects import subject_of
+from utils import DataError
+
+Splits = dict[str, list[Path]]  # split -> its files
+Manifest = dict[str, dict[str, list[str]]]  # split -> subject -> its files, relative to the root
+
+# Names of a table's columns, in lower case. BIDS tables have a column `participant_id`.
+COLUMN_NAMES = {
+    "split": "split",
+    "subject": "subject",
+    "subject_id": "subject",
+    "participant": "subject",
+    "participant_id": "subject",
+    "patient": "subject",
+    "patient_id": "subject",
+    "file": "file",
+    "filename": "file",
+    "path": "file",
+}
+DELIMITERS = ",;\t"  # the one that occurs most often in the first line is used
+
+
+# ---------------------------------------------------------------- table
+
+
+def splits_from_table(
+    files: list[Path], subjects: dict[Path, str], root: Path, table: Path
+) -> Splits:
+    """Split files by a CSV file with a column `split`, and a column `subject` or `file`.
+
+    Paths in the column `file` are relative to the root. Scans that are not listed are left out.
+
+    Args:
+        files: all scans.
+        subjects: file -> its subject.
+        root: the folder of the scans.
+        table: the CSV file (see `read_table`).
+
+    Raises:
+        DataError: if the table cannot be read, a row is unusable, or a scan is listed twice.
+    """
+    files_of_path: dict[str, list[Path]] = {}
+    files_of_subject: dict[str, list[Path]] = {}
+    for file in files:
+        files_of_path.setdefault(path_key(file.relative_to(root)), []).append(file)
+        files_of_subject.setdefault(_subject_key(subjects[file]), []).append(file)
+    splits: Splits = {split: [] for split in SPLITS}
+    for number, row in read_table(table):
+        split = SPLIT_NAMES.get(row.get("split", "").lower())
+        name, subject = row.get("file", ""), row.get("subject", "")
+        if name:
+            matches = files_of_path.get(_table_path_key(name, root), [])
+        else:
+            named = subject_of(Path(subject)) or ""  # "sub-A_ses-1" names the subject A
+            keys = (_subject_key(subject), _subject_key(named))
+            matches = files_of_subject.get(keys[0]) or files_of_subject.get(keys[1], [])
+        if not split or not matches:
+            raise DataError(
+                f"{table}, line {number}: {row}; expected a split (train, validate or test) and a "
+                f"subject or a file that is in {root}, in columns called split, subject and file."
+            )
+        splits[split] += matches
+    counts = Counter(path for paths in splits.values() for path in paths)
+    for path, count in counts.items():
+        if count > 1:
+            raise DataError(
+                f"{table} lists {path.relative_to(root)} more than once; expected each scan in one "
+                "split."
+            )
+    return splits
+
+
+def read_table(table: Path) -> list[tuple[int, dict[str, str]]]:
+    """Read a table with a header, as programs for spreadsheets write it.
+
+    Columns are separated by commas, semicolons or tabs. The text is UTF-8 or UTF-16 with a byte
+    order mark, else Windows-1252. Spaces around cells and empty rows are ignored.
+
+    Returns:
+        The number and the cells of each row; columns have the names in COLUMN_NAMES if possible.
+
+    Raises:
+        DataError: if the table cannot be read.
+    """
+    try:
+        lines = _decode(table.read_bytes()).splitlines()
+        header = next((line for line in lines if line.strip()), "")
+        delimiter = max(DELIMITERS, key=header.count)
+        rows = list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"cannot read --split {table} ({error}); expected three fractions or a CSV file."
+        ) from error
+    columns: list[str] = []
+    table_rows = []
+    for number, row in enumerate(rows, start=1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        if columns:
+            table_rows.append((number, dict(zip(columns, cells, strict=False))))
+        else:
+            names = [cell.lower() for cell in cells]
+            columns = [COLUMN_NAMES.get(name, name) for name in names]
+    return table_rows
+
+
+def _decode(data: bytes) -> str:
+    """Decode a table: UTF-16 with a byte order mark, UTF-8, or else Windows-1252."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252")
+    if "\0" in text:
+        raise ValueError("it contains no text")
+    return text
+
+
+def _subject_key(subject: str) -> str:
+    """Return a key of a subject that is equal with and without BIDS's prefix `sub-`."""
+    return re.sub("^sub-", "", printable(nfc(subject)), flags=re.I)
+
+
+def _table_path_key(name: str, root: Path) -> str:
+    """Return the key of a path in a table, which is relative to the root, or absolute."""
+    path = os.path.normpath(path_key(name))
+    if os.path.isabs(path):
+        path = os.path.relpath(path, root)
+    return path_key(path)
+
+
+# ---------------------------------------------------------------- manifest
+
+
+class RecordedSplits:
+    """The splits that an earlier run recorded in its manifest (see `mri.splits.to_manifest`)."""
+
+    def __init__(self, manifest: Manifest, root: Path):
+        """Read a manifest of any platform and version.
+
+        Args:
+            manifest: the splits, with paths relative to the folder of the run's data.
+            root: the folder of the scans now.
+        """
+        self.root = root
+        # path -> split -> subject; with very few subjects, a file may be in several splits
+        self.recorded: dict[str, dict[str, str]] = {}
+        for split, subjects in manifest.items():
+            for subject, names in subjects.items():
+                for name in names:
+                    self.recorded.setdefault(path_key(name), {})[split] = nfc(subject)
+
+    def subjects(self, files: list[Path]) -> dict[Path, str]:
+        """Return the subjects of the files that are recorded."""
+        subjects = {}
+        for file in files:
+            splits = self.recorded.get(self._key(file))
+            if splits:
+                subjects[file] = next(iter(splits.values()))
+        return subjects
+
+    def split(
+        self, files: list[Path], subjects: dict[Path, str], include_new_subjects: bool = True
+    ) -> Splits:
+        """Split files as recorded.
+
+        Files that are not recorded are left out. With `include_new_subjects`, they are instead put
+        into both validation and test, unless they may belong to a training subject.
+
+        Args:
+            files: all scans.
+            subjects: file -> its subject, by `find_subjects`.
+            include_new_subjects: whether files that are not recorded are used.
+        """
+        training_subjects = self._training_subjects(files, subjects)
+        splits: Splits = {split: [] for split in SPLITS}
+        for file in files:
+            file_splits = list(self.recorded.get(self._key(file), {}))
+            if not file_splits and include_new_subjects:
+                folders = self._key(file).split("/")
+                names = {subjects[file], nfc(parse_name(file).stem), *folders}
+                if names.isdisjoint(training_subjects):
+                    file_splits = ["validate", "test"]
+            for split in file_splits:
+                splits[split].append(file)
+        return splits
+
+    def notes(self, files: list[Path]) -> list[str]:
+        """Return a warning if recorded files are missing; a note if all of them are."""
+        missing = sorted(self.recorded.keys() - {self._key(file) for file in files})
+        if not missing:
+            return []
+        example = printable(missing[0])
+        if len(missing) == len(self.recorded):
+            return [
+                f"none of the {len(missing):,} scan(s) that the run recorded is in {self.root} "
+                f"(for example, {example}), so its training subjects are recognised by name only"
+            ]
+        return [
+            f"warning: {len(missing):,} of the {len(self.recorded):,} scan(s) that the run recorded"
+            f" are not in {self.root}; for example, {example}"
+        ]
+
+    def _training_subjects(self, files: list[Path], subjects: dict[Path, str]) -> set[str]:
+        """Return the recorded training subjects, and also their names by the rules of this version.
+
+        Earlier versions took "A_ses-1" for the subject of the folder sub-A_ses-1.
+        """
+        names = set()
+        for key, splits in self.recorded.items():
+            if "train" in splits:
+                names |= {splits["train"], subject_of(Path(key), root=self.root)}
+        for file in files:
+            if "train" in self.recorded.get(self._key(file), {}):
+                names.add(subjects[file])
+        return names - {None}
+
+    def _key(self, file: Path) -> str:
+        return path_key(file.relative_to(self.root))
