@@ -24,15 +24,6 @@ HIPMRI_NAME = re.compile(
     r"case[_-]?(\d+)(?:[_-]?week[_-]?(\d+))?(?:[_-]?slice[_-]?(\d+))?(?=[_-]|$)", re.I
 )
 OUTPUT_NAME = re.compile(r"_(reconstruction|error)\.nii(\.gz)?$", re.I)
-HIPMRI_SEGMENTATION_NAME = re.compile(r"seg_|.*semantic", re.I)
-SEGMENTATION_SUFFIX = re.compile(r"[_-](d?seg|segmentation|mask|label)s?(\.nii|$)", re.I)
-SEGMENTATION_FOLDER_PREFIXES = (
-    "keras_slices_seg",
-    "semantic_labels",
-    "labels",
-    "masks",
-    "segmentations",
-)
 
 
 @dataclass(frozen=True)
@@ -109,18 +100,6 @@ def split_of_path(path: Path) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------- segmentations and outputs
-
-
-def is_segmentation(path: Path) -> bool:
-    """Return whether the name of a file or of its folder marks it as a segmentation."""
-    return bool(
-        SEGMENTATION_SUFFIX.search(path.name)
-        or HIPMRI_SEGMENTATION_NAME.match(path.name)
-        or path.parent.name.lower().startswith(SEGMENTATION_FOLDER_PREFIXES)
-    )
-
-
 def is_output(path: Path) -> bool:
     """Return whether a file is named like an output of predict.py."""
     return bool(OUTPUT_NAME.search(path.name))
@@ -139,70 +118,6 @@ def find_segmentation(image: Path) -> Path | None:
         if path != image and path.is_file():
             return path
     return None
-
-
-# ---------------------------------------------------------------- folders
-
-
-def files_below(folder: Path, ending: str) -> list[Path]:
-    """Return the files at any depth of a folder whose names match, in no particular order.
-
-    Args:
-        folder: the folder to search; hidden files and folders, and `__MACOSX`, are left out.
-        ending: regular expression to search for in the file name, such as r"\\.nii$".
-    """
-    files = []
-    for path in folder.rglob("*"):
-        if not re.search(ending, path.name, re.I) or not path.is_file():
-            continue
-        parts = path.relative_to(folder).parts
-        if not any(part.startswith((".", "__MACOSX")) for part in parts):
-            files.append(path)
-    return files
-
-
-def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the subfolders and the NIfTI images of a folder, each in natural order.
-
-    Hidden entries and segmentations with HipMRI's names are left out. Some copies of HipMRI have
-    folders called `x.nii.gz` with the .nii inside; such a folder counts as the file inside it.
-
-    Raises:
-        OSError: if the folder cannot be read.
-    """
-    folders, files = [], []
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: natural_key(entry.name))
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            continue
-        path = folder / entry.name
-        try:
-            is_folder = entry.is_dir()
-        except OSError:  # a link to itself; reading the file will report the error
-            is_folder = False
-        if not NIFTI_NAME.search(entry.name):
-            if is_folder:
-                folders.append(path)
-            continue
-        if is_folder:
-            path = _file_inside(path)
-        if not HIPMRI_SEGMENTATION_NAME.match(entry.name):
-            files.append(path)
-    return folders, files
-
-
-def _file_inside(folder: Path) -> Path:
-    """Return the NIfTI file inside a folder called `x.nii.gz`.
-
-    If it does not contain exactly one such file, return the folder itself, which is then reported
-    as a bad file.
-    """
-    names = []
-    for name in os.listdir(folder):
-        if NIFTI_NAME.search(name) and not name.startswith("."):
-            names.append(name)
-    return folder / names[0] if len(names) == 1 else folder
 
 
 def format_listing(lines: list[str], most: int = 100) -> str:

@@ -20,19 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from mri.files import (
-    NIFTI_NAME,
     SPLIT_NAMES,
     SPLITS,
     Source,
-    files_below,
     format_listing,
-    is_output,
-    is_segmentation,
-    natural_key,
     parse_name,
     printable,
     split_of_path,
 )
+from mri.folders import find_images
+from mri.formats import describe_formats
 from mri.hipmri import find_hipmri, is_volume
 from mri.subjects import check_guesses, find_subjects, report_splits
 from utils import DataError
@@ -130,7 +127,7 @@ def find_scans(
     Raises:
         DataError: if there are no files, or they cannot be split.
     """
-    folder, files, num_skipped = _list_scans(root)
+    folder, files, list_notes = _list_scans(root, manifest or {})
     subjects, unnamed = find_subjects(files, folder, subject_pattern)
     policy_notes: list[str] = []
     pairs = TRAIN_PAIRS
@@ -149,7 +146,7 @@ def find_scans(
         if len(set(subjects.values())) < MIN_SUBJECTS:
             pairs = ()  # the notes already contain this warning
     splits = {name: paths for name, paths in splits.items() if paths}
-    notes = _notes_on_scans(files, subjects, folder, num_skipped) + policy_notes
+    notes = _notes_on_scans(files, subjects, folder) + list_notes + policy_notes
     notes += report_splits(splits, subjects, "scans", pairs)
     return Source(folder, "scans", splits, notes, subjects)
 
@@ -164,42 +161,31 @@ def to_manifest(source: Source) -> Manifest:
     return manifest
 
 
-def _list_scans(root: str | Path) -> tuple[Path, list[Path], int]:
-    """Return the folder, its scans in natural order, and the number of files that are skipped.
+def _list_scans(root: str | Path, manifest: Manifest) -> tuple[Path, list[Path], list[str]]:
+    """Return the folder, its scans in natural order, and notes on other files.
 
-    If `root` is a file, it is the only scan.
+    If `root` is a file, it is the only scan. Files that the manifest lists are always scans.
 
     Raises:
         DataError: if there are no scans.
     """
     folder = Path(os.path.abspath(Path(root).expanduser()))
     if folder.is_file():
-        return folder.parent, [folder], 0
-    paths = sorted(files_below(folder, NIFTI_NAME.pattern), key=lambda path: natural_key(str(path)))
-    files = [path for path in paths if not is_segmentation(path) and not is_output(path)]
-    if not files:
-        raise DataError(
-            f"no .nii or .nii.gz file in {folder}, at any depth; point --data at a folder of scans."
-        )
-    return folder, files, len(paths) - len(files)
+        other_format = describe_formats([folder], read_files=True)
+        if other_format:
+            raise DataError(f"{folder} is not a NIfTI file: {other_format[0]}")
+        return folder.parent, [folder], []
+    return folder, *find_images(folder, set(_read_manifest(folder, manifest)))
 
 
-def _notes_on_scans(
-    files: list[Path], subjects: dict[Path, str], root: Path, num_skipped: int
-) -> list[str]:
-    """Return notes on the numbers of scans and subjects, and on skipped files."""
+def _notes_on_scans(files: list[Path], subjects: dict[Path, str], root: Path) -> list[str]:
+    """Return a note on the numbers of scans and subjects."""
     num_subjects = len(set(subjects.values()))
     example = printable(str(files[0].relative_to(root)))
-    notes = [
+    return [
         f"{root}: {len(files):,} scan(s) of {num_subjects:,} subject(s); for example, {example} "
         f"belongs to subject {subjects[files[0]]}"
     ]
-    if num_skipped:
-        notes.append(
-            f"{num_skipped:,} file(s) are skipped because they are named like segmentations or "
-            "outputs of predict.py"
-        )
-    return notes
 
 
 def _notes_on_fractions(
