@@ -67,8 +67,11 @@ def _expand_patterns(paths: Sequence[str | Path]) -> list[Path]:
     expanded: list[Path] = []
     for path in paths:
         path = Path(path).expanduser()
-        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
-        if not matches:
+        if path.exists():
+            expanded.append(path)
+            continue
+        matches = sorted(map(Path, glob.glob(str(path))))
+        if path.is_symlink() or not matches:
             reason = missing_content(path) if path.is_symlink() else "does not exist"
             raise UserError(f"{path} {reason}; expected a file or a folder of files")
         expanded += matches

@@ -227,19 +227,18 @@ def select_images(
 def _copies(files: list[Path]) -> set[Path]:
     """Return files next to the same scan: `x.nii` next to `x.nii.gz`, or a link to a neighbour."""
     others = set(files)
-    compressed = set()
+    compressed: dict[Path, Path] = {}  # path without the ending -> file
     for file in files:
         if file.name.lower().endswith(".gz"):
-            compressed.add(file.with_name(NIFTI_NAME.sub("", file.name)))
+            compressed[file.with_name(NIFTI_NAME.sub("", file.name))] = file
     copies = set()
     for file in files:
-        is_compressed = file.name.lower().endswith(".gz")
-        if not is_compressed and file.with_name(NIFTI_NAME.sub("", file.name)) in compressed:
-            copies.add(file)
-        elif file.is_symlink():
+        other = compressed.get(file.with_name(NIFTI_NAME.sub("", file.name)), file)
+        if other == file and file.is_symlink():
             target = file.parent / os.readlink(file)
-            if target != file and target.parent == file.parent and target in others:
-                copies.add(file)
+            other = target if target.parent == file.parent and target in others else file
+        if other != file and other.exists():
+            copies.add(file)
     return copies
 
 

@@ -37,7 +37,7 @@ _WORD = re.compile(
     r"labelmaps?|groundtruths?|truth|annots?|annotations?|contours?|delineations?|rtstruct|"
     r"parcellations?|aparc|wmparc|ribbon|pve|[gcp]tv[a-z]?)\d*|gts?\d*"
 )
-_GROUND_TRUTH = re.compile(r"ground[\W_]+truth", re.I)
+_GROUND_TRUTH = re.compile(r"ground[\W_]*truth", re.I)
 _NEGATIONS = {"no", "non", "not", "without", "un"}
 # Words for which a folder's name may stand although it has other words: "prostate_masks".
 _FOLDER_WORD = re.compile(
