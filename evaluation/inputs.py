@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _expand_patterns(paths: Sequence[str | Path]) -> list[Path]:
     """
     expanded: list[Path] = []
     for path in paths:
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if path.exists():
             expanded.append(path)
             continue

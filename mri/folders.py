@@ -227,13 +227,13 @@ def select_images(
 def _copies(files: list[Path]) -> set[Path]:
     """Return files next to the same scan: `x.nii` next to `x.nii.gz`, or a link to a neighbour."""
     others = set(files)
-    compressed: dict[Path, Path] = {}  # path without the ending -> file
+    compressed: dict[str, Path] = {}  # path without the ending -> file
     for file in files:
-        if file.name.lower().endswith(".gz"):
-            compressed[file.with_name(NIFTI_NAME.sub("", file.name))] = file
+        if file.suffix.lower() == ".gz":
+            compressed[NIFTI_NAME.sub("", str(file))] = file
     copies = set()
     for file in files:
-        other = compressed.get(file.with_name(NIFTI_NAME.sub("", file.name)), file)
+        other = compressed.get(NIFTI_NAME.sub("", str(file)), file)
         if other == file and file.is_symlink():
             target = file.parent / os.readlink(file)
             other = target if target.parent == file.parent and target in others else file

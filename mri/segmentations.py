@@ -11,6 +11,7 @@ so that `Seger`, `masked` and `unlabelled` are not taken for `seg`, `mask` and `
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -70,7 +71,7 @@ def is_segmentation(path: Path) -> bool:
             if _is_segmentation_file(folder.name):
                 return True
             continue
-        if not _IMAGE_WORDS.isdisjoint(_words(folder.name)):
+        if _is_image_folder(folder.name):
             return False
         if is_segmentation_folder(folder.name):
             return True
@@ -82,6 +83,7 @@ def _is_segmentation_file(name: str) -> bool:
     return "semantic" in words or _has_segmentation_word(words)
 
 
+@functools.lru_cache(1024)  # called for each file
 def is_segmentation_folder(name: str) -> bool:
     """Return whether a folder is named as if it contained only segmentations.
 
@@ -89,7 +91,7 @@ def is_segmentation_folder(name: str) -> bool:
     than a single word: "labelsTr", "seg_train", "prostate_masks".
     """
     words = _words(name)
-    if not _has_segmentation_word(words) or not _IMAGE_WORDS.isdisjoint(words):
+    if not _has_segmentation_word(words) or _is_image_folder(name):
         return False
     if not {"and", "with"}.isdisjoint(words):
         return False
@@ -99,6 +101,11 @@ def is_segmentation_folder(name: str) -> bool:
         return True
     others = [word for word in words if not _WORD.fullmatch(word)]
     return all(_FOLDER_QUALIFIER.fullmatch(word) for word in others)
+
+
+@functools.lru_cache(1024)
+def _is_image_folder(name: str) -> bool:
+    return not _IMAGE_WORDS.isdisjoint(_words(name))
 
 
 def _has_segmentation_word(words: list[str]) -> bool:
