@@ -200,7 +200,7 @@ class SliceDataset(torch.utils.data.Dataset):
             if labels is None:
                 labels = torch.zeros(len(self), *self.size, dtype=torch.uint8)
             planes = self._planes[indices].tolist()
-            labels[indices] = read_segmentation(segmentation, planes, self.preprocessing)
+            labels[indices] = read_segmentation(segmentation, file, planes, self.preprocessing)
         return labels
 
     @property

@@ -25,10 +25,12 @@ from evaluation.codec import (
     split_batches,
     write_codes,
 )
+from evaluation.inputs import find_files
 from modules import VQVAE
 from mri import files, nifti, preprocessing
 from mri.copies import FileSet
 from mri.files import printable
+from mri.segmentations import read_labels
 from training.checkpoint import load_model, read_checkpoint
 from training.run_folder import newest_run, training_files
 from utils import DataError, UserError
@@ -129,38 +131,6 @@ def load_run_model(run: Path | None, device: torch.device) -> tuple[VQVAE, dict]
     print(f"model: {path}, {model.bits_per_pixel:.4f} bits per pixel")
     description = {"size": list(preprocessing.SIZE), "spacing": None, "axis": None}
     return model, description | (read_checkpoint(path).get("slices") or {})
-
-
-def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[Path]:
-    """List the files to read, in the order of `paths`.
-
-    Args:
-        paths: files and folders. A file may have any name. Folders are searched recursively for
-            files of `file_type`, except segmentations and outputs of predict.py.
-        out: the output folder; files in it are skipped, unless `out` itself is one of `paths`.
-        file_type: "nifti" or "npz".
-
-    Raises:
-        UserError: if a path does not exist, or no file is found.
-    """
-    patterns = {"nifti": files.NIFTI_NAME.pattern, "npz": r"\.npz$"}
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            for file in sorted(files.files_below(path, patterns[file_type])):
-                in_out = out.resolve() in file.resolve().parents
-                skipped = in_out and path.resolve() != out.resolve()
-                if not (skipped or files.is_output(file) or files.is_segmentation(file)):
-                    found.append(file)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise UserError(f"{path} does not exist; expected a file or a folder of files")
-    if not found:
-        endings = {"nifti": ".nii or .nii.gz", "npz": ".npz"}
-        folders = ", ".join(map(str, paths))
-        raise UserError(f"no {endings[file_type]} file in {folders}; name a file, or its folder")
-    return found
 
 
 def output_names(inputs: list[Path]) -> list[str]:
@@ -298,12 +268,9 @@ def _read_labels(file: Path, scan: nifti.Scan) -> np.ndarray | None:
         return None
     message = f"{file} is reconstructed but not scored, because its segmentation"
     try:
-        labels = nifti.read_scan(mask, scan.axis).planes
+        return read_labels(mask, scan.planes.shape, scan.axis)
     except ValueError as error:
-        raise DataError(f"{message} {mask} {error}") from error
-    if labels.shape != scan.planes.shape:
-        raise DataError(f"{message} {mask} has another shape; replace or remove it")
-    return labels
+        raise DataError(f"{message} {mask} {error}; replace or remove it") from error
 
 
 def _score_planes(

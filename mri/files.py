@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,23 +28,7 @@ HIPMRI_NAME = re.compile(
     r"(?:[ _-]?week[ _-]?(?P<week>\d+))?(?:[ _-]?slice[ _-]?(?P<slice>\d+))?(?![^\W_])",
     re.I,
 )
-ARCHIVE_COMMANDS = {  # file name -> the command that unpacks it
-    re.compile(r"\.zip$", re.I): "unzip {file} -d {folder}",
-    re.compile(r"\.(tar|tgz|tbz2|txz|tar\.(gz|bz2|xz|zst))$", re.I): (
-        "mkdir {folder} && tar -xf {file} -C {folder}"
-    ),
-    re.compile(r"\.7z$", re.I): "7z x {file} -o{folder}",
-}
 OUTPUT_NAME = re.compile(r"_(reconstruction|error)\.nii(\.gz)?$", re.I)
-HIPMRI_SEGMENTATION_NAME = re.compile(r"seg_|.*semantic", re.I)
-SEGMENTATION_SUFFIX = re.compile(r"[_-](d?seg|segmentation|mask|label)s?(\.nii|$)", re.I)
-SEGMENTATION_FOLDER_PREFIXES = (
-    "keras_slices_seg",
-    "semantic_labels",
-    "labels",
-    "masks",
-    "segmentations",
-)
 
 
 @dataclass(frozen=True)
@@ -145,18 +128,6 @@ def split_of_path(path: Path) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------- segmentations and outputs
-
-
-def is_segmentation(path: Path) -> bool:
-    """Return whether the name of a file or of its folder marks it as a segmentation."""
-    return bool(
-        SEGMENTATION_SUFFIX.search(path.name)
-        or HIPMRI_SEGMENTATION_NAME.match(path.name)
-        or path.parent.name.lower().startswith(SEGMENTATION_FOLDER_PREFIXES)
-    )
-
-
 def is_output(path: Path) -> bool:
     """Return whether a file is named like an output of predict.py."""
     return bool(OUTPUT_NAME.search(path.name))
@@ -178,7 +149,7 @@ def find_segmentation(image: Path) -> Path | None:
         for ending in endings:
             path = folder / f"{name}{ending}"
             if path.is_dir():
-                path = _file_inside(path)
+                path = file_inside(path)
             if path.is_file():
                 return path
     return None
@@ -203,80 +174,7 @@ def _segmentation_names(folder: Path, stem: str) -> list[tuple[Path, str]]:
     return list(dict.fromkeys(names))
 
 
-# ---------------------------------------------------------------- folders
-
-
-def files_below(folder: Path, ending: str) -> list[Path]:
-    """Return the files at any depth of a folder whose names match, in no particular order.
-
-    Args:
-        folder: the folder to search; hidden files and folders, and `__MACOSX`, are left out.
-        ending: regular expression to search for in the file name, such as r"\\.nii$".
-    """
-    files = []
-    for path in folder.rglob("*"):
-        if not re.search(ending, path.name, re.I) or not path.is_file():
-            continue
-        parts = path.relative_to(folder).parts
-        if not any(part.startswith((".", "__MACOSX")) for part in parts):
-            files.append(path)
-    return files
-
-
-def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the subfolders and the NIfTI images of a folder, each in natural order.
-
-    Hidden entries and segmentations with HipMRI's names are left out. Some copies of HipMRI have
-    folders called `x.nii.gz` with the .nii inside; such a folder counts as the file inside it.
-
-    Raises:
-        OSError: if the folder cannot be read.
-    """
-    folders, files = [], []
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: natural_key(entry.name))
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            continue
-        path = folder / entry.name
-        try:
-            is_folder = entry.is_dir()
-        except OSError:  # a link to itself; reading the file will report the error
-            is_folder = False
-        if not NIFTI_NAME.search(entry.name):
-            if is_folder:
-                folders.append(path)
-            continue
-        if is_folder:
-            path = _file_inside(path)
-        if not HIPMRI_SEGMENTATION_NAME.match(entry.name):
-            files.append(path)
-    return folders, files
-
-
-def describe_archive(path: Path) -> str:
-    """Return what to do with an archive, such as data.zip; "" if a path is not named like one."""
-    for ending, command in ARCHIVE_COMMANDS.items():
-        folder = ending.sub("", path.name)
-        if folder != path.name:
-            file, target = shlex.quote(str(path)), shlex.quote(str(path.with_name(folder)))
-            return (
-                "expected a folder. Unpack it first, and point --data at the new folder:\n"
-                f"  {command.format(file=file, folder=target)}"
-            )
-    return ""
-
-
-def describe_archives(folder: Path) -> list[str]:
-    """Return lines about the archives that a folder contains, for an error message."""
-    lines = []
-    for path in sorted(folder.iterdir()):
-        if describe_archive(path):
-            lines.append(f"  {path.name} is a file; {describe_archive(path)}")
-    return lines
-
-
-def _file_inside(folder: Path) -> Path:
+def file_inside(folder: Path) -> Path:
     """Return the NIfTI file inside a folder called `x.nii.gz`.
 
     If it does not contain exactly one such file, return the folder itself, which is then reported

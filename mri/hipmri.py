@@ -17,13 +17,20 @@ from mri.files import (
     HIPMRI_NAME,
     SPLITS,
     Source,
-    describe_archive,
-    describe_archives,
     format_listing,
-    list_folder,
     split_of_folder,
     stem_of,
 )
+from mri.folders import (
+    LeftOut,
+    describe_folder,
+    describe_left_out,
+    list_folder,
+    select_images,
+    unique_folders,
+)
+from mri.formats import describe_archive
+from mri.segmentations import is_segmentation, is_segmentation_folder
 from mri.subjects import find_subjects, note_on_unnamed, report_splits
 from utils import DataError
 
@@ -85,7 +92,7 @@ def find_hipmri(root: str | Path) -> Source:
         same_form = [source for source in sources if source.form == form]
         if sources:
             return _finish(same_form or sources, root, "one level above")
-    lines = [f"no slices found in {root}:", *describe_folder(root), *unreadable, EXPECTED]
+    lines = [f"no slices found in {root}:", *describe_layout(root), *unreadable, EXPECTED]
     lines.append("Rename the folders, or point --data at the folder that contains them.")
     raise DataError("\n".join(lines))
 
@@ -101,14 +108,14 @@ def _search(folders: list[Path]) -> tuple[list[Source], list[Path], list[str]]:
     sources: list[Source] = []
     all_subfolders: list[Path] = []
     errors = []
-    for folder in folders:
+    for folder in unique_folders(folders):
         try:
             subfolders, files = list_folder(folder)
         except OSError as error:
             errors.append(f"  {folder} cannot be read: {error.strerror}")
             continue
         sources += _recognise(folder, subfolders, files)
-        all_subfolders += subfolders
+        all_subfolders += [path for path in subfolders if not is_segmentation_folder(path.name)]
     return sources, all_subfolders, errors
 
 
@@ -119,9 +126,11 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
         DataError: if a subfolder of a data set cannot be read, or two belong to the same split.
     """
     sources = []
-    # Split folders contain slices; folders with "label" in their names contain segmentations.
-    may_hold_volumes = not split_of_folder(folder) and "label" not in folder.name.lower()
-    if may_hold_volumes and any(is_volume(file) for file in files):
+    left_out: LeftOut = {}
+    # Split folders contain slices.
+    may_hold_volumes = not split_of_folder(folder) and not is_segmentation_folder(folder.name)
+    volumes = [file for file in files if is_volume(file) and not is_segmentation(Path(file.name))]
+    if may_hold_volumes and volumes:
         sources.append(_volumes_source(folder, files))
     splits: dict[str, list[Path]] = {}
     for subfolder in subfolders:
@@ -130,7 +139,7 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
         if not split and not is_3d:
             continue
         try:
-            images = list_folder(subfolder)[1]
+            images, skipped = select_images(list_folder(subfolder)[1], folder)
         except OSError as error:
             raise DataError(
                 f"{subfolder} cannot be read: {error.strerror}. Expected a readable folder."
@@ -147,9 +156,12 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
             )
         else:
             splits[split] = images
+            for reason, paths in skipped.items():
+                left_out.setdefault(reason, []).extend(paths)
     if splits:
         in_order = {split: splits[split] for split in SPLITS if split in splits}
-        sources.append(Source(folder, "2D", in_order, []))
+        notes = describe_left_out(left_out, folder)
+        sources.append(Source(folder, "2D", in_order, notes))
     return sources
 
 
@@ -165,7 +177,9 @@ def _volumes_source(folder: Path, files: list[Path]) -> Source:
         "the volumes (3D version) are cut into coronal slices; these are not the 12,660 slices of "
         "the 2D version, so the scores cannot be compared with published ones"
     )
-    return Source(folder, "3D", splits_from_cases(folder, files), [note])
+    images, left_out = select_images(files, folder)
+    notes = [note, *describe_left_out(left_out, folder)]
+    return Source(folder, "3D", splits_from_cases(folder, images), notes)
 
 
 def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -238,24 +252,17 @@ def _finish(
     return replace(source, notes=notes, subjects=subjects)
 
 
-def describe_folder(root: Path) -> list[str]:
-    """Return lines that describe what a folder contains, for an error message."""
+def describe_layout(root: Path) -> list[str]:
+    """Return lines on what a folder and its subfolders contain, for an error message."""
     lines = []
     with contextlib.suppress(OSError):  # the message lists unreadable folders already
         subfolders, files = list_folder(root)
-        subfolders_shown = subfolders[:10]
+        images, _ = select_images(files, root)
         lines.append(
-            f"  {len(files)} NIfTI image(s), not counting segmentations, and "
+            f"  {len(images)} NIfTI image(s), not counting segmentations, and "
             f"{len(subfolders)} folder(s)"
         )
-        for subfolder in subfolders_shown:
-            images = list_folder(subfolder)[1]
+        for subfolder in subfolders[:10]:
+            images, _ = select_images(list_folder(subfolder)[1], root)
             lines.append(f"  {subfolder.name}/: {len(images)} NIfTI image(s)")
-        lines += describe_archives(root)
-        pairs = sum(len(list(folder.glob("*.hdr"))) for folder in [root, *subfolders_shown])
-        if pairs:
-            lines.append(
-                f"  {pairs} .hdr file(s): pairs of .hdr and .img are not supported; convert them "
-                "to .nii or .nii.gz"
-            )
-    return lines
+    return lines + describe_folder(root)

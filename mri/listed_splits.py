@@ -169,6 +169,10 @@ class RecordedSplits:
                 for name in names:
                     self.recorded.setdefault(path_key(name), {})[split] = nfc(subject)
 
+    def __contains__(self, file: Path) -> bool:
+        """Return whether a scan is recorded."""
+        return self._key(file) in self.recorded
+
     def subjects(self, files: list[Path]) -> dict[Path, str]:
         """Return the subjects of the files that are recorded."""
         subjects = {}

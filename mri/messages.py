@@ -10,8 +10,9 @@ from collections import Counter
 
 import numpy as np
 
-from mri.files import Source, format_listing
-from mri.hipmri import EXPECTED, HIPMRI_CASES, describe_folder
+from mri.files import Source, format_listing, printable
+from mri.folders import missing_content
+from mri.hipmri import EXPECTED, HIPMRI_CASES, describe_layout
 from mri.preprocessing import Preprocessing, crop_box
 from utils import DataError
 
@@ -29,7 +30,7 @@ def missing_split_error(source: Source, split: str) -> DataError:
     if source.form == "3D":
         cases = HIPMRI_CASES[split]
         advice = f"Add volumes of the {split} cases, {cases[0]:03d} to {cases[-1]:03d}"
-    folders = "\n".join(describe_folder(source.root))
+    folders = "\n".join(describe_layout(source.root))
     return DataError(
         f"the {split} split of {source.root} is missing or empty. Found:\n{folders}\n{EXPECTED}\n"
         f"{advice}, or point --data elsewhere."
@@ -38,10 +39,16 @@ def missing_split_error(source: Source, split: str) -> DataError:
 
 def bad_files_error(source: Source, split: str, bad: np.ndarray) -> DataError:
     """Return the error that lists every unusable file of a split."""
-    total = len(source.splits[split])
+    files = source.splits[split]
+    total = len(files)
     advice = "Repair them, or leave them out with --skip-bad-files."
     if len(bad) == total:
         advice = "No file of this split is left: point --data at other data."
+    for index in bad["file"]:
+        reason = missing_content(files[index])
+        if reason:
+            advice += f" {printable(files[index].name)} {reason}."
+            break
     return DataError(
         f"{len(bad):,} of the {total:,} files of the {split} split cannot be used:\n"
         f"{_list_bad_files(source, split, bad)}\n"

@@ -22,6 +22,7 @@ import torch
 
 from mri import nifti
 from mri.files import Source
+from mri.segmentations import read_labels
 from utils import DataError
 
 SIZE = (256, 128)  # rows (left-right), columns (inferior-superior) of HipMRI's 2D version
@@ -282,12 +283,13 @@ def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:
 
 
 def read_segmentation(
-    path: Path, planes: Sequence[int], preprocessing: Preprocessing
+    path: Path, image: Path, planes: Sequence[int], preprocessing: Preprocessing
 ) -> torch.Tensor:
     """Read slices of a segmentation and fit them like its image, but by nearest neighbour.
 
     Args:
         path: the segmentation.
+        image: its image, which has the same shape.
         planes: indices of the N slices to read.
         preprocessing: the settings with which the image was read.
 
@@ -295,19 +297,19 @@ def read_segmentation(
         (N, *size) uint8.
 
     Raises:
-        DataError: if the file cannot be used, or does not have all of these planes.
+        DataError: if the file cannot be used (see `read_labels`).
     """
-    labels = []
+    axis, dimensions = preprocessing.axis, preprocessing.dimensions
     try:
-        stored, scale = _stored_planes(path, preprocessing)
-        for plane in planes:
-            image = scale(stored[plane]).astype(np.uint8)
-            labels.append(_crop(image, preprocessing.fit, preprocessing.size))
-    except (ValueError, IndexError) as error:
+        shape = nifti.planes_shape(nifti.read_header(image), axis, dimensions)
+        labels = read_labels(path, shape, axis, dimensions, planes)
+    except ValueError as error:
         raise DataError(
-            f"{path} {error}; expected a segmentation with the shape of its image, or no file."
+            f"{path} {error}; expected a segmentation with the shape of its image, {image.name}, "
+            "or no file."
         ) from error
-    batch = torch.from_numpy(np.stack(labels))
+    cropped = [_crop(plane, preprocessing.fit, preprocessing.size) for plane in labels]
+    batch = torch.from_numpy(np.stack(cropped))
     return resize(batch, preprocessing.size, "nearest-exact")
 
 

@@ -19,20 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from mri.files import (
-    NIFTI_NAME,
     SPLITS,
     Source,
-    describe_archive,
-    describe_archives,
-    files_below,
     format_listing,
-    is_output,
-    is_segmentation,
-    natural_key,
     path_key,
     printable,
     split_of_path,
 )
+from mri.folders import find_images
+from mri.formats import describe_archive, describe_formats
 from mri.hipmri import find_hipmri, is_volume
 from mri.listed_splits import Manifest, RecordedSplits, Splits, splits_from_table
 from mri.subjects import check_guesses, find_subjects, note_on_unnamed, report_splits
@@ -128,12 +123,14 @@ def find_scans(
     Raises:
         DataError: if there are no files, or they cannot be split.
     """
-    folder, files, num_skipped = _list_scans(root)
+    path = Path(os.path.abspath(Path(root).expanduser()))
+    folder = path.parent if path.is_file() else path
+    recorded = RecordedSplits(manifest or {}, folder)
+    files, list_notes = _list_scans(path, recorded)
     subjects, unnamed = find_subjects(files, folder, subject_pattern)
     policy_notes: list[str] = []
     pairs = TRAIN_PAIRS
     if manifest:
-        recorded = RecordedSplits(manifest, folder)
         policy_notes = recorded.notes(files)
         splits = recorded.split(files, subjects, include_new_subjects)
         subjects = subjects | recorded.subjects(files)
@@ -149,7 +146,7 @@ def find_scans(
         if len(set(subjects.values())) < MIN_SUBJECTS:
             pairs = ()  # the notes already contain this warning
     splits = {name: paths for name, paths in splits.items() if paths}
-    notes = _notes_on_scans(files, subjects, folder, num_skipped) + policy_notes
+    notes = _notes_on_scans(files, subjects, folder) + list_notes + policy_notes
     notes += report_splits(splits, subjects, "scans", pairs)
     return Source(folder, "scans", splits, notes, subjects)
 
@@ -167,45 +164,32 @@ def to_manifest(source: Source) -> Manifest:
     return manifest
 
 
-def _list_scans(root: str | Path) -> tuple[Path, list[Path], int]:
-    """Return the folder, its scans in natural order, and the number of files that are skipped.
+def _list_scans(root: Path, recorded: RecordedSplits) -> tuple[list[Path], list[str]]:
+    """Return the scans in natural order, and notes on other files.
 
-    If `root` is a file, it is the only scan.
+    If `root` is a file, it is the only scan. Files that an earlier run recorded are always scans.
 
     Raises:
         DataError: if there are no scans.
     """
-    folder = Path(os.path.abspath(Path(root).expanduser()))
-    if folder.is_file() and describe_archive(folder):
-        raise DataError(f"{folder} is a file; {describe_archive(folder)}")
-    if folder.is_file():
-        return folder.parent, [folder], 0
-    paths = sorted(files_below(folder, NIFTI_NAME.pattern), key=lambda path: natural_key(str(path)))
-    files = [path for path in paths if not is_segmentation(path) and not is_output(path)]
-    if not files:
-        message = (
-            f"no .nii or .nii.gz file in {folder}, at any depth; point --data at a folder of scans."
-        )
-        raise DataError("\n".join([message, *describe_archives(folder)]))
-    return folder, files, len(paths) - len(files)
+    if not root.is_file():
+        return find_images(root, recorded)
+    if describe_archive(root):
+        raise DataError(f"{root} is a file; {describe_archive(root)}")
+    other_format = describe_formats([root], read_files=True)
+    if other_format:
+        raise DataError(f"{root} is not a NIfTI file: {other_format[0]}")
+    return [root], []
 
 
-def _notes_on_scans(
-    files: list[Path], subjects: dict[Path, str], root: Path, num_skipped: int
-) -> list[str]:
-    """Return notes on the numbers of scans and subjects, and on skipped files."""
+def _notes_on_scans(files: list[Path], subjects: dict[Path, str], root: Path) -> list[str]:
+    """Return a note on the numbers of scans and subjects."""
     num_subjects = len(set(subjects.values()))
     example = printable(str(files[0].relative_to(root)))
-    notes = [
+    return [
         f"{root}: {len(files):,} scan(s) of {num_subjects:,} subject(s); for example, {example} "
         f"belongs to subject {subjects[files[0]]}"
     ]
-    if num_skipped:
-        notes.append(
-            f"{num_skipped:,} file(s) are skipped because they are named like segmentations or "
-            "outputs of predict.py"
-        )
-    return notes
 
 
 def _notes_on_fractions(

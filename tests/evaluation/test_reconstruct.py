@@ -12,7 +12,7 @@ import train
 from evaluation import reconstruct
 from evaluation.metrics import slice_scores
 from mri import nifti
-from mri.files import find_segmentation, is_segmentation
+from mri.files import find_segmentation
 from utils import UserError
 
 AFFINE = np.array([[1.7, 0, 0, -20], [0, 1.5, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1.0]])
@@ -166,7 +166,6 @@ def test_organs_are_scored_if_there_is_a_segmentation(
     write_nifti(image, noise((40, 5, 32)))
     write_nifti(mask, np.repeat(labels[:, None], 5, 1))
     assert find_segmentation(image) == mask
-    assert is_segmentation(mask) and not is_segmentation(image)
     assert read_scores(reconstruct_path(image, "", "3d_out"))[0]["bone_ssim"]
 
     write_nifti(mask, labels)
@@ -198,7 +197,7 @@ def test_folders_are_searched_and_bad_files_reported(
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("nowhere.nii", "nowhere.nii does not exist"), (".", "no .nii or .nii.gz file in .")],
+    [("nowhere.nii", "nowhere.nii does not exist"), (".", r"no \.nii or \.nii\.gz file in \., at")],
 )
 def test_paths_without_files_are_an_error(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)

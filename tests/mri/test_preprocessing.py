@@ -181,14 +181,14 @@ def test_slightly_larger_slices_are_trimmed_with_their_labels(tmp_path, write_ni
 
 
 def test_segmentations_of_another_shape_are_refused(tmp_path, write_nifti):
+    image = write_nifti(tmp_path / "image.nii", noise((20, 5, 20)))
     path = write_nifti(tmp_path / "seg.nii", np.zeros((20, 4, 20), np.uint8))
-    with pytest.raises(
-        DataError, match=r"seg\.nii .*expected a segmentation with the shape of its"
-    ):
-        read_segmentation(path, [2, 4], Preprocessing("3D"))
+    message = r"seg\.nii has another shape .*: 4 x 20 x 20 planes, not 5 x 20 x 20; expected"
+    with pytest.raises(DataError, match=message):
+        read_segmentation(path, image, [2], Preprocessing("3D"))
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"seg\.nii is empty"):
-        read_segmentation(path, [2], Preprocessing("3D"))
+    with pytest.raises(DataError, match=r"seg\.nii is empty .*the shape of its image, image\.nii"):
+        read_segmentation(path, image, [2], Preprocessing("3D"))
 
 
 # ---------------------------------------------------------------- intensities

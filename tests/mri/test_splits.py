@@ -84,11 +84,25 @@ def test_folder_without_scans_is_an_error(tmp_path):
         splits.find_source(tmp_path, "axial")
 
 
-def test_segmentations_and_outputs_are_skipped(tmp_path):
+def test_segmentations_and_outputs_are_left_out(tmp_path):
     make_files(tmp_path, "sub-0_T1w", "sub-0_dseg", "labelsTr/x", "sub-1_T1w_reconstruction")
     source = splits.find_source(tmp_path, "axial")
-    assert len(source.subjects) == 1
-    assert any("3 file(s) are skipped" in note for note in source.notes)
+    assert list(source.subjects) == [tmp_path / "sub-0_T1w.nii.gz"]
+    assert source.notes[1:3] == [
+        "2 file(s) are left out because they are named like segmentations; for example, "
+        "labelsTr/x.nii.gz",
+        "1 file(s) are left out because they are named like outputs of predict.py; for example, "
+        "sub-1_T1w_reconstruction.nii.gz",
+    ]
+
+
+def test_files_that_a_run_has_used_are_scans_whatever_their_names(tmp_path):
+    """Earlier versions trained on segmentations with unusual names; their runs can be resumed."""
+    make_files(tmp_path, "p0", "p0_gt", "p1", "p1_gt")
+    manifest = {"train": {"p0": ["p0.nii.gz"], "p0_gt": ["p0_gt.nii.gz"]}}
+    source = splits.find_source(tmp_path, "axial", manifest=manifest)
+    assert names_of(source)["train"] == {"p0", "p0_gt"}
+    assert names_of(source)["test"] == {"p1"}
 
 
 # ---------------------------------------------------------------- fractions

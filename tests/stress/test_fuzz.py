@@ -220,7 +220,7 @@ def test_pairs_of_hdr_and_img_are_counted_in_the_error(tmp_path):
     folder.mkdir()
     for name in ("a.hdr", "a.img"):
         (folder / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no slices found(?s:.*)1 \.hdr file\(s\).*convert"):
+    with pytest.raises(DataError, match=r"no slices found(?s:.*)1 \.hdr/\.img file\(s\).*convert"):
         hipmri.find_hipmri(tmp_path)
 
 

@@ -1,0 +1,79 @@
+"""The files that the user names to predict.py: files, folders and patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mri.files import NIFTI_NAME
+from mri.folders import find_images, search_folder
+from mri.formats import describe_formats, missing_content
+from utils import UserError
+
+
+def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[Path]:
+    """List the files to read, in the order of `paths`, and print notes on files that are left out.
+
+    Args:
+        paths: files, folders, and patterns such as `*.nii.gz`, which not every shell expands. A
+            file may have any name. Folders are searched recursively for files of `file_type`,
+            except segmentations and outputs of predict.py.
+        out: the output folder; files in it are skipped, unless `out` itself is one of `paths`.
+        file_type: "nifti" or "npz".
+
+    Raises:
+        UserError: if a path does not exist, or a folder contains no file to read.
+    """
+    named: list[Path] = []
+    inputs: list[Path] = []
+    for path in _expand_patterns(paths):
+        if not path.is_dir():
+            named.append(path)
+            inputs.append(path)
+        elif file_type == "npz":
+            inputs += _find_codes(path, out)
+        else:
+            images, notes = find_images(path, out=out)
+            inputs += sorted(images)
+            for note in notes:
+                print(f"note: {path}: {note}")
+    are_all_named = len(named) == len(inputs)
+    if are_all_named and not any(NIFTI_NAME.search(file.name) for file in named):
+        other_formats = describe_formats(named, read_files=True)
+        if other_formats:
+            raise UserError(f"no NIfTI file to reconstruct: {'; '.join(other_formats)}")
+    return inputs
+
+
+def _find_codes(folder: Path, out: Path) -> list[Path]:
+    """Return the .npz files at any depth of a folder; raise UserError if there are none."""
+    codes = []
+    for file in sorted(search_folder(folder).files):
+        in_out = out.resolve() in file.resolve().parents and folder.resolve() != out.resolve()
+        if file.name.lower().endswith(".npz") and not in_out:
+            codes.append(file)
+    if not codes:
+        raise UserError(f"no .npz file in {folder}; name a file of codes, or its folder")
+    return codes
+
+
+def _expand_patterns(paths: Sequence[str | Path]) -> list[Path]:
+    """Return existing paths; expand patterns, as a Unix shell does.
+
+    Raises:
+        UserError: if a path does not exist, or no file matches a pattern.
+    """
+    expanded: list[Path] = []
+    for path in paths:
+        path = Path(os.path.expanduser(path))
+        if path.exists():
+            expanded.append(path)
+            continue
+        matches = sorted(map(Path, glob.glob(str(path))))
+        if path.is_symlink() or not matches:
+            reason = missing_content(path) if path.is_symlink() else "does not exist"
+            raise UserError(f"{path} {reason}; expected a file or a folder of files")
+        expanded += matches
+    return expanded
