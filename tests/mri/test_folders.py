@@ -64,7 +64,8 @@ def test_segmentations_in_split_folders_are_left_out_and_reported(tmp_path):
         "1002 or 1003); for example, val/organs.nii.gz",
         "1 file(s) are left out because they are named like outputs of predict.py; for example, "
         "val/p1_error.nii.gz",
-        "the paths of 3 slices name no subject; each of these slices counts as a subject of its own",
+        "the paths of 3 slices name no subject; each of these slices counts as a subject of its "
+        "own",
     ]
 
 
