@@ -46,11 +46,12 @@ MIN_SUBJECTS = 3  # with fewer, splits share subjects
 TRAIN_PAIRS = (("train", "validate"), ("train", "test"))
 
 
-def find_data(data: str | Path | None) -> tuple[Path | None, str]:
+def find_data(data: str | Path | None, run: str | Path | None = None) -> tuple[Path | None, str]:
     """Return the data path and a line that says where it comes from.
 
     Args:
         data: the value of --data; if it is None, $HIPMRI_DATA is used.
+        run: folder of the run whose config.json has recorded `data`; None if the user typed it.
 
     Returns:
         The path (None, for the sample data, if neither is set), and the line to print.
@@ -65,15 +66,17 @@ def find_data(data: str | Path | None) -> tuple[Path | None, str]:
     if name is None:
         return None, "data: the sample data, because neither --data nor $HIPMRI_DATA is set"
     path = Path(name).expanduser()
+    subject, line = f"the data that {origin} names", f"data: {path}, from {origin}"
+    advice = "Give an existing folder, or leave out both --data and $HIPMRI_DATA."
+    if data is not None and run is not None:
+        subject, line = f"the data of {run}", f"data: {path} (from the run's config.json)"
+        advice = "If the data were moved, give their new folder with --data."
     try:
         os.stat(path if str(name).strip() else "")  # Path("") would be the current folder
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
-        raise DataError(
-            f"cannot open the data that {origin} names, '{name}': {reason}.\n"
-            "Give an existing folder, or leave out both --data and $HIPMRI_DATA."
-        ) from error
-    return path, f"data: {path}, from {origin}"
+        raise DataError(f"cannot open {subject}, '{name}': {reason}.\n{advice}") from error
+    return path, line
 
 
 def find_source(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from evaluation import plots
 from modules import VQVAE
@@ -11,13 +12,13 @@ from modules import VQVAE
 def test_slices_are_shown_superior_up_in_one_window(monkeypatch, tmp_path):
     """Column 127 (superior) is at the top; both images have the original's grey window."""
     calls = []
-    imshow = plots.plt.Axes.imshow
+    imshow = Axes.imshow
 
     def record(axis, image, **options):
         calls.append((image, options))
         return imshow(axis, image, **options)
 
-    monkeypatch.setattr(plots.plt.Axes, "imshow", record)
+    monkeypatch.setattr(Axes, "imshow", record)
     original = torch.linspace(0, 1, 128).expand(1, 1, 256, 128).clone()
     plots.plot_reconstructions(tmp_path / "a.png", original, original * 2, ["title"], "heading")
     (image, window), (_, second_window), (error, error_window) = calls
