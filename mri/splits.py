@@ -57,26 +57,26 @@ def find_data(data: str | Path | None, run: str | Path | None = None) -> tuple[P
         The path (None, for the sample data, if neither is set), and the line to print.
 
     Raises:
-        DataError: if a path is given and does not exist. A mistyped path must never lead to
-            training on the sample data.
+        DataError: if the path does not exist; a typo must not lead to training on the sample.
     """
     name, origin = data, "--data"
+    advice = "Give an existing folder, or leave out both --data and $HIPMRI_DATA."
     if data is None:
         name, origin = os.environ.get("HIPMRI_DATA") or None, "$HIPMRI_DATA"
+    elif run is not None:
+        origin = f"{run}/config.json"
+        advice = "If the data were moved, give their new folder with --data."
     if name is None:
         return None, "data: the sample data, because neither --data nor $HIPMRI_DATA is set"
     path = Path(name).expanduser()
-    subject, line = f"the data that {origin} names", f"data: {path}, from {origin}"
-    advice = "Give an existing folder, or leave out both --data and $HIPMRI_DATA."
-    if data is not None and run is not None:
-        subject, line = f"the data of {run}", f"data: {path} (from the run's config.json)"
-        advice = "If the data were moved, give their new folder with --data."
     try:
         os.stat(path if str(name).strip() else "")  # Path("") would be the current folder
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        raise DataError(f"cannot open {subject}, '{name}': {reason}.\n{advice}") from error
-    return path, line
+        raise DataError(
+            f"cannot open the data that {origin} names, '{name}': "
+            f"{getattr(error, 'strerror', error)}.\n{advice}"
+        ) from error
+    return path, f"data: {path}, from {origin}"
 
 
 def find_source(

@@ -307,7 +307,8 @@ def load_run_data(
     root, description = splits.find_data(data or config.data, data_run if data else run)
     if root is None:
         raise UserError(f"{run / 'config.json'} names no data; give the folder with --data")
-    print(description)
+    is_recorded = data is None and config.data is not None
+    print(f"data: {root} (from the run's config.json)" if is_recorded else description)
     manifest = read_manifest(run)
     source = splits.find_source(
         root,

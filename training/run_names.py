@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from utils import UserError
 
 RUN_FILES = ("config.json", "best.pt", "last.pt")  # a folder with any of these is a run
-PRIOR = "prior"  # folder of a run that train_prior.py creates
+PRIOR = "prior"  # the folder that train_prior.py creates in a run, which is not a run itself
 
 # ---------------------------------------------------------------- a new run
 
@@ -44,9 +44,13 @@ def new_run_folder(config: TrainConfig) -> Path:
             raise UserError(
                 f"--name {name} is inside the run {parent}; choose a --name outside of it"
             )
-    inner = find_runs(folder)
-    if inner:
-        raise UserError(f"{folder} contains other runs, such as {inner[0]}; choose another --name")
+    if PRIOR in parts[1:]:
+        raise UserError(
+            f"--name is {name}, but train_prior.py uses the name {PRIOR}; choose another"
+        )
+    for file in RUN_FILES:
+        for run in find_runs(folder, file)[:1]:
+            raise UserError(f"{folder} contains other runs, such as {run}; choose another --name")
     return folder
 
 
@@ -116,6 +120,8 @@ def find_runs(runs_dir: Path, file: str = "config.json") -> list[Path]:
             if target in visited:  # a link to a folder that contains it would never end
                 continue
             visited.add(target)
+            if folder.name == PRIOR and folder.parent != runs_dir:
+                continue
             if (folder / file).exists():
                 runs.append(folder)
             elif not is_run(folder):

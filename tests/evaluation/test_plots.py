@@ -1,5 +1,6 @@
 """Figures: orientation, grey windows, proportions, titles."""
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -109,6 +110,20 @@ def test_long_titles_stay_within_their_panels():
     assert title.startswith("sub-01")
     assert "slice_117\nssim 0.9" in title
     assert plots.fit_title("$a$", 2, 8) == r"\$a\$"
+
+
+def test_settings_of_the_caller_have_no_effect_and_are_unchanged(tmp_path):
+    history = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "ssim": 0.5}]
+    plots.plot_curves(tmp_path / "a.png", history, "ssim", "heading")
+    settings = {"text.usetex": True, "font.size": 30, "savefig.transparent": True}
+    settings |= {"backend": "module://not_installed", "figure.constrained_layout.use": False}
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(settings)
+        before = matplotlib.rcParams.copy()
+        plots.plot_curves(tmp_path / "b.png", history, "ssim", "heading")
+        assert plots.plot_comparison([], [])
+        assert matplotlib.rcParams == before
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
 def test_histogram_of_equal_scores(tmp_path):
