@@ -45,9 +45,7 @@ def new_run_folder(config: TrainConfig) -> Path:
                 f"--name {name} is inside the run {parent}; choose a --name outside of it"
             )
     if PRIOR in parts[1:]:
-        raise UserError(
-            f"--name is {name}, but train_prior.py uses the name {PRIOR}; choose another"
-        )
+        raise UserError(f"--name is {name}; choose one without {PRIOR}, a name of train_prior.py")
     for file in RUN_FILES:
         for run in find_runs(folder, file)[:1]:
             raise UserError(f"{folder} contains other runs, such as {run}; choose another --name")
