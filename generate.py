@@ -37,8 +37,10 @@ from prior.evaluate import evaluate_samples, print_evaluation
 from prior.model import CodePrior
 from prior.sampling import Sampler, SamplingOptions
 from training.checkpoint import load_model
+from training.guards import preserve_process_state
 from training.options import ANY_POSITIVE, check_range
 from training.run_folder import load_run_data, newest_run
+from training.run_names import resolve_run
 from utils import UserError
 
 NUM_SAMPLES = 16
@@ -52,10 +54,10 @@ VIEW_OF_HALF = {"left": 0, "right": 1}
 # ---------------------------------------------------------------- main
 
 
+@preserve_process_state()
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     check_arguments(args)
-    utils.keep_freed_memory()
     run = find_run(args)
     sampler = load_sampler(run, args)
     folder = Path(args.out) if args.out else run / "generated"
@@ -172,7 +174,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def find_run(args: argparse.Namespace) -> Path:
     """Return the run that `--run` names, or the run with the newest prior."""
     if args.run:
-        return Path(args.run)
+        return resolve_run(args.run)
     missing = (
         f"no run in {args.runs_dir} has a prior; train one with train_prior.py, or name a run with "
         "--run"

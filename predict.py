@@ -38,7 +38,9 @@ from modules import VQVAE
 from mri.files import printable
 from mri.preprocessing import parse_axis
 from training.checkpoint import load_model
+from training.guards import preserve_process_state
 from training.run_folder import load_run_data, newest_run
+from training.run_names import resolve_run
 from utils import UserError
 
 MIN_CASES = 10  # with fewer cases, no confidence interval is printed
@@ -295,9 +297,9 @@ def write_figures(
 # ---------------------------------------------------------------- the script
 
 
+@preserve_process_state()
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    utils.keep_freed_memory()
     device = utils.pick_device(args.device)
     if args.paths:
         reconstruct_files(
@@ -319,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; expected 1 or more")
-    run = Path(args.run) if args.run else newest_run(Path(args.runs_dir))
+    run = resolve_run(args.run) if args.run else newest_run(Path(args.runs_dir))
     model = load_model(VQVAE, run / "best.pt", device)
     print(f"model: {run / 'best.pt'}")
     data, root = load_run_data(run, args.split, args.data, args.cache_dir, args.skip_bad_files)

@@ -16,6 +16,7 @@ as those of an uninterrupted run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -35,8 +36,10 @@ from mri.files import Source
 from training import distributed
 from training.adversarial import PatchDiscriminator, adversarial_losses
 from training.config import TrainConfig, check_config, parse_train_flags
+from training.guards import preserve_process_state
 from training.run import Run, epoch_order
 from training.run_folder import load_training_data, open_run, read_manifest
+from training.run_names import reserve_folder
 from training.schedule import learning_rate, set_learning_rate
 from training.step import clip_gradients, compile_if_enabled, skip_step_unless
 from utils import UserError
@@ -55,18 +58,24 @@ NUM_MINIMISED = 4
 
 def main(argv: list[str] | None = None) -> int:
     flags = parse_train_flags(argv, __doc__)
-    with distributed.session():
-        return train(flags)
+    with preserve_process_state(), distributed.session(), contextlib.ExitStack() as stack:
+        folder, config, checkpoint = open_run(flags)
+        if distributed.get_rank() == 0 and not config.resume and not config.dry_run:
+            folder = stack.enter_context(reserve_folder(folder, numbered=config.name is None))
+        folder = distributed.broadcast_object(folder)  # its name may contain the current second
+        return train(folder, config, checkpoint, flags)
 
 
-def train(flags: dict) -> int:
-    """Start or resume the run that the flags select, and return the exit code."""
-    folder, config, checkpoint = open_run(flags)
-    folder = distributed.broadcast_object(folder)  # the time in its name may differ by process
+def train(folder: Path, config: TrainConfig, checkpoint: dict | None, flags: dict) -> int:
+    """Start or resume a run, and return the exit code.
+
+    Args:
+        folder, config, checkpoint: as `open_run` returned them.
+        flags: only the flags that were typed.
+    """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     check_config(config, world_size)
     utils.set_deterministic(config.deterministic)
-    utils.keep_freed_memory()
     device = utils.pick_device(config.device, rank, world_size)
     precision = utils.pick_precision(config.precision, device)
 
@@ -195,12 +204,14 @@ def resolve_data(
     Raises:
         DataError: if the data cannot be found.
     """
-    root, description = splits.find_data(config.data)
+    is_recorded = config.resume and "data" not in flags
+    root, description = splits.find_data(config.data, folder if is_recorded else None)
     print(description)
     if root is None:
         root = SAMPLE_FOLDER
         if not root.exists() or not any(root.iterdir()):
-            phantom.write_phantom(root)
+            with contextlib.suppress(FileExistsError):  # another run has generated it meanwhile
+                phantom.write_phantom(root)
         if "epochs" not in flags:
             config = dataclasses.replace(config, epochs=SAMPLE_EPOCHS)
             print(f"training {SAMPLE_EPOCHS} epochs on the sample; set --epochs to train longer")

@@ -7,9 +7,8 @@
 
 The run's training slices are encoded once, together with their mirror images. A causal transformer
 (`prior.model.CodePrior`) learns the probability of each code given the previous codes. Everything
-is saved in <run>/prior/: config.json, metrics.csv, best.pt (the epoch with the fewest validation
-bits per code), last.pt, metrics.json (bits per code of this prior, compared with log2 K, entropy
-and gzip), bits_plot.png and plots/.
+is saved in <run>/prior/: config.json, metrics.csv, best.pt (with the fewest validation bits),
+last.pt, metrics.json (compared with log2 K, entropy and gzip), bits_plot.png and plots/.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from prior.model import CodePrior
 from training import distributed
 from training.checkpoint import load_model
 from training.config import RunConfig, check_processes
+from training.guards import preserve_process_state
 from training.options import check_bounds, option, parse_flags
 from training.run import Run
 from training.run_folder import (
@@ -42,6 +42,7 @@ from training.run_folder import (
     resumed_arguments,
     unfinished_checkpoint,
 )
+from training.run_names import resolve_run
 from training.schedule import learning_rate, set_learning_rate
 from training.step import clip_gradients, compile_if_enabled, skip_step_unless
 from utils import UserError
@@ -97,7 +98,7 @@ class PriorConfig(RunConfig):
 
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(PriorConfig, argv, __doc__)
-    with distributed.session():
+    with preserve_process_state(), distributed.session():
         return train(flags)
 
 
@@ -108,7 +109,6 @@ def train(flags: dict) -> int:
     check_bounds(config)
     check_processes(config, world_size)
     utils.set_deterministic(config.deterministic)
-    utils.keep_freed_memory()
     device = utils.pick_device(config.device, rank, world_size)
     precision = utils.pick_precision(config.precision, device)
 
@@ -120,9 +120,11 @@ def train(flags: dict) -> int:
         raise UserError(
             f"{vqvae_run} has {num_codebooks} codebooks; a prior needs a run with --num-codebooks 1"
         )
+    options = {"data": config.data, "cache_dir": config.cache_dir}
+    options["data_run"] = None if "data" in flags else vqvae_run / "prior"
     with distributed.rank_zero_first():
-        train_slices, root = load_run_data(vqvae_run, "train", config.data, config.cache_dir)
-        val_slices, _ = load_run_data(vqvae_run, "validate", config.data, config.cache_dir)
+        train_slices, root = load_run_data(vqvae_run, "train", **options)
+        val_slices, _ = load_run_data(vqvae_run, "validate", **options)
     config = replace(config, data=root)
     train_codes = encode_split(vqvae, train_slices, MIRRORS)
     val_codes = encode_split(vqvae, val_slices, MIRRORS[:1])
@@ -138,8 +140,7 @@ def train(flags: dict) -> int:
 
     full_batch_losses = compile_if_enabled(eager_losses, model, config, device)
 
-    # The codes are not hashed: about one in a million differs between devices.
-    codebook_hash = hash_codebook(vqvae)
+    codebook_hash = hash_codebook(vqvae)  # not of codes: one in a million differs between devices
     outline_blocks = [2**n for n in reversed(range(1, config.num_grids))]  # coarse to fine
     losses = (*(f"train_outline_{block}" for block in outline_blocks), "train_codes")
     run = Run(
@@ -157,7 +158,7 @@ def train(flags: dict) -> int:
         fingerprint=f"{train_slices.fingerprint} {val_slices.fingerprint} {codebook_hash}",
         info={
             "slices": {"train": len(train_codes), "validate": len(val_codes)},
-            "vqvae": str(vqvae_run / "best.pt"),
+            "vqvae": str((vqvae_run / "best.pt").resolve()),
         },
         resume_command=utils.format_command("train_prior.py", "--resume", "--run", vqvae_run),
     )
@@ -230,7 +231,7 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
     runs_dir = Path(flags.get("runs_dir", "runs"))
     resume = flags.get("resume", False)
     if "run" in flags:
-        run = Path(flags["run"])
+        run = resolve_run(flags["run"])
     elif resume:
         missing = f"{runs_dir} contains no prior to resume; omit --resume, or name a run with --run"
         run = newest_run(runs_dir, "prior/config.json", missing)
@@ -382,7 +383,6 @@ def write_metrics(run: Run, bits: dict[str, float], stride: int) -> None:
     """Print the validation split's bits per code and per pixel, and write them to metrics.json.
 
     Args:
-        run: the prior's run.
         bits: name of a method -> bits per code.
         stride: side of the square that one code covers, in pixels.
     """

@@ -38,7 +38,7 @@ class CheckpointError(UserError):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main()` and exit with its return code.
+    """Run `main()` in a process of its own, and exit with its return code.
 
     For a `UserError`, or an OSError such as a full disk, print one message to stderr and exit with
     code 2. Any other exception is a bug in the program, so its traceback is shown.
@@ -46,6 +46,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         # File names may contain undecodable bytes. For stderr, this is Python's default.
         sys.stdout.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     # torchrun sets both variables. They are read here because torch.distributed forgets the rank
     # when the process group is destroyed.
     rank = int(os.environ.get("RANK", 0))
@@ -58,6 +59,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as error:  # a usage error, or SIGTERM (see training/guards.py)
+        code = error.code or 0
     if world_size > 1:
         # Skip the interpreter's shutdown. A gloo thread that still holds a tensor would abort the
         # process, and after an error, the shutdown could wait forever for the other processes.
@@ -148,16 +151,20 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS requires it for deterministic algorithms
+
+
 def set_deterministic(enabled: bool) -> None:
     """Switch torch's deterministic algorithms on or off; call this before any computation."""
     if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
+        os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")
     torch.use_deterministic_algorithms(enabled)
 
 
 def keep_freed_memory() -> None:
     """Let glibc reuse freed memory instead of returning each large activation to the system.
 
+    This cannot be undone, so only scripts that have the process to themselves call it.
     Memory that was returned must be mapped again, page by page, in the next training step. Keeping
     it saves about a third of the step's time on two CPU cores. Other allocators are not changed.
     """

@@ -76,9 +76,10 @@ def table(rows: list[dict], num_slices: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+@plots.default_style
 def plot(path: Path, rows: list[dict], heading: str) -> None:
     """Plot ssim against bits per pixel: a curve per codec and accounting, and a point per run."""
-    figure, axis = plots.plt.subplots(figsize=(9, 5.2), layout="constrained")
+    figure, axis = plots.new_figure(1, 1, (9, 5.2))
     curves: dict[tuple[str, str], list] = {}
     for row in rows:
         if "scores" in row:

@@ -14,14 +14,33 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from utils import write_atomically
 
-matplotlib.use("Agg")  # writes files only, so no display is needed
-import matplotlib.pyplot as plt
+# pyplot is not used, and figures are made with matplotlib's default settings, so that neither the
+# user's settings ($MPLBACKEND, matplotlibrc) nor those of a program that calls these functions
+# affect the figures, and none of them are changed. Use it as a decorator of each such function.
+_settings = dict(matplotlib.rcParamsDefault)
+_settings.pop("backend")
+default_style = matplotlib.rc_context(_settings)
 
 MAX_COLUMNS = 8  # largest number of columns in a figure
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
+    """Return a figure and its axes, (rows, columns); a single row, column or axis is not nested.
+
+    Args:
+        rows, columns: number of axes.
+        size: width and height in inches.
+        options: further options of `Figure.subplots`.
+    """
+    figure = Figure(size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 # ---------------------------------------------------------------- slices
@@ -36,6 +55,7 @@ def spread_indices(count: int, number: int = 4) -> Tensor:
     return positions.round().long().unique()
 
 
+@default_style
 def plot_reconstructions(
     path: Path,
     originals: Tensor,
@@ -57,7 +77,7 @@ def plot_reconstructions(
         raise ValueError(f"{len(titles)} slices; expected at most {MAX_COLUMNS}")
     width, height, aspect = _panel_size(originals, spacing, 2.7)
     size = (max(width * len(titles), 3) + 0.9, 3 * height + 0.85)
-    figure, axes = plt.subplots(3, len(titles), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = new_figure(3, len(titles), size, squeeze=False)
     errors = reconstructions - originals
     limit = max(float(np.quantile(errors.abs().numpy(), 0.995)), 1e-6)
     error_window = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
@@ -79,6 +99,7 @@ def plot_reconstructions(
     save_figure(figure, path)
 
 
+@default_style
 def plot_slices(
     path: Path,
     images: Tensor,
@@ -110,7 +131,7 @@ def plot_slices(
     rows = -(-len(panels) // columns)
     width, height, aspect = _panel_size(images, spacing, 2.4)
     size = (max(width * columns, 4), (height + 0.3) * rows + 0.5)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = new_figure(rows, columns, size, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (image, grey, title) in zip(axes.flat, panels, strict=False):
@@ -154,6 +175,7 @@ def _panel_size(
 # ---------------------------------------------------------------- runs
 
 
+@default_style
 def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> None:
     """Plot training loss, validation loss and one more column by epoch.
 
@@ -164,7 +186,7 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
         heading: title of the figure.
     """
     epochs = [row["epoch"] for row in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, (10, 4))
     left.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training")
     left.plot(epochs, [row["val_loss"] for row in history], marker=".", label="validation")
     left.set(xlabel="epoch", ylabel="loss", yscale="log")
@@ -177,6 +199,7 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
     save_figure(figure, path)
 
 
+@default_style
 def plot_comparison(
     curves: list[tuple[str, list[int], list[float]]], points: list[tuple[str, float, float]]
 ) -> bytes:
@@ -186,7 +209,7 @@ def plot_comparison(
         curves: (run, epochs, validation ssim of each epoch).
         points: (run, bits per pixel, ssim) of the evaluated runs.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, (10, 4.2))
     for run, epochs, ssim in curves:
         left.plot(epochs, ssim, marker=".", label=escape_dollars(run))
     for run, bits_per_pixel, ssim in points:
@@ -199,16 +222,14 @@ def plot_comparison(
             axis.legend(fontsize=8)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
-    plt.close(figure)
     return content.getvalue()
 
 
+@default_style
 def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str) -> None:
     """Plot a histogram of each score, without NaN values; scores: {name: (N,)}."""
     size = (3.2 * len(scores), 3.2)
-    figure, axes = plt.subplots(
-        1, len(scores), figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
+    figure, axes = new_figure(1, len(scores), size, squeeze=False, sharey=True)
     for axis, (name, values) in zip(axes[0], scores.items(), strict=True):
         values = values[np.isfinite(values)]
         limits = (values.min() - 1e-3, values.max() + 1e-3)  # not empty if all scores are equal
@@ -224,11 +245,12 @@ def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str
 # ---------------------------------------------------------------- codes
 
 
+@default_style
 def plot_code_usage(path: Path, counts: Tensor, heading: str) -> None:
     """Plot how often each code is used, in descending order; counts: (K,)."""
     frequencies = counts.double() / counts.sum()
     percentages = frequencies.sort(descending=True).values.numpy() * 100
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, axis = new_figure(1, 1, (7, 3.4))
     axis.bar(np.arange(1, len(percentages) + 1), percentages, width=1.0, color="0.3")
     axis.axhline(100 / len(percentages), color="C3", linewidth=1, label="uniform usage")
     axis.set(xlabel="code, most used first", ylabel="share of all code positions (%)", yscale="log")
@@ -237,6 +259,7 @@ def plot_code_usage(path: Path, counts: Tensor, heading: str) -> None:
     save_figure(figure, path)
 
 
+@default_style
 def plot_code_map(
     path: Path,
     original: Tensor,
@@ -258,7 +281,7 @@ def plot_code_map(
     """
     width, height, aspect = _panel_size(original, spacing, 4)
     size = (max(3 * width, 6), height + 0.7)
-    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained")
+    figure, axes = new_figure(1, 3, size)
     grey = _grey_window(original)
     code_image = colours[indices.cpu()].numpy().transpose(1, 0, 2)[::-1]
     axes[0].imshow(_upright(original), aspect=aspect, **grey)
@@ -318,9 +341,9 @@ def fit_title(text: str, inches: float, points: float) -> str:
     return escape_dollars("\n".join(lines))
 
 
-def save_figure(figure, path: Path) -> None:
-    """Write a figure atomically, in the format that the path's suffix names, and close it."""
+@default_style
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically, in the format that the path's suffix names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file_format = path.suffix[1:]
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=file_format, dpi=110))
-    plt.close(figure)

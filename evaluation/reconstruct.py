@@ -33,6 +33,7 @@ from mri.files import printable
 from mri.segmentations import read_labels
 from training.checkpoint import load_model, read_checkpoint
 from training.run_folder import newest_run, training_files
+from training.run_names import find_runs, resolve_run
 from utils import DataError, UserError
 
 PELVIS_MODEL = Path(__file__).parents[1] / "resources" / "pelvis.pt"
@@ -111,11 +112,11 @@ def reconstruct_files(
 
 
 def find_run(run: str | Path | None, runs_dir: str | Path) -> Path | None:
-    """Return `run`, or the newest run with a best.pt in `runs_dir`, or None if no run has one."""
+    """Return the run that `run` names, or the newest run in `runs_dir`; None if there is none."""
     if run:
-        return Path(run)
+        return resolve_run(run)
     runs_dir = Path(runs_dir)
-    return newest_run(runs_dir) if any(runs_dir.glob("*/best.pt")) else None
+    return newest_run(runs_dir) if find_runs(runs_dir, "best.pt") else None
 
 
 def load_run_model(run: Path | None, device: torch.device) -> tuple[VQVAE, dict]:

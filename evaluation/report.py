@@ -19,6 +19,7 @@ from pathlib import Path
 import utils
 from evaluation import plots
 from evaluation.metrics import SCORE_NAMES
+from training.run_names import resolve_run
 from utils import UserError
 
 PAGE = string.Template("""<!doctype html>
@@ -297,13 +298,11 @@ def main(argv: list[str] | None = None) -> int:
         help="output file of a comparison (default: compare.html)",
     )
     args = parser.parse_args(argv)
-    for run in args.runs:
+    runs = [resolve_run(run) for run in args.runs]
+    for run in runs:
         if not (run / "config.json").exists():
             raise UserError(f"{run} has no config.json; expected the folder of a run of train.py")
-    if len(args.runs) == 1:
-        path = write_report(args.runs[0])
-    else:
-        path = write_comparison(args.runs, args.out)
+    path = write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, args.out)
     print(f"written: {path}")
     return 0
 

@@ -7,9 +7,10 @@ Files. Each split has a folder in the cache's root:
 
     <split>-<data set>-<files>/pixels.npy     (rows of the cache, *size) int16
     <split>-<data set>-<files>/slices.npz     tables of the slices and of the unusable files
+    <split>-<data set>-<files>/files          the name, size and modification time of every file
 
 When is a cache stale? <data set> is a hash of the data's folder, the `Preprocessing` and
-CACHE_FORMAT. <files> is a hash of the name, size and modification time of every file. Hence:
+CACHE_FORMAT. <files> is a hash of the content of `files`. Hence:
 
 - A split is decoded again if its data folder is moved; if a file is added, removed or renamed; if
   the size or modification time of a file changes; if a field of the preprocessing differs; or if
@@ -18,12 +19,13 @@ CACHE_FORMAT. <files> is a hash of the name, size and modification time of every
 - Unusable files are tried again at every start, because a repaired permission or network does not
   change the hashes.
 - A cache that is truncated or cannot be opened is replaced. Altered pixels go unnoticed.
-- A new cache replaces older caches of the same split and <data set>. Caches of other folders,
-  preprocessing settings or formats are not deleted.
 
-Several runs may share a cache: one run builds it while the others wait for its lock. A folder gets
-its final name when it is complete. If another run has created a folder of this name by then, that
-folder is used.
+Which caches are deleted, and when, is described in mri/stale_caches.py.
+
+Several runs may share a cache: one run builds it while the others wait for its lock. Caches are
+deleted by the process that holds the lock, after it has opened its own. A folder gets its final
+name when it is complete. If another run has created a folder of this name by then, that folder is
+used.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import signal
 import sys
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -56,6 +58,7 @@ from mri.encoding import decode_file
 from mri.files import Source
 from mri.messages import bad_files_error
 from mri.preprocessing import Preprocessing
+from mri.stale_caches import delete_caches, file_states
 from utils import DataError, lock
 
 CACHE_FORMAT = 2  # see "When is a cache stale?"
@@ -118,7 +121,9 @@ def load_cached_split(
     """
     files = source.splits[split]
     prefix = _data_set_prefix(source, split, preprocessing)
-    folder = root / f"{prefix}{_files_key(source, split)}"
+    states = file_states(source.root, files)
+    key = hashlib.sha256(b"".join(states)).hexdigest()[:20]
+    folder = root / f"{prefix}{key}"
     cached = _open_valid_cache(folder, files, preprocessing)
     if cached is not None:
         return cached
@@ -130,9 +135,13 @@ def load_cached_split(
             cached = _open_valid_cache(folder, files, preprocessing)
             if cached is not None:  # another run built it while this one waited
                 return cached
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or a file can be read again
             temporary.mkdir()
             build(temporary, source, split, preprocessing, workers, progress)
+            (temporary / "files").write_bytes(b"".join(states))
             _publish(temporary, folder, preprocessing.size)
+            cached = _open_cache(folder, preprocessing.size)
+            delete_caches(root, prefix, folder, source, set(states))
     except OSError as error:
         raise DataError(
             f"cannot write the cache of decoded slices in {root}: {error.strerror or error}.\n"
@@ -141,28 +150,18 @@ def load_cached_split(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _delete_stale(root, prefix, folder)
-    return _open_cache(folder, preprocessing.size)
+    if cached is None:
+        raise DataError(
+            f"the cache {folder} was deleted or changed by another program just after it was "
+            "written; run the command again, or choose another folder with --cache-dir."
+        )
+    return cached
 
 
 def _data_set_prefix(source: Source, split: str, preprocessing: Preprocessing) -> str:
     """Return `<split>-<data set>-`, the part of a cache's name that is independent of the files."""
     key = os.fsencode(f"{source.root} {preprocessing} {CACHE_FORMAT}")
     return f"{split}-{hashlib.sha256(key).hexdigest()[:10]}-"
-
-
-def _files_key(source: Source, split: str) -> str:
-    """Return a hash of the names, sizes and modification times of a split's files."""
-    key = hashlib.sha256()
-    root_length = len(str(source.root)) + 1
-    for path in map(str, source.splits[split]):  # fast strings, as a split may have 10,000 files
-        try:
-            status = os.stat(path)
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:  # reading the file will report it
-            state = "unreadable"
-        key.update(os.fsencode(f"{path[root_length:]}\0{state}\n"))
-    return key.hexdigest()[:20]
 
 
 def _open_cache(folder: Path, size: tuple[int, int]) -> CachedSplit | None:
@@ -186,16 +185,16 @@ def _open_cache(folder: Path, size: tuple[int, int]) -> CachedSplit | None:
 def _open_valid_cache(
     folder: Path, files: list[Path], preprocessing: Preprocessing
 ) -> CachedSplit | None:
-    """Open a cache; if one of its unusable files can now be read, delete it and return None."""
+    """Open a cache; return None if there is none, or one of its unusable files can now be read."""
     cached = _open_cache(folder, preprocessing.size)
     if cached is None:
         return None
     for index in cached.bad["file"]:
         _, reason = decode_file(files[index], preprocessing)
         if not reason:
-            del cached  # Windows cannot delete a mapped file
-            shutil.rmtree(folder, ignore_errors=True)
             return None
+    with contextlib.suppress(OSError):  # a cache of another user
+        os.utime(folder)  # it is in use: see `delete_caches`
     return cached
 
 
@@ -344,6 +343,7 @@ def worker_pool(workers: int, context=None) -> ProcessPoolExecutor:
 
 def _start_worker() -> None:
     """Prepare a worker process: use one thread, and exit when the parent process is killed."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is not for this process
     torch.set_num_threads(1)  # OpenMP threads do not survive a fork; each core has a worker
 
     def exit_with_parent() -> None:
@@ -370,17 +370,3 @@ def _publish(temporary: Path, folder: Path, size: tuple[int, int]) -> None:
         if _open_cache(folder, size) is None:
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-
-
-def _delete_stale(root: Path, prefix: str, current: Path) -> None:
-    """Delete caches of earlier states of the files, and temporary folders older than a day.
-
-    Only folders whose names start with the prefix are deleted, so caches of other settings remain.
-    """
-    for path in root.glob(f"{prefix}*"):
-        try:
-            is_building = ".tmp-" in path.name and time.time() - path.stat().st_mtime < 86400
-            if path.is_dir() and path != current and not is_building:
-                shutil.rmtree(path)
-        except OSError:
-            pass  # another run deleted it, or uses it (Windows)

@@ -45,8 +45,7 @@ _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 _MAX_GZIP_RATIO = 1032  # the best that deflate can achieve
 _HEADER_BYTES = 1024  # more than a NIfTI-1 header (348) or a NIfTI-2 header (540)
 
-# nibabel logs every odd but harmless header field, thousands of lines for one data set.
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+_SILENT_LOGGER = logging.Logger("nifti", logging.CRITICAL)  # for odd but harmless header fields
 
 
 # ---------------------------------------------------------------- files and headers
@@ -132,7 +131,7 @@ def _file_size(path: Path) -> int:
 
 
 def _parse_header(start: bytes) -> nib.Nifti1Header:
-    """Parse a header from the first bytes of a file, and check all of its fields that are used.
+    """Parse a header from the first bytes of a file, without its extensions, and check its fields.
 
     Raises:
         ValueError: if this is not the header of a NIfTI file with 1 to MAX_VOXELS real voxels.
@@ -140,7 +139,8 @@ def _parse_header(start: bytes) -> nib.Nifti1Header:
     header_sizes = [int.from_bytes(start[:4], byteorder) for byteorder in ("little", "big")]
     header_class = nib.Nifti2Header if 540 in header_sizes else nib.Nifti1Header
     try:
-        header = header_class(start[: header_class.template_dtype.itemsize])  # no extensions
+        header = header_class(start[: header_class.template_dtype.itemsize], check=False)
+        header.check_fix(_SILENT_LOGGER, error_level=logging.ERROR)
         shape = header.get_data_shape()
         dtype = header.get_data_dtype()
         offset = header.get_data_offset()

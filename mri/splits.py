@@ -39,20 +39,17 @@ MIN_SUBJECTS = 3  # with fewer, splits share subjects
 TRAIN_PAIRS = (("train", "validate"), ("train", "test"))
 
 
-def find_data(data: str | Path | None) -> tuple[Path | None, str]:
-    """Return the data path and a line that says where it comes from.
+def find_data(data: str | Path | None, run: str | Path | None = None) -> tuple[Path | None, str]:
+    """Return the data path (None: the sample data), and a line that says where it comes from.
 
     Args:
         data: the value of --data; if it is None, $HIPMRI_DATA is used.
-
-    Returns:
-        The path (None, for the sample data, if neither is set), and the line to print.
+        run: folder of the run whose config.json has recorded `data`; None if the user typed it.
 
     Raises:
-        DataError: if a path is given and does not exist. A mistyped path must never lead to
-            training on the sample data.
+        DataError: if the path does not exist; a typo must not lead to training on the sample.
     """
-    name, origin = data, "--data"
+    name, origin = data, f"{run}/config.json" if run else "--data"
     if data is None:
         name, origin = os.environ.get("HIPMRI_DATA") or None, "$HIPMRI_DATA"
     if name is None:
@@ -62,9 +59,11 @@ def find_data(data: str | Path | None) -> tuple[Path | None, str]:
         os.stat(path if str(name).strip() else "")  # Path("") would be the current folder
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
+        advice = "Give an existing folder, or leave out both --data and $HIPMRI_DATA."
+        if run:
+            advice = "If the data were moved, give their new folder with --data."
         raise DataError(
-            f"cannot open the data that {origin} names, '{name}': {reason}.\n"
-            "Give an existing folder, or leave out both --data and $HIPMRI_DATA."
+            f"cannot open the data that {origin} names, '{name}': {reason}.\n{advice}"
         ) from error
     return path, f"data: {path}, from {origin}"
 

@@ -101,16 +101,19 @@ def test_deterministic_mode_is_set_and_changes_nothing_on_a_cpu(
     tmp_path, train_here, at_step, monkeypatch
 ):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    enabled = []
+    enabled, workspaces = [], []
 
     def record(images):
         enabled.append(torch.are_deterministic_algorithms_enabled())
+        workspaces.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
 
     at_step({1, 4}, record)  # the first step of each run
     for flag in ("--deterministic", ""):
         assert train_here(f"--epochs 1 --name a{flag} {flag}") == 0
     assert enabled == [True, False]
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert workspaces == [":4096:8", None]
+    assert not torch.are_deterministic_algorithms_enabled()  # a caller's process is unchanged
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     runs = tmp_path / "runs"
     assert_same_tensors(read_weights(runs / "a--deterministic"), read_weights(runs / "a"))
 
@@ -170,6 +173,10 @@ def test_without_data_the_sample_is_made_once_and_the_printed_command_works(
     for path, modified in times.items():
         assert path.stat().st_mtime_ns == modified
 
+    # As in a notebook whose packages are not installed for this Python, with a user's settings.
+    monkeypatch.setenv("MPLBACKEND", "module://not_installed")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path))
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
     command = printed.splitlines()[-1].strip()
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

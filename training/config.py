@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,6 +76,18 @@ class RunConfig:
     )
     deterministic: bool = _run(False, "make GPU results bit-identical, at some cost in speed")
     seed: int = _run(0, "random seed (default: 0)", low=0, high=2**40)
+
+    def to_json(self) -> dict:
+        """Return the arguments for config.json, with absolute paths of folders.
+
+        A relative path would be another folder if a later command is run in another folder.
+        """
+        arguments = dict(vars(self))
+        for field in dataclasses.fields(self):
+            path = arguments[field.name]
+            if field.metadata["metavar"] == "DIR" and path:
+                arguments[field.name] = os.path.abspath(os.path.expanduser(path))
+        return arguments
 
 
 # ---------------------------------------------------------------- train.py

@@ -38,22 +38,37 @@ def session() -> Iterator[None]:
         UserError: if torchrun was started on several machines.
         LostProcessError: if an exchange fails because another process ended or hangs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    starts_group = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if starts_group:
         if os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
             raise UserError("torchrun was started on several machines; expected one: omit --nnodes")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if dist.get_rank() > 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
-        yield
+        with _silence_stdout() if get_rank() > 0 else contextlib.nullcontext():
+            yield
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
         raise LostProcessError(
             f"another process of this run ended or hangs ({first_line(error)})"
         ) from None
-    if get_world_size() > 1:  # after an error, this is skipped: it could wait forever
+    if starts_group:  # after an error, this is skipped: it could wait forever
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _silence_stdout() -> Iterator[None]:
+    """Discard what this process, including its libraries, writes to stdout."""
+    sys.stdout.flush()
+    stdout = os.dup(sys.stdout.fileno())
+    try:
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, sys.stdout.fileno())
+        os.close(stdout)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

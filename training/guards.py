@@ -1,17 +1,20 @@
-"""Guards around a run: a lock of its folder, and signals that stop it after the current step."""
+"""Guards: a lock of a run's folder, stop signals, and the state of the process around a script."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from filelock import Timeout
 
 import utils
-from utils import UserError
+from utils import CUBLAS_VARIABLE, UserError
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # schedulers send the last one before pre-emption
 
@@ -44,7 +47,7 @@ def collect_stop_signals(numbers: list[int]) -> Iterator[None]:
         numbers.append(number)
 
     previous = {}
-    if threading.current_thread() is threading.main_thread():
+    if _handles_signals():
         for name in STOP_SIGNALS:
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 number = getattr(signal, name)
@@ -54,3 +57,57 @@ def collect_stop_signals(numbers: list[int]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- the caller's process
+
+
+@contextlib.contextmanager
+def preserve_process_state() -> Iterator[None]:
+    """Restore at the end what a script changes in its process, so that any program can call main().
+
+    Restored are signal handlers, torch's random generators (CPU and CUDA), its choice of
+    deterministic algorithms with the variable that cuBLAS needs, and the current GPU. docs/data.md
+    lists what remains.
+
+    During the block, SIGTERM raises SystemExit, unless the caller has a handler for it, so that
+    unfinished files are deleted.
+    """
+    workspace = os.environ.get(CUBLAS_VARIABLE)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    used_cuda = torch.cuda.is_initialized()
+    gpu = torch.cuda.current_device() if used_cuda else 0
+    gpus = range(torch.cuda.device_count()) if used_cuda else []
+    try:
+        with _restore_signal_handlers(), torch.random.fork_rng(gpus):
+            if _handles_signals() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, _exit)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(gpu)
+        if workspace is None:
+            os.environ.pop(CUBLAS_VARIABLE, None)
+
+
+@contextlib.contextmanager
+def _restore_signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # The handler is None if it was not set from Python.
+            if _handles_signals() and handler not in (None, signal.getsignal(number)):
+                signal.signal(number, handler)
+
+
+def _handles_signals() -> bool:
+    """Return whether this is the main thread, the only one in which Python allows handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _exit(number: int, frame) -> None:
+    sys.exit(128 + number)

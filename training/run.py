@@ -117,7 +117,7 @@ class Run:
         self._stack.enter_context(collect_stop_signals(self._signals))
 
     def _write_config(self) -> None:
-        content = {"name": self.folder.name, "arguments": vars(self.config), **self.info}
+        content = {"name": self.folder.name, "arguments": self.config.to_json(), **self.info}
         content["device"] = utils.describe_device(self.device, get_world_size())
         content["precision"] = self.precision
         content["versions"] = utils.versions()

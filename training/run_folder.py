@@ -8,7 +8,6 @@ slices, root = load_run_data(run, "test")
 from __future__ import annotations
 
 import dataclasses
-from datetime import datetime
 from pathlib import Path
 
 import dataset
@@ -20,6 +19,7 @@ from mri.preprocessing import Preprocessing
 from training.checkpoint import read_checkpoint
 from training.config import TrainConfig, resolve_config
 from training.options import check_types, flag_name
+from training.run_names import find_runs, new_run_folder
 from utils import CheckpointError, DataError, UserError
 
 # ---------------------------------------------------------------- start or resume a run
@@ -36,17 +36,11 @@ def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
         if the run starts at the first step.
 
     Raises:
-        UserError: if a new run's folder exists, or there is no run to resume.
+        UserError: if a new run's folder exists or is unsuitable, or there is no run to resume.
     """
     if not flags.get("resume"):
         config = resolve_config(flags)
-        name = config.name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}"
-        folder = Path(config.runs_dir) / name
-        if (folder / "config.json").exists() or (folder / "last.pt").exists():
-            raise UserError(
-                f"{folder} exists; add --resume to continue it, or choose another --name"
-            )
-        return folder, config, None
+        return new_run_folder(config), config, None
 
     runs_dir = Path(flags.get("runs_dir", "runs"))
     folder = runs_dir / flags["name"] if "name" in flags else newest_unfinished_run(runs_dir)
@@ -105,16 +99,15 @@ def unfinished_checkpoint(folder: Path, epochs: int) -> dict | None:
 
 def newest_unfinished_run(runs_dir: Path) -> Path:
     """Return the folder with the newest config.json among runs that have not finished."""
-    configs = list(runs_dir.glob("*/config.json"))
-    configs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for config in configs:
-        folder = config.parent
+    runs = find_runs(runs_dir)
+    runs.sort(key=lambda run: (run / "config.json").stat().st_mtime, reverse=True)
+    for folder in runs:
         checkpoint = last_checkpoint(folder)
         epochs = read_arguments(folder, TrainConfig).get("epochs", 0)
         if not checkpoint or checkpoint["epochs_done"] < epochs:
             return folder
     raise UserError(
-        f"{runs_dir} contains no unfinished run ({len(configs)} runs); omit --resume to start one"
+        f"{runs_dir} contains no unfinished run ({len(runs)} runs); omit --resume to start one"
     )
 
 
@@ -175,21 +168,20 @@ def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path
     """Return the folder of the run with the newest `file`, whether the run has finished or not.
 
     Args:
-        runs_dir: folder of all runs.
+        runs_dir: folder of all runs, which may be in subfolders (see `find_runs`).
         file: path within a run, such as "best.pt" or "prior/best.pt".
         missing: the error message if no run has the file.
 
     Raises:
         UserError: if no run has the file.
     """
-    paths = list(runs_dir.glob(f"*/{file}"))
-    if not paths:
+    runs = find_runs(runs_dir, file)
+    if not runs:
         default = (
             f"no run in {runs_dir} has a best.pt; train one with train.py, or name a run with --run"
         )
         raise UserError(missing or default)
-    newest = max(paths, key=lambda path: path.stat().st_mtime)
-    return runs_dir / newest.relative_to(runs_dir).parts[0]
+    return max(runs, key=lambda run: (run / file).stat().st_mtime)
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -296,6 +288,7 @@ def load_run_data(
     data: str | None = None,
     cache_dir: str | None = None,
     skip_bad_files: bool = False,
+    data_run: Path | None = None,
 ) -> tuple[dataset.SliceDataset, str]:
     """Load a split with the preprocessing of the run's training data, and print notes about it.
 
@@ -305,6 +298,7 @@ def load_run_data(
         data: folder of the data (default: the data of the run).
         cache_dir: folder of the cache (default: as in the run).
         skip_bad_files: skip unusable files, even if the run did not.
+        data_run: folder of another run whose config.json has recorded `data`; None if it was typed.
 
     Returns:
         The slices, and the folder that contains their files.
@@ -313,10 +307,11 @@ def load_run_data(
         UserError: if the data cannot be found or read.
     """
     config = read_config(run)
-    root, description = splits.find_data(data or config.data)
+    root, description = splits.find_data(data or config.data, data_run if data else run)
     if root is None:
         raise UserError(f"{run / 'config.json'} does not name the data folder; give it with --data")
-    print(description if data else f"data: {root} (from the run's config.json)")
+    is_recorded = data is None and config.data is not None
+    print(f"data: {root} (from the run's config.json)" if is_recorded else description)
     manifest = read_manifest(run)
     source = splits.find_source(
         root,

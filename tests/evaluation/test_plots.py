@@ -1,8 +1,10 @@
 """Figures: orientation, grey windows, proportions, titles."""
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from evaluation import plots
 from modules import VQVAE
@@ -11,13 +13,13 @@ from modules import VQVAE
 def test_slices_are_shown_superior_up_in_one_window(monkeypatch, tmp_path):
     """Column 127 (superior) is at the top; both images have the original's grey window."""
     calls = []
-    imshow = plots.plt.Axes.imshow
+    imshow = Axes.imshow
 
     def record(axis, image, **options):
         calls.append((image, options))
         return imshow(axis, image, **options)
 
-    monkeypatch.setattr(plots.plt.Axes, "imshow", record)
+    monkeypatch.setattr(Axes, "imshow", record)
     original = torch.linspace(0, 1, 128).expand(1, 1, 256, 128).clone()
     plots.plot_reconstructions(tmp_path / "a.png", original, original * 2, ["title"], "heading")
     (image, window), (_, second_window), (error, error_window) = calls
@@ -108,6 +110,20 @@ def test_long_titles_stay_within_their_panels():
     assert title.startswith("sub-01")
     assert "slice_117\nssim 0.9" in title
     assert plots.fit_title("$a$", 2, 8) == r"\$a\$"
+
+
+def test_settings_of_the_caller_have_no_effect_and_are_unchanged(tmp_path):
+    history = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "ssim": 0.5}]
+    plots.plot_curves(tmp_path / "a.png", history, "ssim", "heading")
+    settings = {"text.usetex": True, "font.size": 30, "savefig.transparent": True}
+    settings |= {"backend": "module://not_installed", "figure.constrained_layout.use": False}
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(settings)
+        before = matplotlib.rcParams.copy()
+        plots.plot_curves(tmp_path / "b.png", history, "ssim", "heading")
+        assert plots.plot_comparison([], [])
+        assert matplotlib.rcParams == before
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
 def test_histogram_of_equal_scores(tmp_path):

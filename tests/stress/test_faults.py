@@ -3,7 +3,9 @@
 `python tests/stress/faults.py` is the long form of the kills.
 """
 
+import signal
 import time
+from datetime import datetime
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import utils
 from evaluation import plots
 from modules import VQVAE
 from mri import cache, hipmri
+from training import run_names
 from training.checkpoint import read_checkpoint, write_checkpoint
 from training.guards import lock_folder
 
@@ -230,6 +233,41 @@ def test_two_processes_build_a_common_cache_once(tmp_path, start):
     (tmp_path / "go").touch()
     assert [processes.wait(process) for process in both] == [0, 0]
     assert "building" not in (tmp_path / "second").read_text()
+
+
+class OneSecond(datetime):
+    """The clock of a process that starts in the same second as another one."""
+
+    @classmethod
+    def now(cls) -> datetime:
+        return cls(2026, 1, 1)
+
+
+def stop_clock() -> None:
+    run_names.datetime = OneSecond
+
+
+def test_runs_that_start_in_the_same_second_do_not_collide(tmp_path, start):
+    options = {"before": stop_clock}
+    both = [start("--epochs 1 --plot-every 9", log=log, **options) for log in ("a", "b")]
+    for process, log in zip(both, ("a", "b"), strict=True):
+        code, output = wait_for(process, tmp_path / log)
+        assert code == 0, output
+    runs = ["2026-01-01_00-00-00_tuned", "2026-01-01_00-00-00_tuned_2"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == runs
+
+
+def test_a_signal_before_training_leaves_no_files(tmp_path, start):
+    cache_dir = tmp_path / "cache"
+    process = start("--epochs 1", before=wait_before_decoding, HIPMRI_CACHE=str(cache_dir))
+    log = tmp_path / "log"
+    processes.wait_until(lambda: "building" in log.read_text(), process, log)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    process.terminate()
+    code, _ = wait_for(process, log)
+    assert code == 128 + signal.SIGTERM
+    assert not (tmp_path / "runs").exists()
+    assert not [path for path in cache_dir.iterdir() if path.is_dir()]
 
 
 # ---------------------------------------------------------------- unwritable folders

@@ -5,8 +5,15 @@ import signal
 import threading
 
 import pytest
+import torch
 
-from training.guards import STOP_SIGNALS, collect_stop_signals, lock_folder
+import utils
+from training.guards import (
+    STOP_SIGNALS,
+    collect_stop_signals,
+    lock_folder,
+    preserve_process_state,
+)
 from utils import UserError
 
 NUMBERS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
@@ -64,3 +71,79 @@ def test_a_locked_folder_is_an_error_until_it_is_released(tmp_path):
         pass
     with lock_folder(folder):
         assert folder.is_dir()
+
+
+# ---------------------------------------------------------------- the caller's process
+
+
+def process_state() -> list:
+    return [
+        handlers(),
+        torch.get_rng_state().tolist(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    ]
+
+
+@pytest.mark.parametrize("error", [None, ValueError, SystemExit])
+@pytest.mark.parametrize("workspace", [None, ":16:8"])
+def test_the_state_of_the_callers_process_is_restored(monkeypatch, error, workspace):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if workspace:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    before = process_state()
+
+    @preserve_process_state()
+    def main():
+        utils.set_deterministic(True)
+        torch.manual_seed(123)
+        for number in NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+        assert process_state() != before
+        if error:
+            raise error
+
+    for _ in range(2):
+        if error:
+            with pytest.raises(error):
+                main()
+        else:
+            main()
+        assert process_state() == before
+
+
+def test_sigterm_lets_a_script_delete_unfinished_files():
+    deleted = []
+    with pytest.raises(SystemExit) as error, preserve_process_state():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            deleted.append("file")
+    assert error.value.code == 128 + signal.SIGTERM
+    assert deleted == ["file"]
+
+
+def test_a_handler_of_the_caller_stays_in_use():
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with preserve_process_state():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert received == [signal.SIGTERM]
+
+
+def test_the_state_is_restored_outside_the_main_thread():
+    enabled = []
+
+    def target():
+        with preserve_process_state():
+            utils.set_deterministic(True)
+        enabled.append(torch.are_deterministic_algorithms_enabled())
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert enabled == [False]

@@ -237,7 +237,8 @@ def test_config_json_has_arguments_information_and_versions(tmp_path):
     with run:
         config = json.loads((run.folder / "config.json").read_text())
     assert config["name"] == "a"
-    assert TrainConfig(**config["arguments"]) == run.config
+    assert config["arguments"] == run.config.to_json()
+    assert TrainConfig(**config["arguments"] | {"runs_dir": run.config.runs_dir}) == run.config
     assert config["slices"] == {"train": 10}
     assert config["precision"] == "float32"
     assert config["device"].startswith("cpu")

@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 
+import train
+import train_prior
 from mri.splits import find_source
 from training.checkpoint import read_checkpoint
 from training.config import TrainConfig
@@ -207,6 +209,31 @@ def test_a_run_knows_copies_of_its_training_files(run_copy, blobs, tmp_path):
         file = next((blobs / f"keras_slices_{split}").iterdir())
         (tmp_path / "copy.nii").write_bytes(gzip.decompress(file.read_bytes()))
         assert trained_on.has_copy(tmp_path / "copy.nii") == expected
+
+
+def test_data_that_were_moved_are_named_with_the_flag_for_their_new_folder(
+    run_copy, blobs, capsys, monkeypatch
+):
+    path = run_copy / "config.json"
+    config = json.loads(path.read_text())
+    config["arguments"]["data"] = "/data/gone"
+    path.write_text(json.dumps(config))
+    message = r"the data that runs/a/config.json names, '/data/gone': No such .*\n"
+    message += r".*moved, give their new .* --data"
+    with pytest.raises(UserError, match=message):
+        load_run_data(run_copy, "validate")
+    with pytest.raises(UserError, match=message):
+        train.main(["--resume", "--name", "a", "--epochs", "9"])
+    write_config(run_copy / "prior", {"data": "/data/gone"})
+    with pytest.raises(UserError, match=message.replace("runs/a", "runs/a/prior")):
+        train_prior.main(["--resume", "--run", "runs/a"])
+    with pytest.raises(UserError, match="the data that --data names, 'typo'"):
+        train.main(["--resume", "--name", "a", "--epochs", "9", "--data", "typo"])
+    config["arguments"]["data"] = None  # as in earlier versions
+    path.write_text(json.dumps(config))
+    monkeypatch.setenv("HIPMRI_DATA", str(blobs))
+    load_run_data(run_copy, "validate")
+    assert f"data: {blobs}, from $HIPMRI_DATA" in capsys.readouterr().out
 
 
 def test_a_run_without_data_asks_for_it(tmp_path):

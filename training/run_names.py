@@ -1,0 +1,159 @@
+"""Names of run folders: reserve one for a new run, and find the runs in a folder.
+
+Runs may be in subfolders of the folder of all runs, such as runs/exp/seed0 (`--name exp/seed0`),
+but not inside another run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from training.config import TrainConfig
+from utils import UserError
+
+RUN_FILES = ("config.json", "best.pt", "last.pt")  # a folder with any of these is a run
+PRIOR = "prior"  # the folder that train_prior.py creates in a run, which is not a run itself
+
+# ---------------------------------------------------------------- a new run
+
+
+def new_run_folder(config: TrainConfig) -> Path:
+    """Return the folder of a new run: `--name`, or the current time and the recipe.
+
+    Raises:
+        UserError: if the folder contains a run already, or could not be found again later.
+    """
+    runs_dir = Path(config.runs_dir)
+    name = config.name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}"
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise UserError(
+            f"--name is {name}; expected the name of a folder inside --runs-dir {runs_dir}, such "
+            "as seed0 or exp/seed0"
+        )
+    folder = runs_dir / name
+    if (folder / "config.json").exists() or (folder / "last.pt").exists():
+        raise UserError(f"{folder} exists; add --resume to continue it, or choose another --name")
+    for parent in folder.parents[: len(parts) - 1]:
+        if is_run(parent):
+            raise UserError(
+                f"--name {name} is inside the run {parent}; choose a --name outside of it"
+            )
+    if PRIOR in parts[1:]:
+        raise UserError(f"--name is {name}; choose one without {PRIOR}, a name of train_prior.py")
+    for file in RUN_FILES:
+        for run in find_runs(folder, file)[:1]:
+            raise UserError(f"{folder} contains other runs, such as {run}; choose another --name")
+    return folder
+
+
+@contextlib.contextmanager
+def reserve_folder(folder: Path, numbered: bool) -> Iterator[Path]:
+    """Create a folder for the duration of the block; delete it at the end if it is still empty.
+
+    It is still empty if a run failed before its training started.
+
+    Args:
+        folder: the folder to create.
+        numbered: if the folder exists, append _2, _3 and so on, so that no two processes get the
+            same folder. Otherwise, an existing folder is used.
+
+    Yields:
+        The folder.
+    """
+    created = []
+    for path in (folder, *folder.parents):
+        if not path.exists():
+            created.append(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if numbered:
+        folder = _create_numbered(folder)
+        created[:1] = [folder]
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
+                path.rmdir()
+
+
+def _create_numbered(folder: Path) -> Path:
+    for number in itertools.count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir(parents=True)
+            return candidate
+
+
+# ---------------------------------------------------------------- existing runs
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder contains a run."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def find_runs(runs_dir: Path, file: str = "config.json") -> list[Path]:
+    """Return the folders in `runs_dir` that contain `file`, at any depth, sorted by name.
+
+    Folders inside a run, such as its prior, are not searched. Links to folders are followed.
+
+    Args:
+        runs_dir: folder of all runs.
+        file: path within a run, such as "best.pt" or "prior/best.pt".
+    """
+    runs = []
+    visited = set()
+    pending = [runs_dir]
+    while pending:
+        for folder in _subfolders(pending.pop()):
+            target = os.path.realpath(folder)
+            if target in visited:  # a link to a folder that contains it would never end
+                continue
+            visited.add(target)
+            if folder.name == PRIOR and folder.parent != runs_dir:
+                continue
+            if (folder / file).exists():
+                runs.append(folder)
+            elif not is_run(folder):
+                pending.append(folder)
+    return sorted(runs)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the subfolders of a folder; none if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [folder / entry.name for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def resolve_run(path: str | Path) -> Path:
+    """Return the folder of the run that `--run` names.
+
+    Args:
+        path: the folder; its best.pt, last.pt or config.json; or its prior or the prior's files.
+
+    Raises:
+        UserError: if the path is another file.
+    """
+    folder = Path(path).expanduser()
+    if folder.name in RUN_FILES and not folder.is_dir():  # even if it does not exist (yet)
+        folder = folder.parent
+    elif folder.is_file():
+        raise UserError(
+            f"--run is {path}, which is a file; expected the folder of a run, or its best.pt"
+        )
+    if folder.name in ("", ".."):  # the current folder, or one above it
+        folder = folder.resolve()
+    if folder.name == PRIOR and is_run(folder.parent):
+        folder = folder.parent
+    return folder
