@@ -18,11 +18,13 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 
 from modules import VQVAE
 from mri import nifti
+from mri.geometry import affine_header, geometry_record, header_from_record
 from mri.preprocessing import floor_std, is_constant, resize
 from utils import DataError, first_line, write_bytes
 
@@ -113,7 +115,8 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
     """Write codes as an .npz file and return its size in bytes.
 
     Besides codes, means and stds, the file contains the scan's geometry and data type, and the
-    model's fingerprint. Nothing else from the original's header is written.
+    model's fingerprint. Nothing else from the original's header is written. `affine` is in mm and
+    follows from `geometry` and `shape`; files of earlier versions have only `affine`.
     """
     orientation = scan.cut.orientation
     content = io.BytesIO()
@@ -131,6 +134,7 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
         kind=scan.dtype.str,
         axis=scan.cut.axis,
         turn=np.zeros((0, 2)) if orientation is None else orientation,
+        geometry=geometry_record(scan.header),
     )
     write_bytes(path, content.getbuffer())
     return content.tell()
@@ -168,8 +172,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         )
         scan = nifti.Scan(
             planes=np.zeros((0, rows, columns)),
-            affine=content["affine"],
-            shape=tuple(map(int, content["shape"])),
+            header=_read_geometry(content),
             dtype=np.dtype(str(content["kind"])),
             cut=nifti.Cut(
                 axis=int(content["axis"]),
@@ -200,6 +203,21 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     raise DataError(f"{path} unpacks to {size:,} bytes, more than any file from --export-codes")
 
 
+def _read_geometry(content: dict[str, np.ndarray]) -> nib.Nifti1Header:
+    """Return a header with the shape and geometry of the original.
+
+    Raises:
+        ValueError: if the geometry is invalid.
+    """
+    shape = tuple(map(int, content["shape"]))
+    if "geometry" in content:
+        return header_from_record(content["geometry"], shape)
+    affine = content["affine"]
+    if affine.shape != (4, 4) or affine.dtype.kind != "f":
+        raise ValueError(f"affine has shape {affine.shape} and data type {affine.dtype}")
+    return affine_header(affine, shape)
+
+
 def _has_valid_codes(coded: Coded, model: VQVAE) -> bool:
     """Return whether the arrays are consistent with each other and with the model."""
     codes = coded.codes
@@ -226,8 +244,6 @@ def _has_valid_geometry(scan: nifti.Scan, coded: Coded) -> bool:
     if min(scan.shape) < 1:
         return False
     if scan.dtype.kind not in "iuf" or scan.cut.axis not in (0, 1, 2):
-        return False
-    if scan.affine.shape != (4, 4) or scan.affine.dtype.kind != "f":
         return False
     orientation = scan.cut.orientation
     if orientation is None:
