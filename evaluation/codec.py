@@ -150,6 +150,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         DataError: if the file is damaged, has another format, or was made by another model.
     """
     not_codes = f"{path} is not an .npz file from --export-codes"
+    damaged = f"{path} is damaged: its arrays are inconsistent; export it again"
     content = _load_arrays(path, not_codes)
     if content.get("format") is None:
         raise DataError(not_codes)
@@ -172,7 +173,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         )
         scan = nifti.Scan(
             planes=np.zeros((0, rows, columns)),
-            header=_read_geometry(content),
+            header=_read_geometry(content, damaged),
             dtype=np.dtype(str(content["kind"])),
             cut=nifti.Cut(
                 axis=int(content["axis"]),
@@ -182,7 +183,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{not_codes} ({error})") from error
     if not (_has_valid_codes(coded, model) and _has_valid_geometry(scan, coded)):
-        raise DataError(f"{path} is damaged: its arrays are inconsistent; export it again")
+        raise DataError(damaged)
     return coded, scan
 
 
@@ -203,19 +204,22 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     raise DataError(f"{path} unpacks to {size:,} bytes, more than any file from --export-codes")
 
 
-def _read_geometry(content: dict[str, np.ndarray]) -> nib.Nifti1Header:
+def _read_geometry(content: dict[str, np.ndarray], message: str) -> nib.Nifti1Header:
     """Return a header with the shape and geometry of the original.
 
     Raises:
-        ValueError: if the geometry is invalid.
+        DataError: with `message` if the geometry is invalid.
     """
     shape = tuple(map(int, content["shape"]))
-    if "geometry" in content:
-        return header_from_record(content["geometry"], shape)
     affine = content["affine"]
     if affine.shape != (4, 4) or affine.dtype.kind != "f":
-        raise ValueError(f"affine has shape {affine.shape} and data type {affine.dtype}")
-    return affine_header(affine, shape)
+        raise DataError(message)
+    try:
+        if "geometry" in content:
+            return header_from_record(content["geometry"], shape)
+        return affine_header(affine, shape)
+    except ValueError as error:
+        raise DataError(f"{message} ({error})") from error
 
 
 def _has_valid_codes(coded: Coded, model: VQVAE) -> bool:
@@ -240,8 +244,6 @@ def _has_valid_geometry(scan: nifti.Scan, coded: Coded) -> bool:
     """Return whether the geometry is valid and fits the slices, as `scan.to_bytes` requires."""
     num_pixels = len(coded.codes) * math.prod(coded.size)
     if num_pixels != math.prod(scan.shape) or not 0 < num_pixels <= nifti.MAX_VOXELS:
-        return False
-    if min(scan.shape) < 1:
         return False
     if scan.dtype.kind not in "iuf" or scan.cut.axis not in (0, 1, 2):
         return False

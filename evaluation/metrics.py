@@ -197,9 +197,10 @@ def _scale_to_range(originals: Tensor, reconstructions: Tensor) -> tuple[Tensor,
 
 def _positive_std(images: Tensor) -> Tensor:
     """Return the standard deviation of each slice, (B, 1, H, W) -> (B, 1, 1, 1); 1 if it is 0."""
-    largest = images.abs().amax((1, 2, 3), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1)  # squares of intensities may exceed float32
-    std = (images / largest).std((1, 2, 3), keepdim=True, correction=0) * largest
+    # Squares of large intensities exceed float32. Division by a power of two causes no rounding.
+    unit = images.abs().amax((1, 2, 3), keepdim=True).log2().floor().exp2()
+    unit = torch.where(unit > 0, unit, 1)
+    std = (images / unit).std((1, 2, 3), keepdim=True, correction=0) * unit
     return torch.where(std > 0, std, 1)
 
 

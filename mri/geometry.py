@@ -57,9 +57,14 @@ def geometry_header(header: nib.Nifti1Header) -> nib.Nifti1Header:
 
 
 def affine_header(affine: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1Header:
-    """Return a new header for an array of this shape, with an affine (4, 4) in mm as its sform."""
-    header = nib.Nifti1Header()
-    header.set_data_shape(shape)
+    """Return a new header for an array of this shape, with an affine (4, 4) in mm as its sform.
+
+    Raises:
+        ValueError: if the shape is invalid.
+    """
+    is_large = max(shape, default=0) > 32767  # the limit of NIfTI-1
+    header = nib.Nifti2Header() if is_large else nib.Nifti1Header()
+    _set_shape(header, shape)
     header.set_xyzt_units("mm")
     header.set_sform(affine, code="aligned")
     try:
@@ -85,15 +90,21 @@ def header_from_record(record: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1
         if record.shape == () and record.dtype == _record_dtype(header_class):
             header = header_class()
             try:
-                header.set_data_shape(shape)
+                _set_shape(header, shape)
                 for field in GEOMETRY_FIELDS:
                     header[field] = record[field]
                 header.check_fix()
             except nib.spatialimages.HeaderDataError as error:
-                raise ValueError(f"invalid geometry: {error}") from error
+                raise ValueError(f"its geometry is invalid: {error}") from error
             affine_of(header)  # raises ValueError if it is unusable
             return header
-    raise ValueError("unknown fields of the geometry")
+    raise ValueError("its geometry has unknown fields")
+
+
+def _set_shape(header: nib.Nifti1Header, shape: tuple[int, ...]) -> None:
+    if not 1 <= len(shape) <= 7 or min(shape) < 1:
+        raise ValueError(f"shape is {format_shape(shape)}, expected 1 to 7 positive numbers")
+    header.set_data_shape(shape)
 
 
 def _record_dtype(header_class: type) -> np.dtype:

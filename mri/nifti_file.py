@@ -120,39 +120,61 @@ def _read_start(file: BinaryIO) -> tuple[nib.Nifti1Header, bool]:
 def _unpack(file: BinaryIO, size: int, verify: bool = False) -> bytes:
     """Unpack the first bytes of a gzip file, which may consist of several gzip streams.
 
-    Bytes after the last stream, such as padding, are ignored.
+    Everything after the last intact stream, such as padding, is ignored.
 
     Args:
         file: the open file.
-        size: number of bytes to unpack; less is returned if the file contains less.
+        size: number of bytes to unpack; fewer are returned if the intact streams have fewer.
         verify: whether to unpack up to _GZIP_END further bytes of the current stream, so that its
             checksum is verified.
 
     Raises:
-        ValueError: if the streams are damaged or incomplete before `size` bytes are unpacked.
+        ValueError: if the first stream is incomplete or damaged.
     """
     parts = []
     num_bytes = 0
     limit = size + _GZIP_END if verify else size
     packed = file.read(_GZIP_CHUNK)
-    try:
-        while packed[:2] == _GZIP_MAGIC and num_bytes < size:
-            stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # gzip, whose checksum zlib verifies
-            while not stream.eof and num_bytes < limit:
-                if not packed:
-                    raise ValueError("is truncated or damaged gzip (it ends too early)")
-                part = stream.decompress(packed, limit - num_bytes)
-                parts.append(part)
-                num_bytes += len(part)
-                packed = stream.unconsumed_tail
-                if not (packed or stream.eof):
-                    packed = file.read(_GZIP_CHUNK)
-            packed = stream.unused_data
-            if len(packed) < len(_GZIP_MAGIC):
-                packed += file.read(_GZIP_CHUNK)
-    except zlib.error as error:
-        raise ValueError(f"is truncated or damaged gzip ({error})") from error
+    while packed[:2] == _GZIP_MAGIC and num_bytes < size:
+        try:
+            part, packed = _unpack_stream(file, packed, limit - num_bytes)
+        except (EOFError, zlib.error) as error:
+            if parts:
+                break  # padding that looks like another stream; or the content is incomplete
+            raise ValueError(f"is truncated or damaged gzip ({error})") from error
+        parts.append(part)
+        num_bytes += len(part)
+        if len(packed) < len(_GZIP_MAGIC):
+            packed += file.read(_GZIP_CHUNK)
     return b"".join(parts)
+
+
+def _unpack_stream(file: BinaryIO, packed: bytes, limit: int) -> tuple[bytes, bytes]:
+    """Unpack one gzip stream, but at most `limit` bytes.
+
+    Args:
+        file: the open file.
+        packed: bytes that were already read from the file, with which the stream starts.
+        limit: largest number of bytes to unpack.
+
+    Returns:
+        The unpacked bytes, and the bytes that were read after the end of the stream.
+
+    Raises:
+        EOFError or zlib.error: if the stream is incomplete or damaged.
+    """
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # gzip, whose checksum zlib verifies
+    parts = []
+    num_bytes = 0
+    while not stream.eof and num_bytes < limit:
+        if not packed:
+            raise EOFError("it ends too early")
+        parts.append(stream.decompress(packed, limit - num_bytes))
+        num_bytes += len(parts[-1])
+        packed = stream.unconsumed_tail
+        if not (packed or stream.eof):
+            packed = file.read(_GZIP_CHUNK)
+    return b"".join(parts), stream.unused_data
 
 
 def _describe_large_gzip(path: Path, shape: tuple[int, ...]) -> str:
