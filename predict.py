@@ -14,7 +14,7 @@ defined in evaluation/metrics.py.
 
 PATH can be a file or a folder. Slices and volumes are reconstructed at their original size. If
 there is no run yet, the bundled model resources/pelvis.pt is used. For each file, predict.py writes
-a NIfTI file with the same shape and affine, a figure, and a row in scores.csv. If the original
+a NIfTI file with the same shape and geometry, a figure, and a row in scores.csv. If the original
 contains unscaled integers, the NIfTI file keeps their data type; otherwise, it is float32.
 """
 

@@ -203,10 +203,11 @@ def read_scan(
         ValueError: if the file cannot be used (see the top of this file).
     """
     axis = "coronal" if axis is None else axis
-    header, data = read_nifti(Path(path))
-    shape = header.get_data_shape()
+    path = Path(path)
+    shape = read_header(path).get_data_shape()
     if math.prod(shape) > MAX_VOXELS:
-        raise ValueError(_describe_large_scan(Path(path), shape))
+        raise ValueError(_describe_large_scan(path, shape))
+    header, data = read_nifti(path)
     stored, scale = stored_planes(header, data, None, axis)
     planes = scale(stored)
     dtype = header.get_data_dtype().newbyteorder("=")

@@ -30,6 +30,17 @@ def test_slices_are_padded_not_resampled(noise, untrained_run):
     np.testing.assert_allclose(decode_planes(model, coded)[0], expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("factor", [2.0**-66, 2.0**-20, 2.0**66])
+def test_codes_do_not_depend_on_the_unit(noise, untrained_run, factor):
+    planes = noise((2, 32, 24)).astype(np.float64)
+    model = load_model(VQVAE, untrained_run / "best.pt")
+    coded = encode_planes(model, planes)
+    scaled = encode_planes(model, planes * factor)
+    np.testing.assert_array_equal(scaled.codes, coded.codes)
+    expected = decode_planes(model, coded) * factor
+    np.testing.assert_allclose(decode_planes(model, scaled), expected, rtol=1e-5)
+
+
 def test_more_than_65536_codes_are_stored_as_uint32():
     torch.manual_seed(0)
     model = VQVAE(hidden_channels=8, residual_channels=4, num_embeddings=70_000, embedding_dim=4)
