@@ -226,11 +226,12 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def description(self) -> dict:
-        """Slice size, spacing of rows and columns in mm, and axis along which volumes were cut."""
+        """Slice size, spacing of rows and columns in mm, axis of the cut, and value for NaN."""
         return {
             "size": list(self.size),
             "spacing": median_spacing(list(dict.fromkeys(self.files)), self.preprocessing),
             "axis": self.preprocessing.axis,
+            "nan_value": self.preprocessing.nan_value,
         }
 
     @property

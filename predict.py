@@ -14,7 +14,7 @@ defined in evaluation/metrics.py.
 
 PATH can be a file or a folder. Slices and volumes are reconstructed at their original size. If
 there is no run yet, the bundled model resources/pelvis.pt is used. For each file, predict.py writes
-a NIfTI file with the same shape and affine, a figure, and a row in scores.csv. If the original
+a NIfTI file with the same shape and geometry, a figure, and a row in scores.csv. If the original
 contains unscaled integers, the NIfTI file keeps their data type; otherwise, it is float32.
 """
 
@@ -48,7 +48,7 @@ MIN_CASES = 10  # with fewer cases, no confidence interval is printed
 # ---------------------------------------------------------------- flags
 
 SPLIT_FLAGS = ("data", "split", "html", "batch_size", "skip_bad_files", "cache_dir")
-FILE_FLAGS = ("axis", "resize", "error_map", "export_codes", "from_codes")
+FILE_FLAGS = ("axis", "nan_value", "resize", "error_map", "export_codes", "from_codes")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,6 +89,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("coronal", "sagittal", "axial", 0, 1, 2),
         help="axis along which volumes are cut into slices: an anatomical name, or the index of an "
         "axis of the stored array (default: the run's axis)",
+    )
+    flag(
+        "--nan-value",
+        metavar="X",
+        type=float,
+        help="value that replaces NaN, for example in a background without data (default: the "
+        "run's value; if it has none, files with NaN are unusable)",
     )
     flag(
         "--resize",
@@ -309,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             runs_dir=args.runs_dir,
             device=device,
             axis=args.axis,
+            nan_value=args.nan_value,
             resize=args.resize,
             error_map=args.error_map,
             export_codes=args.export_codes,

@@ -18,11 +18,13 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 
 from modules import VQVAE
 from mri import nifti
+from mri.geometry import affine_header, geometry_record, header_from_record
 from mri.preprocessing import floor_std, is_constant, resize
 from utils import DataError, first_line, write_bytes
 
@@ -113,7 +115,8 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
     """Write codes as an .npz file and return its size in bytes.
 
     Besides codes, means and stds, the file contains the scan's geometry and data type, and the
-    model's fingerprint. Nothing else from the original's header is written.
+    model's fingerprint. Nothing else from the original's header is written. `affine` is in mm and
+    follows from `geometry` and `shape`; files of earlier versions have only `affine`.
     """
     orientation = scan.cut.orientation
     content = io.BytesIO()
@@ -131,6 +134,7 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
         kind=scan.dtype.str,
         axis=scan.cut.axis,
         turn=np.zeros((0, 2)) if orientation is None else orientation,
+        geometry=geometry_record(scan.header),
     )
     write_bytes(path, content.getbuffer())
     return content.tell()
@@ -146,6 +150,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         DataError: if the file is damaged, has another format, or was made by another model.
     """
     not_codes = f"{path} is not an .npz file from --export-codes"
+    damaged = f"{path} is damaged: its arrays are inconsistent; export it again"
     content = _load_arrays(path, not_codes)
     if content.get("format") is None:
         raise DataError(not_codes)
@@ -168,8 +173,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         )
         scan = nifti.Scan(
             planes=np.zeros((0, rows, columns)),
-            affine=content["affine"],
-            shape=tuple(map(int, content["shape"])),
+            header=_read_geometry(content, damaged),
             dtype=np.dtype(str(content["kind"])),
             cut=nifti.Cut(
                 axis=int(content["axis"]),
@@ -179,7 +183,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{not_codes} ({error})") from error
     if not (_has_valid_codes(coded, model) and _has_valid_geometry(scan, coded)):
-        raise DataError(f"{path} is damaged: its arrays are inconsistent; export it again")
+        raise DataError(damaged)
     return coded, scan
 
 
@@ -198,6 +202,24 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile and numpy raise many types for damaged files
         raise DataError(f"{message} ({first_line(error)})") from error
     raise DataError(f"{path} unpacks to {size:,} bytes, more than any file from --export-codes")
+
+
+def _read_geometry(content: dict[str, np.ndarray], message: str) -> nib.Nifti1Header:
+    """Return a header with the shape and geometry of the original.
+
+    Raises:
+        DataError: with `message` if the geometry is invalid.
+    """
+    shape = tuple(map(int, content["shape"]))
+    affine = content["affine"]
+    if affine.shape != (4, 4) or affine.dtype.kind != "f":
+        raise DataError(message)
+    try:
+        if "geometry" in content:
+            return header_from_record(content["geometry"], shape)
+        return affine_header(affine, shape)
+    except ValueError as error:
+        raise DataError(f"{message} ({error})") from error
 
 
 def _has_valid_codes(coded: Coded, model: VQVAE) -> bool:
@@ -223,11 +245,7 @@ def _has_valid_geometry(scan: nifti.Scan, coded: Coded) -> bool:
     num_pixels = len(coded.codes) * math.prod(coded.size)
     if num_pixels != math.prod(scan.shape) or not 0 < num_pixels <= nifti.MAX_VOXELS:
         return False
-    if min(scan.shape) < 1:
-        return False
     if scan.dtype.kind not in "iuf" or scan.cut.axis not in (0, 1, 2):
-        return False
-    if scan.affine.shape != (4, 4) or scan.affine.dtype.kind != "f":
         return False
     orientation = scan.cut.orientation
     if orientation is None:

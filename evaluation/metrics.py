@@ -86,9 +86,8 @@ def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 def ssim_zscore(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Compute `ssim_zscore` of each slice, (B,), from two batches (B, 1, H, W)."""
-    pixels = originals.flatten(1)
-    mean = pixels.mean(1).view(-1, 1, 1, 1)
-    std = pixels.std(1, correction=0).view(-1, 1, 1, 1).clamp_min(1e-12)
+    mean = originals.mean((1, 2, 3), keepdim=True)
+    std = _positive_std(originals)
     return ssim_map((originals - mean) / std, (reconstructions - mean) / std).mean((1, 2, 3))
 
 
@@ -176,7 +175,7 @@ def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> 
     images = torch.stack([reconstructions, originals]).float() * window.to(device)
     spectrum = torch.fft.rfft2(images).abs().square()
     power = (spectrum * band.to(device)).sum((2, 3, 4))  # (2, B)
-    return power[0] / power[1].clamp_min(1e-12)
+    return power[0] / torch.where(power[1] > 0, power[1], 1)
 
 
 # ---------------------------------------------------------------- scaling
@@ -185,8 +184,8 @@ def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> 
 def rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Map the range [low, high] of images (B, 1, H, W) to [0, 1], and clip; low, high: (B,)."""
     low = low.view(-1, 1, 1, 1)
-    high = high.view(-1, 1, 1, 1)
-    return ((images - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    span = high.view(-1, 1, 1, 1) - low
+    return ((images - low) / torch.where(span > 0, span, 1)).clamp(0, 1)
 
 
 def _scale_to_range(originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,6 +193,15 @@ def _scale_to_range(originals: Tensor, reconstructions: Tensor) -> tuple[Tensor,
     pixels = originals.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)
     return rescale(originals, low, high), rescale(reconstructions, low, high)
+
+
+def _positive_std(images: Tensor) -> Tensor:
+    """Return the standard deviation of each slice, (B, 1, H, W) -> (B, 1, 1, 1); 1 if it is 0."""
+    # Squares of large intensities exceed float32. Division by a power of two causes no rounding.
+    unit = images.abs().amax((1, 2, 3), keepdim=True).log2().floor().exp2()
+    unit = torch.where(unit > 0, unit, 1)
+    std = (images / unit).std((1, 2, 3), keepdim=True, correction=0) * unit
+    return torch.where(std > 0, std, 1)
 
 
 def _crop_centre(images: Tensor, height: int, width: int) -> Tensor:
@@ -230,8 +238,7 @@ def organ_scores(
     originals = originals.float()
     reconstructions = reconstructions.float()
     labels = labels[:, None]
-    std = originals.flatten(1).std(1, correction=0).clamp_min(1e-12).view(-1, 1, 1, 1)
-    bias = (reconstructions - originals) / std
+    bias = (reconstructions - originals) / _positive_std(originals)
     originals, reconstructions = _scale_to_range(originals, reconstructions)
     squared_error = (reconstructions - originals).square()
     similarity = ssim_map(originals, reconstructions)

@@ -26,6 +26,7 @@ from evaluation.codec import (
     write_codes,
 )
 from evaluation.inputs import find_files
+from evaluation.scan_warnings import warn_of_size, warn_of_spacing
 from modules import VQVAE
 from mri import files, nifti, preprocessing
 from mri.copies import FileSet
@@ -49,6 +50,7 @@ def reconstruct_files(
     runs_dir: str | Path,
     device: torch.device,
     axis: str | int | None = None,
+    nan_value: float | None = None,
     resize: bool = False,
     error_map: bool = False,
     export_codes: bool = False,
@@ -62,6 +64,7 @@ def reconstruct_files(
         run, runs_dir: the run with the model (see `find_run`).
         device: the device to compute on.
         axis: axis along which volumes are cut (see `nifti.read_scan`); None for the run's axis.
+        nan_value: the value that replaces NaN; None for the run's value.
         resize: resize slices to the size of the training slices, and resize the reconstructions
             back to the original size.
         error_map: also write the absolute error as NIfTI.
@@ -89,6 +92,7 @@ def reconstruct_files(
                 file,
                 out / name,
                 axis=description["axis"] if axis is None else axis,
+                nan_value=description.get("nan_value") if nan_value is None else nan_value,
                 resize_to=tuple(description["size"]) if resize else None,
                 model_spacing=description["spacing"],
                 error_map=error_map,
@@ -124,8 +128,8 @@ def load_run_model(run: Path | None, device: torch.device) -> tuple[VQVAE, dict]
 
     Returns:
         The model, and a description of its training slices: "size" (rows, columns), "spacing" (mm
-        between rows and between columns, or None) and "axis" (the axis along which volumes were
-        cut, or None).
+        between rows and between columns, or None), "axis" (the axis along which volumes were cut,
+        or None) and "nan_value" (the value that replaced NaN, or None; optional).
     """
     path = run / "best.pt" if run else PELVIS_MODEL
     model = load_model(VQVAE, path, device)
@@ -157,6 +161,7 @@ def reconstruct_file(
     target: Path,
     *,
     axis: str | int | None = None,
+    nan_value: float | None = None,
     resize_to: tuple[int, int] | None = None,
     model_spacing: Sequence[float] | None = None,
     error_map: bool = False,
@@ -169,6 +174,7 @@ def reconstruct_file(
         file: a NIfTI file; scores per organ are added if `files.find_segmentation` finds labels.
         target: path of the outputs, to which endings such as "_reconstruction.nii.gz" are added.
         axis: axis along which a volume is cut (see `nifti.read_scan`).
+        nan_value: the value that replaces NaN (default: NaN is an error).
         resize_to: (rows, columns) to resize the slices to before encoding; None: not resized.
         model_spacing: pixel spacing of the training slices in mm, to warn of large differences.
         error_map, export_codes: see `reconstruct_files`.
@@ -177,11 +183,12 @@ def reconstruct_file(
         DataError: if the file or its segmentation cannot be used.
     """
     try:
-        scan = nifti.read_scan(file, axis)
+        scan = nifti.read_scan(file, axis, nan_value)
     except ValueError as error:
         raise DataError(f"{file} {error}") from error
+    warn_of_size(file, scan, MIN_SIDE)
     if not resize_to:
-        _warn_of_spacing(file, scan, model_spacing)
+        warn_of_spacing(file, scan, model_spacing)
     coded = encode_planes(model, scan.planes, resize_to)
     planes = decode_planes(model, coded)
     utils.write_bytes(_output(target, "_reconstruction.nii.gz"), scan.to_bytes(planes))
@@ -245,21 +252,6 @@ def _error_bytes(scan: nifti.Scan, planes: np.ndarray) -> bytes:
     error = np.abs(planes - scan.planes)
     is_integer = scan.dtype.kind in "iu" and error.max() < 32767
     return scan.to_bytes(error, np.dtype("i2" if is_integer else "f4"))
-
-
-def _warn_of_spacing(file: Path, scan: nifti.Scan, model_spacing: Sequence[float] | None) -> None:
-    """Warn if pixels are more than 1.5 times larger or smaller than in the training slices."""
-    if not model_spacing or min(*model_spacing, *scan.spacing) <= 0:
-        return
-    ratios = np.array(scan.spacing) / np.array(model_spacing)
-    if max(*ratios, *(1 / np.maximum(ratios, 1e-9))) > 1.5:
-        rows, columns = scan.spacing
-        model_rows, model_columns = model_spacing
-        tqdm.write(
-            f"warning: {printable(str(file))}: its voxels are {rows:.2f} x {columns:.2f} mm in the "
-            "slice, but those of the training slices are about "
-            f"{model_rows:.2f} x {model_columns:.2f} mm; expect a worse reconstruction"
-        )
 
 
 def _read_labels(file: Path, scan: nifti.Scan) -> np.ndarray | None:

@@ -1,7 +1,8 @@
 """Find the files of a data set, divide them into splits, and read their slices.
 
 `files` and `subjects` interpret file names. `hipmri` and `splits` decide which file is in which
-split. `nifti` reads files safely, `preprocessing` makes slices of one size from them, `encoding`
-rounds the slices to int16, and `cache` keeps them on disk. `messages` writes the errors and notes
-that the user sees. `phantom` simulates the scans of the sample data.
+split. `nifti_file` reads files safely, `geometry` interprets their headers, and `nifti` cuts them
+into planes and writes planes back. `preprocessing` makes slices of one size, `encoding` rounds the
+slices to int16, and `cache` keeps them on disk. `messages` writes the errors and notes that the
+user sees. `phantom` simulates the scans of the sample data.
 """

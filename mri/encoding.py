@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mri.nifti import check_intensities
 from mri.preprocessing import Preprocessing, fit_slice, is_constant, read_planes
 
 
@@ -64,16 +65,12 @@ def encode_slice(image: np.ndarray, plane: int, preprocessing: Preprocessing) ->
         preprocessing: the size of the result, and how slices are fitted to it.
 
     Raises:
-        ValueError: if a value is not finite or too large (`mri.nifti` describes the messages).
+        ValueError: if a value is not finite or too large (see `check_intensities`).
     """
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ValueError(f"has {np.count_nonzero(~np.isfinite(image)):,} NaN or infinite pixels")
+    check_intensities(image, "pixels")
     fitted = fit_slice(image, preprocessing.fit, preprocessing.size)
     low = float(fitted.min())
     high = float(fitted.max())
-    largest = max(abs(low), abs(high))
-    if largest > 1e30:
-        raise ValueError(f"has intensities up to {largest:.0e}; expected at most 1e30")
     pixels, scale = quantize(fitted, low, high)
     record = SliceRecord(
         plane=plane,
@@ -92,7 +89,7 @@ def decode_file(path: Path, preprocessing: Preprocessing) -> tuple[list[EncodedS
     """Decode the slices of a file.
 
     Returns:
-        The slices and ""; or, if the file cannot be used, [] and the reason (see `mri.nifti`).
+        The slices and ""; or, if the file cannot be used, [] and the reason (see `mri.nifti_file`).
     """
     slices = []
     try:

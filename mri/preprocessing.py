@@ -42,6 +42,7 @@ class Preprocessing:
     fit: str = "resize"  # how slices get this size: "resize", "crop" or "trim" (see `crop_box`)
     axis: str | int = "coronal"  # axis along which volumes are cut (see `nifti.stored_planes`)
     planes: int = 1  # maximum number of slices per volume; they are taken from its centre
+    nan_value: float | None = None  # the value that replaces NaN in images; None: NaN is an error
 
     @property
     def dimensions(self) -> int | None:
@@ -56,6 +57,7 @@ class Preprocessing:
         fit: str | None = None,
         axis: str | int | None = None,
         planes: int | None = None,
+        nan_value: float | None = None,
     ) -> Preprocessing:
         """Create the settings; arguments that are None get their defaults.
 
@@ -65,6 +67,7 @@ class Preprocessing:
             fit: "resize", "crop" or "trim" (default: "resize"; for scans, "trim").
             axis: "coronal", "sagittal", "axial", or a stored axis 0, 1, 2 (default: "coronal").
             planes: largest number of slices per volume (default: 60 for HipMRI, all for scans).
+            nan_value: the value that replaces NaN (default: NaN is an error).
 
         Raises:
             DataError: if `fit` or `planes` is not an allowed value.
@@ -83,7 +86,7 @@ class Preprocessing:
             size = size or usual_size(files, axis)
             fit = fit or "trim"
             planes = planes or nifti.MAX_VOXELS
-        return cls(source.form, tuple(size or SIZE), fit or "resize", axis, planes)
+        return cls(source.form, tuple(size or SIZE), fit or "resize", axis, planes, nan_value)
 
 
 def parse_axis(axis: str | int) -> str | int:
@@ -101,17 +104,21 @@ def read_planes(path: Path, preprocessing: Preprocessing) -> Iterator[tuple[int,
         The index of the slice in its volume, and its intensities, (rows, columns) before fitting.
 
     Raises:
-        ValueError: if the file cannot be used (`mri.nifti` describes the message).
+        ValueError: if the file cannot be used (`mri.nifti_file` describes the message).
     """
     stored, scale = _stored_planes(path, preprocessing)
+
+    def intensities(planes: np.ndarray) -> np.ndarray:
+        return nifti.fill_nan(scale(planes), preprocessing.nan_value)
+
     threshold = -np.inf
     if preprocessing.form == "scans":
-        threshold = background_threshold(scale(stored[:: max(1, len(stored) // 32)]))
+        threshold = background_threshold(intensities(_sample_planes(stored)))
     count = min(preprocessing.planes, len(stored))
     first = (len(stored) - count) // 2
     is_blank = True
     for plane in range(first, first + count):
-        image = scale(stored[plane])
+        image = intensities(stored[plane])
         if not is_empty(image, threshold):
             is_blank = False
             yield plane, image
@@ -123,6 +130,13 @@ def _stored_planes(path: Path, preprocessing: Preprocessing):
     """Return all planes of a file and the function that scales them (see `nifti.stored_planes`)."""
     header, data = nifti.read_nifti(path)
     return nifti.stored_planes(header, data, preprocessing.dimensions, preprocessing.axis)
+
+
+def _sample_planes(planes: np.ndarray) -> np.ndarray:
+    """Return 32 to 63 planes, evenly spaced; of planes too large for memory, a regular grid."""
+    planes = planes[:: max(1, len(planes) // 32)]
+    step = math.ceil(math.sqrt(planes.size / nifti.MAX_VOXELS))
+    return planes[:, ::step, ::step]
 
 
 def background_threshold(planes: np.ndarray) -> float:
@@ -256,11 +270,14 @@ def _sample(files: list[Path]) -> list[Path]:
 def is_constant(low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
     """Return whether slices have a single value, apart from the rounding errors of resizing.
 
+    The result does not depend on the unit. Ranges that a float32 cannot represent count as a single
+    value, because standard deviations are stored as float32.
+
     Args:
         low, high: smallest and largest value of each slice, in float64.
     """
     largest = np.maximum(np.abs(low), np.abs(high))
-    return high - low <= 1e-30 + 1e-9 * largest
+    return high - low <= np.maximum(1e-9 * largest, np.finfo(np.float32).tiny)
 
 
 def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:

@@ -137,6 +137,13 @@ class TrainConfig(RunConfig):
         low=1,
         high=256,
     )
+    nan_value: float | None = _data(
+        None,
+        "value that replaces NaN in images, for example in a background without data (default: "
+        "files with NaN are unusable)",
+        low=-1e30,
+        high=1e30,
+    )
     skip_bad_files: bool = _data(False, "skip unusable files, with a note")
 
     # Run

@@ -132,7 +132,7 @@ def load_training_data(
         preprocessing = read_preprocessing(folder, source)
     else:
         preprocessing = Preprocessing.resolve(
-            source, config.size, config.fit, config.axis, config.planes
+            source, config.size, config.fit, config.axis, config.planes, config.nan_value
         )
     slices, errors = [], {}
     for split in ("train", "validate"):
@@ -217,11 +217,14 @@ def read_preprocessing(run: Path, source: Source) -> Preprocessing:
     config = read_config(run)
     stored = utils.read_json(run / "config.json").get("preprocessing")
     if stored is None:  # a run of an earlier version
-        return Preprocessing.resolve(source, config.size, config.fit, config.axis, config.planes)
+        return Preprocessing.resolve(
+            source, config.size, config.fit, config.axis, config.planes, config.nan_value
+        )
     try:
         preprocessing = Preprocessing(**stored | {"size": tuple(stored["size"])})
         rows, columns = preprocessing.size
         valid = type(rows) is type(columns) is type(preprocessing.planes) is int
+        valid &= type(preprocessing.nan_value) in (int, float, type(None))
     except (TypeError, ValueError, KeyError):
         valid = False
     if not valid:
@@ -231,7 +234,12 @@ def read_preprocessing(run: Path, source: Source) -> Preprocessing:
     if preprocessing.form == source.form:
         return preprocessing
     return Preprocessing.resolve(
-        source, preprocessing.size, preprocessing.fit, preprocessing.axis, config.planes
+        source,
+        preprocessing.size,
+        preprocessing.fit,
+        preprocessing.axis,
+        config.planes,
+        preprocessing.nan_value,
     )
 
 

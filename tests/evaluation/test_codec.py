@@ -3,6 +3,7 @@
 import io
 import zipfile
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,17 @@ def test_slices_are_padded_not_resampled(noise, untrained_run):
         reconstruction, _ = model(padded)
     expected = reconstruction[0, 0, :30, :21] * image.std() + image.mean()
     np.testing.assert_allclose(decode_planes(model, coded)[0], expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("factor", [2.0**-66, 2.0**-20, 2.0**66])
+def test_codes_do_not_depend_on_the_unit(noise, untrained_run, factor):
+    planes = noise((2, 32, 24)).astype(np.float64)
+    model = load_model(VQVAE, untrained_run / "best.pt")
+    coded = encode_planes(model, planes)
+    scaled = encode_planes(model, planes * factor)
+    np.testing.assert_array_equal(scaled.codes, coded.codes)
+    expected = decode_planes(model, coded) * factor
+    np.testing.assert_allclose(decode_planes(model, scaled), expected, rtol=1e-5)
 
 
 def test_more_than_65536_codes_are_stored_as_uint32():
@@ -65,12 +77,29 @@ def test_the_format_of_code_files_stays(codes_path):
         assert file.files == [
             "format", "model", "codes", "mean", "std", "size",
             "resized", "affine", "shape", "kind", "axis", "turn",
+            "geometry",
         ]  # fmt: skip
         assert file["format"] == 1
         assert file["codes"].dtype == np.uint16
         assert file["size"].tolist() == [20, 28]
         assert file["shape"].tolist() == [20, 24, 28]
         assert file["kind"] == "<i2"
+
+
+def test_codes_of_earlier_versions_have_only_an_affine(codes_path, untrained_run):
+    model = load_model(VQVAE, untrained_run / "best.pt")
+    with np.load(codes_path) as file:
+        arrays = dict(file)
+    affine = np.array([[1.7, 0.2, 0, -20], [0, 1.5, 0, 7], [0, 0, 2, 3], [0, 0, 0, 1]])
+    del arrays["geometry"]
+    np.savez_compressed(codes_path, **arrays | {"affine": affine})
+    coded, scan = read_codes(codes_path, model)
+    codes_path.with_name("old.nii.gz").write_bytes(scan.to_bytes(decode_planes(model, coded)))
+    header = nib.load(codes_path.with_name("old.nii.gz")).header
+    np.testing.assert_allclose(header.get_best_affine(), affine, atol=1e-6)
+    assert (header["sform_code"], header["qform_code"]) == (2, 0)
+    assert header.get_xyzt_units() == ("mm", "unknown")
+    assert scan.shape == (20, 24, 28)
 
 
 def test_damaged_codes_are_reported(codes_path, untrained_run):
@@ -111,6 +140,7 @@ def test_damaged_codes_are_reported(codes_path, untrained_run):
             damaged(axis=7),
             damaged(affine=np.eye(3)),
             damaged(turn=np.zeros((3, 2))),
+            damaged(geometry=np.zeros(3)),
         ],
         "has format 9": [damaged(format=9)],
         "was made by model": [damaged(model=fingerprint(other))],

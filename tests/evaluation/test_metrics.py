@@ -136,6 +136,19 @@ def test_scores_do_not_depend_on_the_unit(pair):
         torch.testing.assert_close(scaled[name], values, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e-6, 1e6, 1e20])
+def test_scores_do_not_depend_on_the_order_of_magnitude(pair, factor):
+    """Absolute thresholds would turn every score of small intensities into a perfect one."""
+    scaled = [(images.double() * factor).float() for images in pair]
+    for name, values in slice_scores(*pair).items():
+        torch.testing.assert_close(slice_scores(*scaled)[name], values, rtol=1e-5, atol=1e-5)
+    labels = torch.zeros(4, 64, 48, dtype=torch.long)
+    labels[:, 16:48, 8:40] = ORGANS.index("bone")
+    expected = organ_scores(*pair, labels)["bone"]
+    for name, values in organ_scores(*scaled, labels)["bone"].items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-5)
+
+
 def test_unknown_score_is_an_error(pair):
     with pytest.raises(ValueError, match="unknown scores"):
         slice_scores(*pair, names=("ssim", "ms_ssim"))

@@ -55,6 +55,57 @@ def test_shape_affine_and_data_type_stay(
             assert b"DOE" not in file[name].tobytes()
 
 
+def test_transforms_and_units_stay(tmp_path, noise, reconstruct_path, capsys):
+    image = nib.Nifti1Image(noise((20, 9, 30)), None)
+    image.set_qform(AFFINE, code=1)
+    image.set_sform(AFFINE, code=3)
+    image.header.set_xyzt_units("micron")
+    image.to_filename(tmp_path / "x.nii")
+    first = reconstruct_path(tmp_path / "x.nii", "--export-codes")
+    assert "its voxels are 0.00 x 0.00 mm" in capsys.readouterr().out
+    again = reconstruct_path(first, "--from-codes", "again")
+    for folder in (first, again):
+        result = nib.load(folder / "x_reconstruction.nii.gz")
+        for name in ("get_qform", "get_sform"):
+            matrix, code = getattr(result, name)(coded=True)
+            expected, expected_code = getattr(image, name)(coded=True)
+            np.testing.assert_array_equal(matrix, expected)
+            assert code == expected_code
+        assert result.header.get_xyzt_units() == ("micron", "unknown")
+        assert result.header.get_zooms() == image.header.get_zooms()
+
+
+def test_nan_is_replaced_on_request(tmp_path, write_nifti, noise, reconstruct_path, read_scores):
+    array = noise((20, 9, 30), np.float32)
+    array[:5] = np.nan
+    path = write_nifti(tmp_path / "x.nii.gz", array)
+    with pytest.raises(UserError, match="has 1,350 NaN or infinite voxels; --nan-value X"):
+        reconstruct_path(path)
+    first = reconstruct_path(path, "--nan-value -10")
+    filled = write_nifti(tmp_path / "filled" / "x.nii.gz", np.nan_to_num(array, nan=-10))
+    second = reconstruct_path(filled, "", "out2")
+    name = "x_reconstruction.nii.gz"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert read_scores(first)[0]["ssim"] == read_scores(second)[0]["ssim"] != ""
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((20, 20, 9), "cut along coronal, its planes have 20 x 9 pixels, expected at least 11 x"),
+        ((20, 9), "it has 20 x 9 pixels, expected at least 11 x 11"),
+    ],
+)
+def test_slices_without_scores_are_reported(
+    tmp_path, write_nifti, noise, reconstruct_path, read_scores, capsys, shape, message
+):
+    folder = reconstruct_path(write_nifti(tmp_path / "x.nii", noise(shape)))
+    printed = capsys.readouterr().out
+    assert f"gets no scores: {message}" in printed
+    assert ("--axis chooses another direction" in printed) == (len(shape) == 3)
+    assert read_scores(folder)[0]["ssim"] == ""
+
+
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [
@@ -229,7 +280,8 @@ def test_the_newest_run_is_used_with_its_description(
     assert in_training == ["yes"] * 4 + ["no"] * 2
     run = reconstruct.find_run(None, "runs")
     _, description = reconstruct.load_run_model(run, torch.device("cpu"))
-    assert description == {"size": [256, 128], "spacing": [1.0, 1.0], "axis": "coronal"}
+    expected = {"size": [256, 128], "spacing": [1.0, 1.0], "axis": "coronal", "nan_value": None}
+    assert description == expected
 
 
 def test_the_bundled_model_is_used_before_any_training(

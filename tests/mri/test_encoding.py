@@ -129,6 +129,32 @@ def test_a_volume_with_one_bad_slice_is_bad(tmp_path, write_nifti):
     assert "NaN" in reason
 
 
+def test_nan_is_replaced_on_request(tmp_path, write_nifti):
+    image = IMAGE.astype(np.float32)
+    image[:20] = np.nan
+    path = write_nifti(tmp_path / "a.nii.gz", image)
+    slices, reason = decode_file(path, Preprocessing("2D"))
+    assert (slices, reason) == (
+        [],
+        "has 2,560 NaN or infinite pixels; --nan-value X replaces NaN by X",
+    )
+    for form in ("2D", "scans"):
+        slices, _ = decode_file(path, Preprocessing(form, nan_value=-3))
+        pixels, record = slices[0]
+        restored = (pixels + 32768.0) * record.scale + record.low
+        np.testing.assert_array_equal(restored, np.nan_to_num(image, nan=-3))
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e-6, 1e6, 1e20])
+def test_z_scores_do_not_depend_on_the_unit(tmp_path, write_nifti, factor):
+    path = write_nifti(tmp_path / "a.nii", IMAGE * factor)
+    ((pixels, record),), _ = decode_file(path, Preprocessing("2D"))
+    image = (pixels + 32768.0) * record.scale + record.low
+    zscored = (IMAGE - IMAGE.mean()) / IMAGE.std()
+    assert not record.constant
+    np.testing.assert_allclose((image - record.mean) / record.std, zscored, atol=1e-4)
+
+
 def test_unexpected_errors_are_reasons_too(tmp_path, write_nifti):
     path = write_nifti(tmp_path / "a.nii.gz", IMAGE)
     slices, reason = decode_file(path, Preprocessing("2D", size=("x", "y")))

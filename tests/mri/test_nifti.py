@@ -189,13 +189,15 @@ def test_headers_may_not_claim_more_than_the_file_contains(tmp_path):
                 read(path)
 
 
-def test_headers_may_not_claim_more_than_the_largest_accepted_volume(tmp_path):
+def test_headers_may_not_claim_terabytes(tmp_path):
     content = bytearray(with_planes(30_000))
     content[42:46] = content[46:48] * 2
-    (tmp_path / "scan.nii").write_bytes(content)
-    for read in (nifti.read_header, nifti.read_nifti):
-        with pytest.raises(ValueError, match="has shape 30000 x 30000 x 30000, expected 1 to"):
-            read(tmp_path / "scan.nii")
+    for data in (content, gzip.compress(content)):
+        (tmp_path / "scan.nii").write_bytes(data)
+        with pytest.raises(ValueError, match="is truncated or damaged"):
+            nifti.read_header(tmp_path / "scan.nii")
+    with pytest.raises(ValueError, match="has shape 30000 x 30000 x 30000; it is too large"):
+        nifti.read_nifti(tmp_path / "scan.nii")
 
 
 def test_no_more_is_unpacked_than_the_header_asks_for(tmp_path):
@@ -248,5 +250,30 @@ def test_scans_with_values_that_are_not_finite_are_refused(tmp_path, write_nifti
     volume = VOLUME.astype(np.float32)
     volume[3, 4, 5:7] = value
     path = write_nifti(tmp_path / "scan.nii.gz", volume)
-    with pytest.raises(ValueError, match="has 2 NaN or infinite voxels"):
+    advice = "; --nan-value X replaces NaN by X" if np.isnan(value) else "$"
+    with pytest.raises(ValueError, match=f"has 2 NaN or infinite voxels{advice}"):
         nifti.read_scan(path)
+    if np.isnan(value):
+        filled = nifti.read_scan(path, 0, nan_value=-5).planes
+        np.testing.assert_array_equal(filled, np.nan_to_num(volume, nan=-5))
+
+
+def test_intensities_that_a_float32_cannot_represent_are_refused(tmp_path, write_nifti):
+    path = write_nifti(tmp_path / "scan.nii.gz", VOLUME * 1e50)
+    with pytest.raises(ValueError, match=r"has intensities up to 9e\+52; expected at most 1e30"):
+        nifti.read_scan(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "message"),
+    [
+        ((1, 64, 80), "coronal", "cut along coronal, its planes have 1 x 80 pixels"),
+        ((64, 80, 5), "coronal", "cut along coronal, its planes have 64 x 5 pixels"),
+        ((64, 80, 5), 0, "cut along axis 0, its planes have 80 x 5 pixels"),
+    ],
+)
+def test_small_planes_are_described_with_their_axis(tmp_path, write_nifti, shape, axis, message):
+    path = write_nifti(tmp_path / "scan.nii", np.resize(VOLUME, shape))
+    message += ", expected at least 8 x 8; --axis chooses another direction"
+    with pytest.raises(ValueError, match=message):
+        nifti.read_scan(path, axis)

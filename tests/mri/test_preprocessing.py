@@ -12,6 +12,7 @@ from mri.preprocessing import (
     crop_box,
     fit_slice,
     floor_std,
+    is_constant,
     median_spacing,
     parse_axis,
     read_planes,
@@ -199,6 +200,14 @@ def test_the_floor_of_the_deviations_is_a_twentieth_of_their_median():
     constant = np.array([False, False, False, False, True])
     np.testing.assert_allclose(floor_std(std, constant), [0.75, 10, 20, 30, 0.75])
     np.testing.assert_allclose(floor_std(np.zeros(2), np.array([True, True])), [1, 1])
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1.0, 1e20])
+def test_constant_slices_are_recognised_in_every_unit(factor):
+    assert not is_constant(0.0, 900 * factor)
+    assert is_constant(900 * factor, 900 * factor * (1 + 1e-10))
+    assert not is_constant(900 * factor, 901 * factor)
+    assert is_constant(0.0, 0.0)
 
 
 # ---------------------------------------------------------------- geometry

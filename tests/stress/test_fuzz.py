@@ -54,7 +54,7 @@ def test_damaged_files_are_read_or_refused_with_an_error(tmp_path):
         assert row["refused"] > 0, row
     # The damage is neither always fatal nor always harmless.
     for row in (rows[0], rows[-1]):
-        assert row["read"] > 5, row
+        assert row["read"] > 3, row
         assert row["refused"] > 5, row
 
 
@@ -142,7 +142,7 @@ def special_files() -> dict[str, tuple[bytes, str]]:
     return {
         "10^12 voxels": (
             huge.binaryblock + b"\0" * 999,
-            "10000 x 10000 x 10000, expected 1 to 134,217,728 voxels",
+            "it has 1,539 of the 2,000,000,000,544 bytes that its header",
         ),
         "slice and a gzip bomb": (gzip.compress(intact) + zeros, ""),  # only the slice is unpacked
         "gzip bomb of a slice": (gzip.compress(unfilled), "of the 242,000,352 bytes that its"),

@@ -51,6 +51,16 @@ def test_the_tuned_recipe_has_its_published_values():
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_the_value_for_nan_is_a_finite_number():
+    assert resolve("").nan_value is None
+    config = resolve("--nan-value -1000")
+    assert config.nan_value == -1000
+    check_config(config, 1)
+    for value in ("nan", "inf", "1e31"):
+        with pytest.raises(UserError, match=r"--nan-value is .* expected -1e"):
+            check_config(resolve(f"--nan-value {value}"), 1)
+
+
 def test_flags_override_the_recipe():
     config = resolve("--recipe document --learning-rate 0.01 --augment --codebook ema")
     assert config.learning_rate == 0.01

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,6 +167,24 @@ def test_the_preprocessing_of_a_run_is_read_from_its_config(run_copy, blobs):
     del config["preprocessing"]  # as in earlier versions
     path.write_text(json.dumps(config))
     assert read_preprocessing(run_copy, source) == stored
+
+
+def test_the_value_for_nan_is_read_from_the_config(run_copy, blobs):
+    source = find_source(blobs)
+    path = run_copy / "config.json"
+    config = json.loads(path.read_text())
+    assert config["preprocessing"].pop("nan_value") is None  # earlier versions do not have it
+    del config["arguments"]["nan_value"]
+    path.write_text(json.dumps(config))
+    assert read_preprocessing(run_copy, source).nan_value is None
+    config["preprocessing"]["nan_value"] = -5
+    path.write_text(json.dumps(config))
+    for other in (source, replace(source, form="3D")):
+        assert read_preprocessing(run_copy, other).nan_value == -5
+    config["preprocessing"]["nan_value"] = "-5"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"has preprocessing .*what train\.py writes"):
+        read_preprocessing(run_copy, source)
 
 
 @pytest.mark.parametrize(
