@@ -59,7 +59,7 @@ def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes | mmap.mmap]:
     """
     try:
         size = _file_size(path)
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             header, is_gzip = _read_start(file)
             needed = header.get_data_offset() + _voxel_bytes(header)
             is_large = math.prod(header.get_data_shape()) > MAX_VOXELS
@@ -92,7 +92,7 @@ def read_header(path: Path) -> nib.Nifti1Header:
     """
     try:
         size = _file_size(path)
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             header, is_gzip = _read_start(file)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
