@@ -67,12 +67,10 @@ def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes | mmap.mmap]:
                 raise ValueError(_describe_large_gzip(path, header.get_data_shape()))
             if is_gzip:
                 data = _unpack(file, needed, verify=True)
-            elif size < needed:
-                data = range(size)  # only its length is used
             elif is_large:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             else:
-                data = file.read(needed)
+                data = file.read(min(size, needed))
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
     if len(data) < needed:
