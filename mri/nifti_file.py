@@ -43,7 +43,7 @@ _HEADER_BYTES = 540  # a NIfTI-2 header; a NIfTI-1 header has 348 bytes
 _SILENT_LOGGER = logging.Logger("nifti", logging.CRITICAL)  # for odd but harmless header fields
 
 
-def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes | mmap.mmap]:
+def read_nifti(path: str | Path) -> tuple[nib.Nifti1Header, bytes | mmap.mmap]:
     """Read the header and the uncompressed bytes of a NIfTI file.
 
     Gzip files are recognised by their content, not by their name. At most 64 kB more are unpacked
@@ -58,20 +58,18 @@ def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes | mmap.mmap]:
     """
     try:
         size = _file_size(path)
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             header, is_gzip = _read_start(file)
             needed = header.get_data_offset() + _voxel_bytes(header)
             is_large = math.prod(header.get_data_shape()) > MAX_VOXELS
             if is_gzip and is_large:
-                raise ValueError(_describe_large_gzip(path, header.get_data_shape()))
+                raise ValueError(_describe_large_gzip(Path(path), header.get_data_shape()))
             if is_gzip:
                 data = _unpack(file, needed, verify=True)
-            elif size < needed:
-                data = range(size)  # only its length is used
             elif is_large:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             else:
-                data = file.read(needed)
+                data = file.read(min(size, needed))
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
     if len(data) < needed:
@@ -82,7 +80,7 @@ def read_nifti(path: Path) -> tuple[nib.Nifti1Header, bytes | mmap.mmap]:
     return header, data
 
 
-def read_header(path: Path) -> nib.Nifti1Header:
+def read_header(path: str | Path) -> nib.Nifti1Header:
     """Read the header of a NIfTI file without its data (thousands of files per second).
 
     Raises:
@@ -91,7 +89,7 @@ def read_header(path: Path) -> nib.Nifti1Header:
     """
     try:
         size = _file_size(path)
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             header, is_gzip = _read_start(file)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
@@ -184,7 +182,7 @@ def _describe_large_gzip(path: Path, shape: tuple[int, ...]) -> str:
     return f"has shape {format_shape(shape)}; it is too large to be read compressed, run: {command}"
 
 
-def _file_size(path: Path) -> int:
+def _file_size(path: str | Path) -> int:
     """Return the size of a file in bytes; refuse pipes and devices, which may be endless."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):

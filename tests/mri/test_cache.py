@@ -113,15 +113,15 @@ def test_each_number_of_planes_has_its_own_cache(tmp_path, write_nifti, load):
 
 
 def test_a_bad_file_is_tried_again(source, load, monkeypatch):
-    real = open
+    open_path = Path.open
 
-    def refuse(path, *arguments, **options):
-        if str(path).endswith("case_004_week_0_slice_2.nii.gz"):
+    def refuse(path: Path, *args, **kwargs):
+        if path.name == "case_004_week_0_slice_2.nii.gz":
             raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path, *arguments, **options)
+        return open_path(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", refuse)
+        patch.setattr(Path, "open", refuse)
         with pytest.raises(DataError, match=r"slice_2.nii.gz cannot be read \(Permission denied"):
             load(source, "train")
         assert len(load(source, "train", skip_bad_files=True)) == 3

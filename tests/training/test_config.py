@@ -56,8 +56,8 @@ def test_the_value_for_nan_is_a_finite_number():
     config = resolve("--nan-value -1000")
     assert config.nan_value == -1000
     check_config(config, 1)
-    for value in ("nan", "inf", "1e31"):
-        with pytest.raises(UserError, match=r"--nan-value is .* expected -1e"):
+    for value in ("nan", "inf"):
+        with pytest.raises(UserError, match=f"--nan-value is {value}"):
             check_config(resolve(f"--nan-value {value}"), 1)
 
 
