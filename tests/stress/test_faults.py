@@ -250,9 +250,10 @@ def stop_clock() -> None:
 def test_runs_that_start_in_the_same_second_do_not_collide(tmp_path, start):
     both = [start("--epochs 300", log=log, before=stop_clock) for log in ("a", "b")]
     names = ["2026-01-01_00-00-00_tuned", "2026-01-01_00-00-00_tuned_2"]
-    for process, log, name in zip(both, ("a", "b"), names, strict=True):
+    for name in names:
         config = tmp_path / "runs" / name / "config.json"  # written when the training starts
-        processes.wait_until(config.exists, process, tmp_path / log)
+        for process, log in zip(both, ("a", "b"), strict=True):
+            processes.wait_until(config.exists, process, tmp_path / log)
     for process in both:
         process.kill()
         process.join()
