@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     with preserve_process_state(), distributed.session(), contextlib.ExitStack() as stack:
         folder, config, checkpoint = open_run(flags)
         if distributed.get_rank() == 0 and not config.resume and not config.dry_run:
-            folder = stack.enter_context(reserve_folder(folder, numbered=config.name is None))
+            folder = stack.enter_context(reserve_folder(folder, numbered=not config.name))
         folder = distributed.broadcast_object(folder)  # its name may contain the current second
         return train(folder, config, checkpoint, flags)
 

@@ -25,11 +25,15 @@ PRIOR = "prior"  # the folder that train_prior.py creates in a run, which is not
 def new_run_folder(config: TrainConfig) -> Path:
     """Return the folder of a new run: `--name`, or the current time and the recipe.
 
+    Another run that started in the same second may have the latter (see `reserve_folder`).
+
     Raises:
         UserError: if the folder contains a run already, or could not be found again later.
     """
     runs_dir = Path(config.runs_dir)
-    name = config.name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}"
+    name = config.name
+    if not name:
+        return runs_dir / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.recipe}"
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
         raise UserError(

@@ -248,13 +248,15 @@ def stop_clock() -> None:
 
 
 def test_runs_that_start_in_the_same_second_do_not_collide(tmp_path, start):
-    options = {"before": stop_clock}
-    both = [start("--epochs 1 --plot-every 9", log=log, **options) for log in ("a", "b")]
-    for process, log in zip(both, ("a", "b"), strict=True):
-        code, output = wait_for(process, tmp_path / log)
-        assert code == 0, output
-    runs = ["2026-01-01_00-00-00_tuned", "2026-01-01_00-00-00_tuned_2"]
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == runs
+    both = [start("--epochs 300", log=log, before=stop_clock) for log in ("a", "b")]
+    names = ["2026-01-01_00-00-00_tuned", "2026-01-01_00-00-00_tuned_2"]
+    for name in names:
+        config = tmp_path / "runs" / name / "config.json"  # written when the training starts
+        for process, log in zip(both, ("a", "b"), strict=True):
+            processes.wait_until(config.exists, process, tmp_path / log)
+    for process in both:
+        process.kill()
+        process.join()
 
 
 def test_a_signal_before_training_leaves_no_files(tmp_path, start):

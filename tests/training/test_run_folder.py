@@ -237,8 +237,7 @@ def test_data_that_were_moved_are_named_with_the_flag_for_their_new_folder(
     config = json.loads(path.read_text())
     config["arguments"]["data"] = "/data/gone"
     path.write_text(json.dumps(config))
-    message = r"the data that runs/a/config.json names, '/data/gone': No such .*\n"
-    message += r".*moved, give their new .* --data"
+    message = r"data that runs/a/config.json names, '/data/gone': No such .*\n.*folder with --data"
     with pytest.raises(UserError, match=message):
         load_run_data(run_copy, "validate")
     with pytest.raises(UserError, match=message):

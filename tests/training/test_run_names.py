@@ -2,6 +2,7 @@
 
 import os
 import threading
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import generate
 import train
 import train_prior
 from evaluation import reconstruct, report
+from training import run_names
 from training.config import TrainConfig
 from training.run_folder import newest_run, newest_unfinished_run, open_run
 from training.run_names import find_runs, new_run_folder, reserve_folder, resolve_run
@@ -45,6 +47,21 @@ def test_processes_that_start_in_the_same_second_get_different_folders(tmp_path)
     names = ["now", *(f"now_{number}" for number in range(2, 9))]
     assert sorted(folder.name for folder in folders) == names
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+
+
+def test_a_run_that_started_in_the_same_second_is_no_reason_to_refuse_another(
+    tmp_path, monkeypatch
+):
+    class Clock(datetime):
+        @classmethod
+        def now(cls) -> datetime:
+            return cls(2026, 1, 1)
+
+    monkeypatch.setattr(run_names, "datetime", Clock)
+    first = make_run(tmp_path / "2026-01-01_00-00-00_tuned")
+    folder, _, _ = open_run({"runs_dir": str(tmp_path)})
+    with reserve_folder(folder, numbered=True) as folder:
+        assert folder == first.with_name(f"{first.name}_2")
 
 
 @pytest.mark.parametrize("numbered", [True, False])
