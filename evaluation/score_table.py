@@ -116,9 +116,9 @@ class ScoreTable:
         Raises:
             OSError: if scores.csv cannot be written.
         """
-        added = [name for name in names if name in self.rows]
-        earlier = {name: row for name, row in self.rows.items() if name not in set(added)}
-        self.rows = earlier | {name: self.rows[name] for name in added}
+        added = {name: self.rows[name] for name in names if name in self.rows}
+        earlier = {name: row for name, row in self.rows.items() if name not in added}
+        self.rows = earlier | added
         if self.rows and (added or self._unwritten):
             self.write()
         elif self._unwritten:
