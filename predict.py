@@ -14,8 +14,9 @@ defined in evaluation/metrics.py.
 
 PATH can be a file or a folder. Slices and volumes are reconstructed at their original size. If
 there is no run yet, the bundled model resources/pelvis.pt is used. For each file, predict.py writes
-a NIfTI file with the same shape and geometry, a figure, and a row in scores.csv. If the original
-contains unscaled integers, the NIfTI file keeps their data type; otherwise, it is float32.
+a NIfTI file with the same shape and geometry, and a row in scores.csv. If the original contains
+unscaled integers, the NIfTI file keeps their data type; otherwise, it is float32. Figures show the
+first files. OUT may contain results of earlier calls: those of other files are never overwritten.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tqdm import tqdm
 import utils
 from dataset import SliceDataset
 from evaluation import metrics, plots, report
+from evaluation.batch_figures import MAX_FIGURES, SLICES_PER_SHEET
 from evaluation.export_onnx import export
 from evaluation.metrics import SCORE_NAMES, SSIM_NAMES, Evaluation
 from evaluation.reconstruct import reconstruct_files
@@ -48,7 +50,7 @@ MIN_CASES = 10  # with fewer cases, no confidence interval is printed
 # ---------------------------------------------------------------- flags
 
 SPLIT_FLAGS = ("data", "split", "html", "batch_size", "skip_bad_files", "cache_dir")
-FILE_FLAGS = ("axis", "nan_value", "resize", "error_map", "export_codes", "from_codes")
+FILE_FLAGS = ("axis", "nan_value", "resize", "error_map", "export_codes", "from_codes", "figures")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,6 +117,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="decode the codes in PATH, an .npz file from --export-codes or a folder of them, and "
         "write the reconstructions",
+    )
+
+    flag(
+        "--figures",
+        metavar="N",
+        type=int,
+        default=MAX_FIGURES,
+        help="largest number of figures. A volume has a figure of its own; 2D files are shown on "
+        f"contact sheets of up to {SLICES_PER_SHEET} (default: {MAX_FIGURES})",
     )
 
     flag = parser.add_argument_group("other programs").add_argument
@@ -309,6 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     device = utils.pick_device(args.device)
     if args.paths:
+        if args.figures < 0:
+            raise UserError(f"--figures is {args.figures}; expected 0 or more")
         reconstruct_files(
             args.paths,
             Path(args.out),
@@ -321,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
             error_map=args.error_map,
             export_codes=args.export_codes,
             from_codes=args.from_codes,
+            figures=args.figures,
         )
         return 0
     if args.export:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,19 +75,31 @@ def _flood(labels: Tensor, mask: Tensor) -> Tensor:
         labels: (B, 1, H, W) int64, below 2^20, 0 outside the mask.
         mask: (B, 1, H, W) bool.
     """
-    gaps = {}
-    for axis in (-1, -2):
-        forward = (~mask).cumsum(axis) << 20
-        backward = (~mask).flip(axis).cumsum(axis) << 20
-        gaps[axis] = (forward, backward)
+    results = torch.empty_like(labels)
+    # numpy's cumulative maximum is several times faster than torch's, which also returns indices.
+    # One slice after the other, because the number of sweeps differs between slices.
+    dtype = np.int32 if max(mask.shape[-2:]) < 2**11 else np.int64
+    for i in range(len(mask)):
+        inside = mask[i, 0].numpy()
+        flooded = _flood_slice(labels[i, 0].numpy().astype(dtype), inside)
+        results[i, 0] = torch.from_numpy(flooded.astype(np.int64))
+    return results
+
+
+def _flood_slice(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Flood one slice (H, W); the result has the integer type of the labels."""
+    gaps = [np.cumsum(~mask, axis=axis, dtype=labels.dtype) << 20 for axis in (0, 1)]
+    gaps_back = [
+        np.flip(np.cumsum(np.flip(~mask, axis), axis=axis, dtype=labels.dtype) << 20, axis)
+        for axis in (0, 1)
+    ]
     while True:
         previous = labels
-        for axis, (forward, backward) in gaps.items():
-            labels = _sweep(labels, forward, axis) * mask
-            labels = _sweep(labels.flip(axis), backward, axis).flip(axis) * mask
-        if torch.equal(labels, previous):
+        for axis in (1, 0):
+            labels = np.maximum.accumulate(labels + gaps[axis], axis=axis) - gaps[axis]
+            labels *= mask
+            raised = np.flip(labels + gaps_back[axis], axis)
+            labels = np.flip(np.maximum.accumulate(raised, axis=axis), axis) - gaps_back[axis]
+            labels *= mask
+        if np.array_equal(labels, previous):
             return labels
-
-
-def _sweep(labels: Tensor, gaps: Tensor, axis: int) -> Tensor:
-    return (labels + gaps).cummax(axis).values - gaps

@@ -44,7 +44,10 @@ class Coded(NamedTuple):
 
 @torch.no_grad()
 def encode_planes(
-    model: VQVAE, planes: np.ndarray, resize_to: tuple[int, int] | None = None
+    model: VQVAE,
+    planes: np.ndarray,
+    resize_to: tuple[int, int] | None = None,
+    one_scan: bool = True,
 ) -> Coded:
     """Encode slices of any size, each z-scored by its own mean and std, as in training.
 
@@ -53,6 +56,8 @@ def encode_planes(
         planes: slices, (N, rows, columns). They are padded to multiples of the stride by repeating
             the pixels at their edges.
         resize_to: (rows, columns) to resize the slices to before encoding; None: not resized.
+        one_scan: whether the slices belong to one scan, whose median standard deviation is then the
+            basis of `floor_std`; if not, the result is that of separate calls for each slice.
     """
     device = next(model.parameters()).device
     mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
@@ -61,7 +66,9 @@ def encode_planes(
     high = planes.max(axis=(1, 2)).astype(np.float64)
     constant = is_constant(low, high)
     mean = mean.astype(np.float32)
-    std = np.where(constant, 0, floor_std(std, constant)).astype(np.float32)
+    if one_scan:
+        std = floor_std(std, constant)
+    std = np.where(constant, 0, std).astype(np.float32)
     scale = np.where(std > 0, std, 1)
     large = model.vector_quantization.num_embeddings > 1 << 16
     codes = []

@@ -141,6 +141,58 @@ def plot_slices(
     save_figure(figure, path)
 
 
+@default_style
+def plot_contact_sheet(
+    path: Path,
+    originals: Sequence[Tensor],
+    reconstructions: Sequence[Tensor],
+    titles: list[str],
+    heading: str,
+    spacing: Sequence[float] | None = None,
+) -> None:
+    """Plot many slices in rows of at most 8, each slice above its reconstruction.
+
+    Args:
+        path: the file to write.
+        originals, reconstructions: z-scored slices, each (1, H, W) of the same shape.
+        titles: title of each slice, of at most two lines.
+        heading: title of the figure.
+        spacing: mm between rows and between columns; None for square pixels.
+    """
+    columns = min(MAX_COLUMNS, len(titles))
+    rows = -(-len(titles) // columns)
+    width, height, _ = _panel_size(originals[0], spacing, 2.4)
+    gap, title_height, heading_height = 0.06, 0.36, 0.4
+    column_width = max(width, 1.0) + 2 * gap  # at least the width of a title
+    row_height = title_height + 2 * height + 2 * gap
+    size = (max(columns * column_width, 4.5), heading_height + rows * row_height)
+    figure = Figure(figsize=size)
+    # A single pair of axes in units of inches; axes for each slice would take seconds to draw.
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    for i, title in enumerate(titles):
+        centre = size[0] / 2 + (i % columns - (columns - 1) / 2) * column_width
+        bottom = size[1] - heading_height - (i // columns + 1) * row_height
+        grey = _grey_window(originals[i])
+        for image, lower in (
+            (originals[i], bottom + height + 2 * gap),
+            (reconstructions[i], bottom + gap),
+        ):
+            extent = (centre - width / 2, centre + width / 2, lower, lower + height)
+            axis.imshow(_upright(image), extent=extent, aspect="auto", **grey)
+        axis.text(
+            centre,
+            bottom + 2 * height + 2.8 * gap,
+            fit_title(title, column_width, 7),
+            fontsize=7,
+            ha="center",
+            va="bottom",
+        )
+    axis.set(xlim=(0, size[0]), ylim=(0, size[1]))
+    figure.suptitle(fit_title(heading, size[0], 10), fontsize=10, y=1 - 0.12 / size[1], va="top")
+    save_figure(figure, path)
+
+
 def _upright(image: Tensor) -> np.ndarray:
     """Turn a slice (1, H, W) so that its last column, the superior one, is at the top."""
     return image[0].float().cpu().numpy().T[::-1]

@@ -139,3 +139,28 @@ def test_every_code_has_a_colour(num_embeddings):
     assert colours.shape == (num_embeddings, 3)
     assert colours.min() >= 0
     assert colours.max() <= 1
+
+
+def test_contact_sheets_show_pairs_in_true_proportions(figures, tmp_path):
+    """Original above reconstruction, in one grey window, superior up, at most 8 columns."""
+    originals = [torch.linspace(0, 1, 128).expand(1, 256, 128) + i for i in range(11)]
+    reconstructions = [2 * image for image in originals]
+    titles = [f"case_{i}\nssim 0.{i}" for i in range(11)]
+    arguments = (originals, reconstructions, titles, "heading", (1.0, 1.5))
+    plots.plot_contact_sheet(tmp_path / "a.png", *arguments)
+    (axis,) = figures[0].axes
+    images = axis.get_images()
+    assert len(images) == 22
+    lefts = set()
+    for original, reconstruction in zip(images[::2], images[1::2], strict=True):
+        left, right, bottom, top = original.get_extent()
+        assert (top - bottom) / (right - left) == pytest.approx(128 * 1.5 / 256)
+        other = reconstruction.get_extent()
+        assert (other[0], other[1]) == (left, right) and other[3] < bottom
+        assert original.get_clim() == reconstruction.get_clim()
+        pixels = original.get_array()
+        assert pixels.shape == (128, 256) and pixels[0].mean() > pixels[-1].mean()
+        lefts.add(round(left, 3))
+    assert len(lefts) == 8
+    assert [text.get_text() for text in axis.texts] == titles
+    assert axis.get_xlim()[1] == pytest.approx(figures[0].get_size_inches()[0])

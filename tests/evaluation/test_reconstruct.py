@@ -9,7 +9,7 @@ import torch
 
 import predict
 import train
-from evaluation import reconstruct
+from evaluation import reconstruct, score_table
 from evaluation.metrics import slice_scores
 from mri import nifti
 from mri.files import find_segmentation
@@ -259,7 +259,7 @@ def test_paths_without_files_are_an_error(tmp_path, monkeypatch, path, message):
 def test_output_names_are_unique(tmp_path):
     names = ("a/x.nii", "b/x.nii", "c/x_2.nii", "x_codes.npz", "x.npz")
     paths = [tmp_path / name for name in names]
-    assert reconstruct.output_names(paths) == ["x", "x_2", "x_2_2", "x_3", "x_4"]
+    assert score_table.output_names(paths) == ["x", "x_2", "x_2_2", "x_3", "x_4"]
 
 
 # ---------------------------------------------------------------- models

@@ -1,0 +1,171 @@
+"""The figures of predict.py's output folder: one per volume, and contact sheets of slices.
+
+Drawing takes longer than reconstruction, so the number of figures is limited. The column `figure`
+of scores.csv names the figure that shows a file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaluation import plots
+from evaluation.reconstruct_group import Result, output_path
+from evaluation.score_table import SHEET_NAME, ScoreTable
+
+MAX_FIGURES = 20  # by default
+SLICES_PER_SHEET = 32
+MAX_SIDE = 512  # larger slices are shrunk while they wait for others of the same sheet
+
+
+@dataclass
+class _Panel:
+    """What a figure shows of a single-slice file."""
+
+    row: dict  # of scores.csv
+    original: Tensor  # (1, H, W), z-scored
+    reconstruction: Tensor  # (1, H, W), z-scored
+    ssim: float
+
+
+class BatchFigures:
+    """Draw figures of reconstructed files until the limit is reached.
+
+    Attributes:
+        num_left_out: number of files without a figure because of the limit.
+        errors: messages about figures that could not be written.
+    """
+
+    def __init__(self, out: Path, table: ScoreTable, names: list[str], limit: int, rate: float):
+        """Prepare the figures of a call.
+
+        Args:
+            out: the folder to write to.
+            table: the rows of scores.csv.
+            names: output names of the files of this call.
+            limit: largest number of figures.
+            rate: bits per pixel, for headings.
+        """
+        self.num_left_out = 0
+        self.errors: list[str] = []
+        self._out = out
+        self._table = table
+        self._remaining = limit
+        self._rate = f"{rate:.4f} bits per pixel"
+        self._sheets: dict[tuple, list[_Panel]] = {}  # sheets to fill, by shape and spacing
+        self._others = _sheets_of_others(out, table, set(names))
+        self._number = 0  # of the last contact sheet
+
+    def add(self, result: Result) -> None:
+        """Draw a volume, or add a slice to a contact sheet, which is drawn when it is full."""
+        if not result.shown:  # only empty slices
+            return
+        scan = result.source.scan
+        is_volume = len(scan.planes) > 1
+        key = (scan.planes.shape[1:], *(round(side, 3) for side in scan.spacing))
+        if is_volume or key not in self._sheets:
+            if not self._remaining:
+                self.num_left_out += 1
+                return
+            self._remaining -= 1
+        if is_volume:
+            titles = [f"slice {index}\n{_score_title(ssim)}" for index, ssim in result.shown]
+            images = (result.originals, result.reconstructions)
+            self._draw_file(result.row, *images, titles, scan.spacing)
+            return
+        panel = _Panel(
+            result.row,
+            _shrink(result.originals)[0],
+            _shrink(result.reconstructions)[0],
+            result.shown[0][1],
+        )
+        sheet = self._sheets.setdefault(key, [])
+        sheet.append(panel)
+        if len(sheet) == SLICES_PER_SHEET:
+            self._draw_sheet(self._sheets.pop(key), scan.spacing)
+
+    def finish(self) -> None:
+        """Draw the contact sheets that are not full; a single slice has a figure of its own."""
+        for (_, *spacing), sheet in self._sheets.items():
+            if len(sheet) > 1:
+                self._draw_sheet(sheet, spacing)
+            else:
+                (panel,) = sheet
+                images = (panel.original[None], panel.reconstruction[None])
+                self._draw_file(panel.row, *images, [_score_title(panel.ssim)], spacing)
+        self._sheets.clear()
+
+    def _draw_file(
+        self,
+        row: dict,
+        originals: Tensor,
+        reconstructions: Tensor,
+        titles: list[str],
+        spacing: Sequence[float],
+    ) -> None:
+        """Draw a figure of one file; the images are (B, 1, H, W)."""
+        path = output_path(self._out, row["file"], ".png")
+        heading = f"{row['file']}, {self._rate}"
+        try:
+            plots.plot_reconstructions(path, originals, reconstructions, titles, heading, spacing)
+        except OSError as error:
+            self.errors.append(str(error))
+        else:
+            row["figure"] = path.name
+
+    def _draw_sheet(self, sheet: list[_Panel], spacing: Sequence[float]) -> None:
+        """Draw a contact sheet under the next number that shows no files of earlier calls."""
+        self._number += 1
+        while self._number in self._others:
+            self._number += 1
+        path = self._out / f"contact_sheet_{self._number:03d}.png"
+        titles = [f"{panel.row['file']}\n{_score_title(panel.ssim)}" for panel in sheet]
+        try:
+            plots.plot_contact_sheet(
+                path,
+                [panel.original for panel in sheet],
+                [panel.reconstruction for panel in sheet],
+                titles,
+                f"original above reconstruction, {self._rate}",
+                spacing,
+            )
+        except OSError as error:
+            self.errors.append(str(error))
+            return
+        for row in self._table.rows.values():
+            if row.get("figure") == path.name:  # an earlier sheet that this one replaces
+                row["figure"] = ""
+        for panel in sheet:
+            panel.row["figure"] = path.name
+
+
+def _sheets_of_others(out: Path, table: ScoreTable, names: set[str]) -> set[int]:
+    """Return the numbers of the contact sheets that show files which are not in this call."""
+    shown: dict[str, set[str]] = {}
+    for name, row in table.rows.items():
+        shown.setdefault(row.get("figure", ""), set()).add(name)
+    numbers = set()
+    for file in os.listdir(out):
+        match = SHEET_NAME.fullmatch(file)
+        if match and not (file in shown and shown[file] <= names):
+            numbers.add(int(match[1]))
+    return numbers
+
+
+def _score_title(ssim: float) -> str:
+    return "not scored" if math.isnan(ssim) else f"ssim {ssim:.3f}"
+
+
+def _shrink(images: Tensor) -> Tensor:
+    """Average blocks of pixels so that no side of images (B, 1, H, W) exceeds 512 pixels."""
+    factor = math.ceil(max(images.shape[-2:]) / MAX_SIDE)
+    if factor == 1:
+        return images
+    size = [max(1, side // factor) for side in images.shape[-2:]]
+    return torch.nn.functional.adaptive_avg_pool2d(images, size)

@@ -1,0 +1,270 @@
+"""Reconstruct a volume, or several single-slice files of the same shape as one batch.
+
+    for group in split_groups(loaded_files):         # each a list of `LoadedFile`
+        for result in reconstruct_group(model, group, resize_to=None):
+            write_outputs(model, result, out)        # files, and more columns of result.row
+
+Batches only save time: codes and scores are those of one file at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import utils
+from evaluation import metrics, plots
+from evaluation.codec import (
+    BATCH_SIZE,
+    Coded,
+    decode_planes,
+    encode_planes,
+    read_codes,
+    split_batches,
+    write_codes,
+)
+from evaluation.score_table import input_path
+from modules import VQVAE
+from mri import nifti, preprocessing
+from mri.files import printable
+
+MIN_SIDE = 11  # slices with a smaller side have no scores, as the SSIM window is 11 x 11
+MAX_WAITING = 8 * BATCH_SIZE  # slices of different shapes that wait for others of their shape
+
+
+@dataclass
+class LoadedFile:
+    """A file that has been read."""
+
+    file: Path
+    name: str  # of its outputs
+    scan: nifti.Scan
+    labels: np.ndarray | None = None  # (N, rows, columns), the segmentation
+    in_training: str = "unknown"  # whether the model was trained on it: "yes", "no" or "unknown"
+    label_error: str = ""  # why the segmentation cannot be used; the file then has no scores
+
+
+@dataclass
+class Result:
+    """A reconstructed file, before its outputs are written."""
+
+    source: LoadedFile
+    coded: Coded
+    planes: np.ndarray  # (N, rows, columns) float32, in the file's intensities
+    row: dict  # of scores.csv
+    # For a figure: up to four slices that are not empty, z-scored as the model sees them.
+    originals: Tensor  # (B, 1, rows, columns)
+    reconstructions: Tensor  # (B, 1, rows, columns)
+    shown: list[tuple[int, float]] = field(default_factory=list)  # index and ssim of these slices
+
+
+# ---------------------------------------------------------------- groups
+
+
+def split_groups(loaded: Iterable[LoadedFile]) -> Iterator[list[LoadedFile]]:
+    """Yield groups of up to 16 single slices with the same shape and data type; volumes alone.
+
+    Few slices wait at any time, so the order of the files changes but memory is bounded.
+    """
+    waiting: dict[tuple, list[LoadedFile]] = {}
+    for item in loaded:
+        planes = item.scan.planes
+        if len(planes) > 1:
+            yield [item]
+            continue
+        key = (planes.shape, planes.dtype)
+        waiting.setdefault(key, []).append(item)
+        max_size = len(split_batches(BATCH_SIZE, planes.shape[1:])[0])
+        if len(waiting[key]) >= max_size:
+            yield waiting.pop(key)
+        elif sum(map(len, waiting.values())) >= MAX_WAITING:
+            yield waiting.pop(max(waiting, key=lambda other: len(waiting[other])))
+    yield from waiting.values()
+
+
+@torch.no_grad()
+def reconstruct_group(
+    model: VQVAE, group: list[LoadedFile], resize_to: tuple[int, int] | None = None
+) -> list[Result]:
+    """Reconstruct and score the files of a group from `split_groups`.
+
+    Args:
+        model: the model, in eval mode.
+        group: the files.
+        resize_to: (rows, columns) to resize the slices to before encoding; None: not resized.
+    """
+    originals = np.concatenate([item.scan.planes for item in group])
+    coded = encode_planes(model, originals, resize_to, one_scan=len(group) == 1)
+    planes = decode_planes(model, coded)
+    empty = np.concatenate([_empty_slices(item.scan.planes) for item in group]) | (coded.std == 0)
+    scores = _score_planes(originals, planes, empty, group)
+    results = []
+    start = 0
+    for item in group:
+        part = slice(start, start + len(item.scan.planes))
+        start = part.stop
+        file_coded = Coded(
+            coded.codes[part], coded.mean[part], coded.std[part], coded.size, coded.resized
+        )
+        file_scores = {name: values[part] for name, values in scores.items()}
+        if item.labels is None:
+            file_scores = {name: file_scores[name] for name in metrics.SCORE_NAMES}
+        result = _make_result(model, item, file_coded, planes[part], empty[part], file_scores)
+        results.append(result)
+    return results
+
+
+def _empty_slices(planes: np.ndarray) -> np.ndarray:
+    """Return which planes of a scan are empty, (N,) bool."""
+    threshold = preprocessing.background_threshold(planes)
+    return np.array([preprocessing.is_empty(plane, threshold) for plane in planes])
+
+
+def _score_planes(
+    originals: np.ndarray, planes: np.ndarray, empty: np.ndarray, group: list[LoadedFile]
+) -> dict[str, np.ndarray]:
+    """Score reconstructed slices and, for files with labels, also the inside of each organ.
+
+    Returns:
+        {name: (N,)}, NaN for empty slices, for slices with a side below 11 pixels, and for slices
+        of files with an unusable segmentation.
+    """
+    count, rows, columns = planes.shape
+    if min(rows, columns) < MIN_SIDE:
+        return dict.fromkeys(metrics.SCORE_NAMES, np.full(count, np.nan))
+    labels, is_labelled, is_scored = [], [], []
+    for item in group:
+        shape = item.scan.planes.shape
+        labels.append(np.zeros(shape, np.int64) if item.labels is None else item.labels)
+        is_labelled += [item.labels is not None] * shape[0]
+        is_scored += [not item.label_error] * shape[0]
+    labels = np.concatenate(labels)
+    batch_scores = []
+    for indices in split_batches(count, (rows, columns)):
+        batch_originals = torch.from_numpy(originals[indices].astype(np.float32))[:, None]
+        batch_planes = torch.from_numpy(planes[indices].astype(np.float32))[:, None]
+        scores = metrics.slice_scores(batch_originals, batch_planes)
+        if any(is_labelled):
+            batch_labels = torch.from_numpy(labels[indices].astype(np.int64))
+            organ_scores = metrics.organ_scores(batch_originals, batch_planes, batch_labels)
+            for organ, values in organ_scores.items():
+                scores |= {f"{organ}_{name}": score for name, score in values.items()}
+        batch_scores.append(scores)
+    without_score = torch.from_numpy(empty | ~np.array(is_scored))
+    results = {}
+    for name in batch_scores[0]:
+        values = torch.cat([scores[name] for scores in batch_scores])
+        results[name] = values.masked_fill(without_score, torch.nan).numpy()
+    return results
+
+
+def _make_result(
+    model: VQVAE,
+    item: LoadedFile,
+    coded: Coded,
+    planes: np.ndarray,
+    empty: np.ndarray,
+    scores: dict[str, np.ndarray],
+) -> Result:
+    """Return the result of one file; `empty` and each of the scores are (N,)."""
+    # Each slice also needs 64 bits for its mean and std, which are float32.
+    bits_per_code = math.log2(model.vector_quantization.num_embeddings)
+    bits = coded.codes.size * bits_per_code + 64 * len(planes)
+    row = {
+        "file": item.name,
+        "path": printable(str(input_path(item.file))),
+        "slices": len(planes),
+        "empty_slices": int(empty.sum()),
+        "rows": planes.shape[1],
+        "columns": planes.shape[2],
+    }
+    for name, values in scores.items():
+        row[name] = f"{np.nanmean(values):.6f}" if np.isfinite(values).any() else ""
+    row["bits_per_pixel"] = f"{bits / planes.size:.5f}"
+    row["code_bytes"] = math.ceil(bits / 8)
+
+    candidates = np.flatnonzero(~empty)
+    indices = candidates[plots.spread_indices(len(candidates)).numpy()] if len(candidates) else []
+    mean = coded.mean[indices, None, None]
+    std = coded.std[indices, None, None]
+    return Result(
+        source=item,
+        coded=coded,
+        planes=planes,
+        row=row,
+        originals=_to_images((item.scan.planes[indices] - mean) / std),
+        reconstructions=_to_images((planes[indices] - mean) / std),
+        shown=[(int(index), float(scores["ssim"][index])) for index in indices],
+    )
+
+
+def _to_images(planes: np.ndarray) -> Tensor:
+    return torch.from_numpy(planes.astype(np.float32))[:, None]
+
+
+# ---------------------------------------------------------------- outputs
+
+
+def write_outputs(
+    model: VQVAE,
+    result: Result,
+    out: Path,
+    error_map: bool = False,
+    export_codes: bool = False,
+) -> None:
+    """Write the reconstruction of a file and, on request, the absolute error and the codes.
+
+    Sizes in bytes are added to the result's row.
+
+    Raises:
+        OSError: if an output cannot be written; none of the outputs is then left behind.
+    """
+    scan, planes = result.source.scan, result.planes
+    written = []
+    try:
+        path = output_path(out, result.source.name, "_reconstruction.nii.gz")
+        utils.write_bytes(path, scan.to_bytes(planes))
+        written.append(path)
+        if error_map:
+            path = output_path(out, result.source.name, "_error.nii.gz")
+            utils.write_bytes(path, _error_bytes(scan, planes))
+            written.append(path)
+        if export_codes:
+            path = output_path(out, result.source.name, "_codes.npz")
+            result.row["npz_bytes"] = write_codes(path, model, result.coded, scan)
+        result.row["file_bytes"] = result.source.file.stat().st_size
+    except OSError:
+        for path in written:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+
+
+def decode_file(model: VQVAE, file: Path, path: Path) -> tuple[int, int, int]:
+    """Decode an .npz file of codes, write the slices as NIfTI, and return their shape.
+
+    Raises:
+        DataError: if the .npz file cannot be used.
+    """
+    coded, scan = read_codes(file, model)
+    planes = decode_planes(model, coded)
+    utils.write_bytes(path, scan.to_bytes(planes))
+    return planes.shape
+
+
+def output_path(out: Path, name: str, ending: str) -> Path:
+    return out / (name + ending)  # `with_suffix` fails if names contain dots
+
+
+def _error_bytes(scan: nifti.Scan, planes: np.ndarray) -> bytes:
+    """Return the absolute error as NIfTI; if the file has integers, use int16 to save space."""
+    error = np.abs(planes - scan.planes)
+    is_integer = scan.dtype.kind in "iu" and error.max() < 32767
+    return scan.to_bytes(error, np.dtype("i2" if is_integer else "f4"))
