@@ -151,12 +151,12 @@ def mapped_paths() -> list[str]:
     paths = []
     folder = ""
     for line in lines:
-        name = line.split()[0]
+        names = re.match(r"(\S+, )*\S+", line.strip()).group().split(", ")
         if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            paths.append(name)
+            folder = names[0] if names[0].endswith("/") else ""
+            paths += names
         else:
-            paths.append(folder + name)
+            paths += [folder + name for name in names]
     return paths
 
 
