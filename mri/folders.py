@@ -9,12 +9,15 @@ lines = describe_folder(root)                            # for an error: what is
 from __future__ import annotations
 
 import os
+import re
 import textwrap
+import zlib
 from collections import Counter, deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mri.copies import has_same_content
 from mri.files import NIFTI_NAME, file_inside, format_listing, is_output, natural_key, printable
 from mri.formats import describe_archives, describe_formats, is_annex_link, missing_content
 from mri.segmentations import has_label_intent, is_segmentation
@@ -24,7 +27,19 @@ from utils import DataError
 NAMED_SEGMENTATION = "they are named like segmentations"
 LABEL_INTENT = "their headers mark them as label maps (NIfTI intent code 1002 or 1003)"
 NAMED_OUTPUT = "they are named like outputs of predict.py"
-SAME_SCAN = "the same scan is next to them, with another ending or as the target of a link"
+SAME_SCAN = (
+    "the same scan is next to them, with another ending, as the target of a link, or as the "
+    "original of a copy"
+)
+
+# Folders of operating systems and of network storage, such as deleted files.
+_SYSTEM_FOLDERS = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
+# What file managers and browsers add to the name of a copy: " (1)", " - Copy (2)", " copy 2".
+_COPY_NUMBER = r"\(\d+\)"
+_COPY_WORD = "copy|copie|copia|kopie"
+_COPY_MARK = re.compile(
+    rf" ?{_COPY_NUMBER}$|(?: -)? (?:{_COPY_WORD})(?: {_COPY_NUMBER}| \d+)?$", re.I
+)
 
 LeftOut = dict[str, list[Path]]  # reason -> files
 
@@ -67,9 +82,9 @@ def unique_folders(folders: list[Path]) -> list[Path]:
 
 
 def _visible_entries(folder: Path) -> list[os.DirEntry]:
-    """Return the entries of a folder without hidden ones and `__MACOSX`."""
+    """Return the entries of a folder without hidden ones and folders of the system."""
     with os.scandir(folder) as scan:
-        return [entry for entry in scan if not entry.name.startswith((".", "__MACOSX"))]
+        return [entry for entry in scan if not entry.name.startswith(_SYSTEM_FOLDERS)]
 
 
 def _type_of(entry: os.DirEntry) -> str:
@@ -127,7 +142,7 @@ def search_folder(root: Path, max_files: float = float("inf")) -> Contents:
 
     Links to files and folders are followed. A folder that several paths lead to is searched once,
     by its own path rather than a link, and links to folders that contain the link are not followed.
-    Hidden files and folders, and `__MACOSX`, are left out.
+    Hidden files and folders, and those of the system such as `__MACOSX`, are left out.
 
     Args:
         root: the folder.
@@ -212,7 +227,11 @@ def select_images(
 
 
 def _copies(files: list[Path]) -> set[Path]:
-    """Return files next to the same scan: `x.nii` next to `x.nii.gz`, or a link to a neighbour."""
+    """Return files next to the same scan.
+
+    These are `x.nii` next to `x.nii.gz`, a link to a neighbour, and `x (1).nii.gz` or
+    `x - Copy.nii.gz` next to `x.nii.gz` with the same content.
+    """
     others = set(files)
     compressed: dict[str, Path] = {}  # path without the ending -> file
     for file in files:
@@ -224,9 +243,25 @@ def _copies(files: list[Path]) -> set[Path]:
         if other == file and file.is_symlink():
             target = file.parent / os.readlink(file)
             other = target if target.parent == file.parent and target in others else file
+        if other == file:
+            other = _original_of(file, others)
         if other != file and other.exists():
             copies.add(file)
     return copies
+
+
+def _original_of(file: Path, others: Container[Path]) -> Path:
+    """Return the file of which a file is a copy by its name and content; else the file itself."""
+    ending = NIFTI_NAME.search(file.name)[0]
+    stem = file.name.removesuffix(ending)
+    original = file.with_name(_COPY_MARK.sub("", stem) + ending)
+    if original == file or original not in others:
+        return file
+    try:
+        are_files = file.is_file() and original.is_file()  # reading a pipe could block
+        return original if are_files and has_same_content(file, original) else file
+    except (OSError, EOFError, zlib.error):  # decoding will report it
+        return file
 
 
 def describe_left_out(left_out: LeftOut, root: Path) -> list[str]:

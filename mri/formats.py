@@ -26,6 +26,10 @@ _FORMATS = (
     (r"\.(hdr|img)(\.gz)?", ".hdr/.img", _NIBABEL),
     (r"\.mg[hz]", "FreeSurfer", _NIBABEL),
     (r"\.(mha|mhd|nrrd|nhdr)", ".mha/.mhd/.nrrd", _SIMPLE_ITK),
+    (r"\.mnc", "MINC", _NIBABEL),
+    (r"\.nii\.bz2", ".nii.bz2", "bzcat '{0}' | gzip > scan.nii.gz"),
+    (r"\.nii\.xz", ".nii.xz", "xzcat '{0}' | gzip > scan.nii.gz"),
+    (r"\.nii\.zst", ".nii.zst", "zstdcat '{0}' | gzip > scan.nii.gz"),
 )
 _DICOM_NAME = re.compile(r"[^.]*|[\d.]+|DICOMDIR", re.I)  # without an ending, or with a UID as name
 

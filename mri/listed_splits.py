@@ -72,9 +72,14 @@ def splits_from_table(
             keys = (_subject_key(subject), _subject_key(named))
             matches = files_of_subject.get(keys[0]) or files_of_subject.get(keys[1], [])
         if not split or not matches:
+            found = f"the split is {row['split']!r}" if row.get("split") else "there is no split"
+            if split:
+                what, names = ("file", files_of_path) if name else ("subject", files_of_subject)
+                example = next(iter(names))
+                found = f"no scan has the {what} {name or subject!r} (one scan has {example!r})"
             raise DataError(
-                f"{table}, line {number}: {row}; expected a split (train, validate or test) and a "
-                f"subject or a file that is in {root}, in columns called split, subject and file."
+                f"{table}, line {number}: {found}; expected a split (train, validate or test) and "
+                f"a subject or a file that is in {root}, in columns called split, subject and file."
             )
         splits[split] += matches
     counts = Counter(path for paths in splits.values() for path in paths)

@@ -33,6 +33,8 @@ from utils import DataError
 
 NNUNET_FOLDER = re.compile(r"images(tr|ts|va|val)$", re.I)  # images in nnU-Net's layout
 CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net numbers the channels of a case: X_0000, X_0001
+# The last part of a name, if it has a letter: the sequence or session in "p01_T2" and "p01-MR1".
+LAST_WORD = re.compile(r"[ _-](?=[^ _-]*[^\W\d_])[^ _-]+$")
 SLICE_NUMBER = re.compile(r"[ _-]slice[ _-]?\d+$", re.I)
 
 
@@ -112,9 +114,10 @@ def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
     """Guess the subjects of files whose paths name no subject.
 
     A file in a subfolder belongs to the subject that the subfolder is named after. Any other file
-    counts as a subject of its own, except that slices `x_slice_1` and `x_slice_2`, and nnU-Net's
-    channels `x_0000` and `x_0001`, belong to the subject `x`. Folders that are named after splits
-    or contain folders that are, or that contain all of the files, do not count as subfolders.
+    counts as a subject of its own, except that slices `x_slice_1` and `x_slice_2`, nnU-Net's
+    channels `x_0000` and `x_0001`, and sequences `x_T1` and `x_T2` of several `x`, belong to the
+    subject `x`. Folders that are named after splits or contain folders that are, or that contain
+    all of the files, do not count as subfolders.
     """
     subjects = {}
     loose = []
@@ -124,8 +127,15 @@ def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
         else:
             subjects[file] = SLICE_NUMBER.sub("", nfc(stem_of(parts[0])))
             loose.append(file)
-    if _are_channels([subjects[file] for file in loose]):
+    stems = [subjects[file] for file in loose]
+    if _are_channels(stems):
         subjects |= {file: CHANNEL.sub("", subjects[file]) for file in loose}
+    else:
+        sequences = _shared_last_words(stems)
+        for file in loose:
+            match = LAST_WORD.search(subjects[file])
+            if match and match[0][1:].lower() in sequences:
+                subjects[file] = subjects[file][: match.start()]
     return subjects
 
 
@@ -142,6 +152,23 @@ def _are_channels(stems: list[str]) -> bool:
         channels.setdefault(CHANNEL.sub("", stem), set()).add(match[1])
     sets = list(channels.values())
     return len(sets) > 1 and "0000" in sets[0] and all(other == sets[0] for other in sets)
+
+
+def _shared_last_words(stems: list[str]) -> set[str]:
+    """Return the last words that tell apart the scans of a subject, such as "t1" and "t2".
+
+    These are the last words of at least two names that each have several of them.
+    """
+    words_of: dict[str, set[str]] = {}
+    for stem in stems:
+        match = LAST_WORD.search(stem)
+        if match:
+            words_of.setdefault(stem[: match.start()], set()).add(match[0][1:].lower())
+    counts = Counter[str]()
+    for words in words_of.values():
+        if len(words) > 1:
+            counts.update(words)
+    return {word for word, count in counts.items() if count > 1}
 
 
 def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, ...]]:
@@ -228,7 +255,7 @@ def report_splits(
     unit: str,
     pairs: Iterable[tuple[str, str]] = tuple(combinations(SPLITS, 2)),
 ) -> list[str]:
-    """Count the files of each split, and warn about subjects that are in two splits.
+    """Count the files of each split, and warn about subjects and files that are in two splits.
 
     Args:
         splits: split -> its files.
@@ -237,7 +264,8 @@ def report_splits(
         pairs: splits that must not share subjects.
 
     Returns:
-        "train 6, validate 2, test 2 slices", followed by one warning per pair that shares subjects.
+        "train 6, validate 2, test 2 slices", followed by warnings for each pair of splits that
+        shares subjects or files.
     """
     counts = ", ".join(f"{split} {len(files):,}" for split, files in splits.items())
     notes = [f"{counts or 'no'} {unit}"]
@@ -251,4 +279,23 @@ def report_splits(
                 f"warning: {len(shared)} subject(s) in both {one} and {other} ({examples}): "
                 "if these are the same patients, the scores are too high"
             )
+        linked = _files_in_both(splits.get(one, []), splits.get(other, []))
+        if linked:
+            example = " and ".join(printable(str(file)) for file in linked[0])
+            notes.append(
+                f"warning: {len(linked)} file(s) of {one} and {other} are links to the same file "
+                f"(for example, {example}), so the scores are too high"
+            )
     return notes
+
+
+def _files_in_both(one: list[Path], other: list[Path]) -> list[tuple[Path, Path]]:
+    """Return the pairs of different paths that lead to the same file."""
+    folders = {file.parent: file.parent.resolve() for file in (*one, *other)}
+
+    def target(file: Path) -> Path:
+        return file.resolve() if file.is_symlink() else folders[file.parent] / file.name
+
+    paths = {target(file): file for file in one}
+    pairs = [(paths.get(target(file), file), file) for file in other]
+    return [(first, second) for first, second in pairs if first != second]

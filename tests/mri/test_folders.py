@@ -197,6 +197,30 @@ def test_a_scan_that_is_there_twice_is_used_once(tmp_path):
     assert note in source.notes[1]
 
 
+@pytest.mark.parametrize(
+    "name", ["x (1)", "x(2)", "x - Copy", "x - Copy (2)", "x copy 2", "x Kopie"]
+)
+def test_copies_by_file_managers_are_used_once(tmp_path, name):
+    make_files(tmp_path, "x.nii.gz", f"{name}.nii.gz", "y (1).nii.gz")
+    assert names_in(tmp_path) == ["x.nii.gz", "y (1).nii.gz"]
+    (tmp_path / f"{name}.nii.gz").write_bytes(b"another scan")
+    assert len(names_in(tmp_path)) == 3
+
+
+def test_folders_of_the_system_are_not_searched(tmp_path):
+    folders = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", ".Trash-1000")
+    make_files(tmp_path, "sub-1.nii", *(f"{folder}/sub-2.nii" for folder in folders))
+    assert names_in(tmp_path) == ["sub-1.nii"]
+
+
+def test_links_to_a_file_of_another_split_are_reported(tmp_path):
+    make_files(tmp_path, "train/a.nii", "val/b.nii")
+    link(tmp_path / "test" / "c.nii", "../train/a.nii")
+    for axis in (None, "axial"):
+        notes = find_source(tmp_path, axis).notes
+        assert sum("of train and test are links to the same file" in note for note in notes) == 1
+
+
 def test_a_copy_of_a_segmentation_does_not_replace_an_image(tmp_path):
     files = [tmp_path / name for name in ("x.nii", "x_seg.nii.gz")]
     assert select_images(files, tmp_path)[0] == files[:1]
@@ -236,9 +260,11 @@ def test_pairs_of_files_are_converted_by_the_printed_command(tmp_path, monkeypat
 
 def test_other_formats_next_to_images_are_reported(tmp_path):
     make_files(tmp_path, "sub-1.nii.gz", "sub-2.hdr", "sub-2.img", "sub-3.mgz", "sub-4.nrrd")
+    make_files(tmp_path, "sub-5.nii.bz2", "sub-6.nii.xz", "sub-7.nii.zst", "sub-8.mnc")
     notes = find_source(tmp_path, "axial").notes
-    for name, count in ((".hdr/.img", 1), ("FreeSurfer", 1), (".mha/.mhd/.nrrd", 1)):
-        assert any(note.startswith(f"{count} {name} file(s) are not read") for note in notes)
+    others = ("MINC", ".nii.bz2", ".nii.xz", ".nii.zst")
+    for name in (".hdr/.img", "FreeSurfer", ".mha/.mhd/.nrrd", *others):
+        assert any(note.startswith(f"1 {name} file(s) are not read") for note in notes)
 
 
 def test_one_file_of_another_format_is_refused(tmp_path):

@@ -116,10 +116,11 @@ def test_paths_of_tables_may_come_from_other_platforms(tmp_path, file):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("subject,split\nX,train\n", "line 2"),
-        ("subject,split\nA,training set\n", "line 2"),
+        ("subject,split\nX,train\n", "line 2: no scan has the subject 'X'"),
+        ("file,split\nX.nii,train\n", "line 2: no scan has the file 'X.nii'"),
+        ("subject,split\nA,training set\n", "line 2: the split is 'training set'"),
         ("subject,split\nA,train\nA,test\n", "more than once"),
-        ("a,b\n1,2\n", "line 2"),
+        ("a,b\n1,2\n", "line 2: there is no split"),
         ("\n\nsubject;split\nX;train\n", "line 4"),
         ("PK\0\x03", "cannot read .*it contains no text"),
     ],
