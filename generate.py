@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     run = find_run(args)
     sampler = load_sampler(run, args)
     folder = Path(args.out) if args.out else run / "generated"
-    folder.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(folder)
     if args.evaluate:
         evaluate(sampler, run, folder, args)
     else:

@@ -238,6 +238,21 @@ def versions() -> dict[str, str]:
 # ---------------------------------------------------------------- files
 
 
+def make_folder(folder: Path) -> None:
+    """Create an output folder and its parents; it may exist.
+
+    Raises:
+        UserError: if a file, or a link to nothing, is in its place or in that of a parent.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"{folder} cannot be created, because it or a folder above it is a file or a broken "
+            "link; choose another folder"
+        ) from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)` and rename the result to `path`.
 

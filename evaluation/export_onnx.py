@@ -53,10 +53,10 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
         out: the folder to write to.
 
     Raises:
-        UserError: if a required package is not installed.
+        UserError: if a required package is not installed, or `out` is a file.
     """
     model, _ = load_run_model(find_run(run, runs_dir), torch.device("cpu"))
-    out.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(out)
     batch = torch.export.Dim("batch", min=1)
     height = torch.export.Dim("h", min=1)
     width = torch.export.Dim("w", min=1)

@@ -72,15 +72,16 @@ def reconstruct_files(
         figures: largest number of figures: one per volume, and contact sheets of 2D files.
 
     Raises:
-        UserError: if a path does not exist, if scores.csv in the folder is damaged, or if files
-            cannot be read or written. In the last case, all other files are reconstructed first.
+        UserError: if a path does not exist, if `out` is a file, if its scores.csv is damaged, or if
+            files cannot be read or written. In the last case, all other files are reconstructed
+            first.
         KeyboardInterrupt, SystemExit: after a stop signal.
     """
     out = Path(out)
     inputs = _without_repetitions(find_files(paths, out, "npz" if from_codes else "nifti"))
     run_folder = find_run(run, runs_dir)
     model, description = load_run_model(run_folder, device)
-    out.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(out)
     with utils.lock(out / ".lock", f"another process is writing to {out}; waiting for its end"):
         batch = Batch(model, inputs, out)
         if from_codes:

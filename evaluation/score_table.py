@@ -135,7 +135,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # some spreadsheets add a mark
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (OSError, ValueError, csv.Error) as error:
         raise _table_error(path, utils.first_line(error)) from error
@@ -147,6 +147,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     names = set()
     table = []
     for number, cells in enumerate(rows[1:], start=2):
+        if not cells:  # a blank line, which some editors add at the end
+            continue
         if len(cells) != len(header):
             raise _table_error(path, f"row {number} has {len(cells)} of {len(header)} cells")
         row = dict(zip(header, cells, strict=True))

@@ -76,6 +76,8 @@ def stored_planes(
         f"has shape {format_shape(stored_shape)}, expected a {form} of at least {MIN_SIDE} pixels "
         f"per side"
     )
+    if len(shape) > 3:
+        raise ValueError(f"{mismatch}; save each of its volumes or channels as a file of its own")
     if len(shape) != dimensions:
         raise ValueError(mismatch)
     voxels = np.frombuffer(

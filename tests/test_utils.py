@@ -134,6 +134,16 @@ def test_versions_have_the_commit_or_say_that_it_is_unknown(monkeypatch):
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize("name", ["file", "file/out", "link"])
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    with pytest.raises(UserError, match="is a file or a broken link; choose another folder"):
+        utils.make_folder(tmp_path / name)
+    utils.make_folder(tmp_path / "a/b")
+    utils.make_folder(tmp_path / "a/b")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, error):
     path = tmp_path / "last.pt"

@@ -47,7 +47,7 @@ def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dic
     except FileNotFoundError:
         raise CheckpointError(
             f"checkpoint {path} does not exist; train.py (VQ-VAE) or train_prior.py (prior) "
-            "creates it"
+            "creates it in the folder of a run, such as runs/seed0"
         ) from None
     except Exception as error:  # damaged bytes can make the unpickler raise any exception
         raise CheckpointError(_describe_failure(path, error)) from None

@@ -71,7 +71,7 @@ def preserve_process_state() -> Iterator[None]:
     lists what remains.
 
     During the block, SIGTERM raises SystemExit, unless the caller has a handler for it, so that
-    unfinished files are deleted.
+    unfinished files are deleted, and torch has its defaults (see `_use_torch_defaults`).
     """
     workspace = os.environ.get(CUBLAS_VARIABLE)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -80,7 +80,13 @@ def preserve_process_state() -> Iterator[None]:
     gpu = torch.cuda.current_device() if used_cuda else 0
     gpus = range(torch.cuda.device_count()) if used_cuda else []
     try:
-        with _restore_signal_handlers(), torch.random.fork_rng(gpus):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_restore_signal_handlers())
+            stack.enter_context(_use_torch_defaults())
+            stack.enter_context(torch.random.fork_rng(gpus))
+            if sys.stderr is None:  # as in programs without a console; progress bars need a file
+                null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stderr(null))
             if _handles_signals() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, _exit)
             yield
@@ -90,6 +96,24 @@ def preserve_process_state() -> Iterator[None]:
             torch.cuda.set_device(gpu)
         if workspace is None:
             os.environ.pop(CUBLAS_VARIABLE, None)
+
+
+@contextlib.contextmanager
+def _use_torch_defaults() -> Iterator[None]:
+    """Create tensors as float32 on the CPU, and record gradients, whatever the caller has set.
+
+    A notebook may have called `torch.set_default_dtype` or `torch.set_default_device`, or call
+    main() inside `torch.no_grad()` or `torch.inference_mode()`.
+    """
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.empty(0).device.type != "cpu":  # the context slows down every call of torch
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 @contextlib.contextmanager

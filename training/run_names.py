@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+import utils
 from training.config import TrainConfig
 from utils import UserError
 
@@ -74,12 +75,12 @@ def reserve_folder(folder: Path, numbered: bool) -> Iterator[Path]:
     for path in (folder, *folder.parents):
         if not path.exists():
             created.append(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(folder.parent)
     if numbered:
         folder = _create_numbered(folder)
         created[:1] = [folder]
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        utils.make_folder(folder)
     try:
         yield folder
     finally:

@@ -51,6 +51,14 @@ def test_damaged_tables_are_an_error_before_anything_is_written(
     assert (out / "x_reconstruction.nii.gz").read_bytes() == b"earlier"
 
 
+@pytest.mark.parametrize(
+    "content", ["\ufefffile,path\nx,/in/x.nii\n", "file,path\nx,/in/x.nii\n\n\n"]
+)
+def test_tables_saved_by_other_programs_are_read(tmp_path, content):
+    (tmp_path / "scores.csv").write_text(content, encoding="utf-8")
+    assert score_table.read_table(tmp_path / "scores.csv") == [{"file": "x", "path": "/in/x.nii"}]
+
+
 def test_columns_of_all_calls_are_kept(tmp_path, write_inputs, reconstruct_path, read_scores):
     inputs = write_inputs("x", "y")
     out = tmp_path / "out"

@@ -187,6 +187,13 @@ def test_headers_may_not_claim_more_than_the_file_contains(tmp_path):
                 read(path)
 
 
+@pytest.mark.parametrize("shape", [(20, 30, 10, 4), (20, 30, 1, 6)])
+def test_time_series_must_be_saved_as_one_file_per_volume(tmp_path, write_nifti, shape):
+    path = write_nifti(tmp_path / "scan.nii", np.zeros(shape, np.int16))
+    with pytest.raises(ValueError, match="save each of its volumes or channels as a file of its"):
+        nifti.read_scan(path, "coronal")
+
+
 def test_headers_may_not_claim_terabytes(tmp_path):
     content = bytearray(with_planes(30_000))
     content[42:46] = content[46:48] * 2

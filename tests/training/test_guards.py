@@ -1,7 +1,9 @@
 """training/guards.py: the lock of a run's folder, and stop signals."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -111,6 +113,39 @@ def test_the_state_of_the_callers_process_is_restored(monkeypatch, error, worksp
         else:
             main()
         assert process_state() == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [torch.no_grad(), torch.inference_mode(), torch.device("meta"), None],
+    ids=["no_grad", "inference_mode", "device", "dtype"],
+)
+def test_torchs_settings_of_the_caller_have_no_effect_and_are_unchanged(setting):
+    def state():
+        tensor = torch.ones(1)
+        recorded = (torch.ones(1, requires_grad=True) * 2).requires_grad
+        return tensor.dtype, tensor.device.type, recorded, tensor.is_inference()
+
+    defaults = state()
+    if setting is None:
+        torch.set_default_dtype(torch.float64)
+    try:
+        with setting or contextlib.nullcontext():
+            before = state()
+            assert before != defaults
+            with preserve_process_state():
+                assert state() == defaults
+            assert state() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_program_without_a_console_can_show_progress_bars(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with preserve_process_state():
+        print("bar", file=sys.stderr)
+        sys.stderr.flush()
+    assert sys.stderr is None
 
 
 def test_sigterm_lets_a_script_delete_unfinished_files():
