@@ -397,5 +397,4 @@ def fit_title(text: str, inches: float, points: float) -> str:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically, in the format that the path's suffix names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file_format = path.suffix[1:]
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=file_format, dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))

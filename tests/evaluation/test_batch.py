@@ -235,7 +235,7 @@ def test_one_file_under_several_paths_is_one_input(
     monkeypatch.chdir(inputs)
     (tmp_path / "link").symlink_to(inputs)
     (inputs / "content.nii").symlink_to("x.nii")  # as in git-annex: another input
-    paths = ["x.nii", str(inputs / "x.nii"), "../in/x.nii", "../link/x.nii", "."]
+    paths = ["x.nii", str(inputs / "x.nii"), "../in/x.nii", "../link/x.nii", "content.nii", "."]
     command = [*paths, "-o", "../out", "--run", str(untrained_run), "--device", "cpu"]
     assert predict.main(command) == 0
     names = [row["file"] for row in read_scores(tmp_path / "out")]

@@ -279,7 +279,7 @@ def test_results_say_which_files_were_trained_on(study, tmp_path, monkeypatch, s
     assert len(in_training) == 11
     assert set(in_training.values()) == {"yes", "no"}
     trained = {path for path, answer in in_training.items() if answer == "yes"}
-    assert trained == {"study/copy.nii", *(f"study/{file}" for file in files_of["train"])}
+    assert trained == {str(study / file) for file in ("copy.nii", *files_of["train"])}
     assert "the model was trained on 7 of 11 files" in capsys.readouterr().out
 
     assert predict.main(["--run", "runs/a", "--html", "--device", "cpu"]) == 0
