@@ -210,7 +210,7 @@ def resolve_data(
     if root is None:
         root = SAMPLE_FOLDER
         if not root.exists() or not any(root.iterdir()):
-            with contextlib.suppress(FileExistsError):  # another run has generated it meanwhile
+            with contextlib.suppress(FileExistsError):  # another run was faster
                 phantom.write_phantom(root)
         if "epochs" not in flags:
             config = dataclasses.replace(config, epochs=SAMPLE_EPOCHS)

@@ -26,7 +26,7 @@ MAX_SIDE = 512  # larger slices are shrunk while they wait for others of the sam
 
 @dataclass
 class _Panel:
-    """What a figure shows of a single-slice file."""
+    """A single-slice file in a figure."""
 
     row: dict  # of scores.csv
     original: Tensor  # (1, H, W), z-scored

@@ -59,7 +59,7 @@ class Result:
     coded: Coded
     planes: np.ndarray  # (N, rows, columns) float32, in the file's intensities
     row: dict  # of scores.csv
-    # For a figure: up to four slices that are not empty, z-scored as the model sees them.
+    # Up to four slices for a figure, not empty, z-scored as the model sees them.
     originals: Tensor  # (B, 1, rows, columns)
     reconstructions: Tensor  # (B, 1, rows, columns)
     shown: list[tuple[int, float]] = field(default_factory=list)  # index and ssim of these slices

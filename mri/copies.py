@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from mri.files import real_path
+
 BLOCK_SIZE = 1 << 20  # bytes
 
 
@@ -26,7 +28,7 @@ class FileSet(frozenset):
         Args:
             file: a file; if it cannot be read, it has no copies.
         """
-        if file.resolve() in self:
+        if real_path(file) in self:
             return True
         if not file.is_file():
             return False

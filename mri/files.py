@@ -174,6 +174,11 @@ def _segmentation_names(folder: Path, stem: str) -> list[tuple[Path, str]]:
     return list(dict.fromkeys(names))
 
 
+def real_path(path: Path) -> Path:
+    """Return a path without links. Before Python 3.13, `Path.resolve` fails for a loop of links."""
+    return Path(os.path.realpath(path))
+
+
 def file_inside(folder: Path) -> Path:
     """Return the NIfTI file inside a folder called `x.nii.gz`.
 

@@ -57,7 +57,7 @@ def delete_caches(
     """
     others = []
     for path in root.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # deleted meanwhile
+        with contextlib.suppress(OSError):  # another run deleted it
             last_use = path.stat().st_mtime
             if ".tmp-" in path.name:
                 if time.time() - last_use > SECONDS_PER_DAY:

@@ -25,6 +25,7 @@ from mri.files import (
     nfc,
     parse_name,
     printable,
+    real_path,
     split_of_folder,
     split_of_path,
     stem_of,
@@ -291,10 +292,10 @@ def report_splits(
 
 def _files_in_both(one: list[Path], other: list[Path]) -> list[tuple[Path, Path]]:
     """Return the pairs of different paths that lead to the same file."""
-    folders = {file.parent: file.parent.resolve() for file in (*one, *other)}
+    folders = {file.parent: real_path(file.parent) for file in (*one, *other)}
 
     def target(file: Path) -> Path:
-        return file.resolve() if file.is_symlink() else folders[file.parent] / file.name
+        return real_path(file) if file.is_symlink() else folders[file.parent] / file.name
 
     paths = {target(file): file for file in one}
     pairs = [(paths.get(target(file), file), file) for file in other]

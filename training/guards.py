@@ -100,7 +100,7 @@ def preserve_process_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _use_torch_defaults() -> Iterator[None]:
-    """Create tensors as float32 on the CPU, and record gradients, whatever the caller has set.
+    """Create tensors as float32 on the CPU, and record gradients, regardless of the caller.
 
     A notebook may have called `torch.set_default_dtype` or `torch.set_default_device`, or call
     main() inside `torch.no_grad()` or `torch.inference_mode()`.

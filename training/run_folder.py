@@ -14,7 +14,7 @@ import dataset
 import utils
 from mri import splits
 from mri.copies import FileSet
-from mri.files import SPLITS, Source
+from mri.files import SPLITS, Source, real_path
 from mri.preprocessing import Preprocessing
 from training.checkpoint import read_checkpoint
 from training.config import TrainConfig, resolve_config
@@ -287,7 +287,7 @@ def training_files(run: Path) -> FileSet | None:
         )
     except (UserError, OSError):
         return None
-    return FileSet(file.resolve() for file in source.splits.get("train", []))
+    return FileSet(real_path(file) for file in source.splits.get("train", []))
 
 
 def load_run_data(
