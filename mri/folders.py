@@ -34,7 +34,7 @@ SAME_SCAN = (
 
 # Folders of operating systems and of network storage, such as deleted files.
 _SYSTEM_FOLDERS = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
-# Endings that file managers and browsers add to the name of a copy: " (1)", " - Copy (2)", " copy 2".
+# Endings that file managers and browsers give to copies: " (1)", " - Copy (2)", " copy 2".
 _COPY_NUMBER = r"\(\d+\)"
 _COPY_WORD = "copy|copie|copia|kopie"
 _COPY_MARK = re.compile(
@@ -105,7 +105,7 @@ def _type_of(entry: os.DirEntry) -> str:
 
 @dataclass
 class Contents:
-    """The files that `search_folder` has found at any depth of a folder. All paths start with `root`."""
+    """The files that `search_folder` has found in a folder. All paths start with `root`."""
 
     root: Path
     files: list[Path] = field(default_factory=list)  # in no particular order
