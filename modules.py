@@ -210,7 +210,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Initialise the codebook by `kmeans` of vectors (N, D); return the residuals (M, D)."""
+        """Initialise the codebook by running `kmeans` on vectors (N, D); return the residuals."""
         centres, residuals = kmeans(vectors, self.num_embeddings, generator)
         self.embedding.weight.copy_(centres)
         if self.codebook == "ema":

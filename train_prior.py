@@ -166,7 +166,7 @@ def train(flags: dict) -> int:
         if str(checkpoint.get("fingerprint")).split()[-1:] != [codebook_hash]:
             raise UserError(
                 f"{run.folder} was trained on codes of a different model: {vqvae_run / 'best.pt'} "
-                "has changed since then; move the prior away to train a new one"
+                "has changed since then; move the prior's folder to train a new one"
             )
         run.restore(checkpoint)
     print_plan(run, train_codes, val_codes)

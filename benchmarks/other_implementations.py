@@ -54,7 +54,7 @@ class OneHotQuantizer(nn.Module):
 
 
 class LibraryQuantizer(nn.Module):
-    """The quantiser of vector-quantize-pytorch, with the document's sizes and commitment cost."""
+    """The quantiser of vector-quantize-pytorch, with the settings of the document recipe."""
 
     def __init__(self):
         super().__init__()

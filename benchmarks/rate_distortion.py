@@ -123,11 +123,11 @@ def mean_scores(originals: Originals, reconstructions: Tensor) -> dict[str, dict
 
 
 def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) -> list[dict]:
-    """Compress the slices with a codec, and return a row for each rate and accounting.
+    """Compress the slices with a codec; return a row for each rate and each way to count bytes.
 
-    A row has the scores at the depth with the best mean `ssim`. If no depth fits all slices,
-    the row has no scores. "misfits" is the number of slices that do not fit, at the depth with the
-    fewest of them.
+    A row has the scores at the bit depth with the best mean `ssim`. If some slices exceed the rate
+    at every bit depth, the row has no scores. "misfits" is the number of slices that exceed the
+    rate, at the bit depth with the fewest of them.
     """
     images = originals.images
     minimum = images.amin((1, 2, 3), keepdim=True)

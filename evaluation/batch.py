@@ -121,7 +121,7 @@ class Batch:
 
     @contextlib.contextmanager
     def _finishing(self) -> Iterator[None]:
-        """Collect stop signals during the block, and write scores.csv at its end in any case."""
+        """Collect stop signals during the block, and always write scores.csv at its end."""
         try:
             with collect_stop_signals(self._signals):
                 yield

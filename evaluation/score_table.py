@@ -80,7 +80,7 @@ class ScoreTable:
         return names
 
     def add(self, row: dict) -> None:
-        """Add the row of an input, or replace it; write scores.csv if the last write is old."""
+        """Add or replace the row of an input; write scores.csv if it was not written recently."""
         self.rows[row["file"]] = row
         self._unwritten = True
         if time.monotonic() >= self._next_write:

@@ -57,7 +57,7 @@ def quantize(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, fl
 
 
 def encode_slice(image: np.ndarray, plane: int, preprocessing: Preprocessing) -> EncodedSlice:
-    """Fit and quantise a slice.
+    """Bring a slice to the target size, and encode it as int16.
 
     Args:
         image: (rows, columns) as `preprocessing.read_planes` yields it.

@@ -201,7 +201,7 @@ def select_images(
     Args:
         files: NIfTI files.
         root: the folder that was searched; only names below it count.
-        included: files to return in any case, such as those that an earlier run has used.
+        included: files to return always, such as those that an earlier run has used.
     """
     files = list(files)
     copies = _copies(files)
@@ -285,7 +285,7 @@ def find_images(
 
     Args:
         root: the folder.
-        included: files to return in any case (see `select_images`).
+        included: files to return always (see `select_images`).
         out: folder whose files are ignored, unless it is `root` itself.
 
     Raises:
@@ -308,7 +308,7 @@ def find_images(
 
 
 def describe_folder(root: Path, contents: Contents | None = None) -> list[str]:
-    """Return indented lines on what a folder contains instead of images, for an error.
+    """Return indented lines, for an error, on the content of a folder without images.
 
     Args:
         root: the folder.

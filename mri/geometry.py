@@ -271,7 +271,7 @@ def format_shape(shape: tuple[int, ...]) -> str:
 
 
 def describe_small_planes(axis: str | int | None, size: tuple[int, int], min_side: int) -> str:
-    """Describe planes that are too small, and how to get others.
+    """Say that planes are too small, and how to get larger ones.
 
     Args:
         axis: axis along which the volume is cut; None for a slice.

@@ -454,7 +454,7 @@ def paint_muscles(image: np.ndarray, scan: PhantomScan, depth: np.ndarray, fat: 
 def paint_tubes(image: np.ndarray, scan: PhantomScan) -> None:
     """Paint large vessels, the root of the penis and the urethra.
 
-    Vessels are black because blood flows; the root of the penis is grey in dark sheaths.
+    Vessels are flow voids (black); the root of the penis is grey, with dark sheaths.
     """
     for side in (-1, 1):
         for points, radius in VESSELS:

@@ -322,8 +322,8 @@ def read_segmentation(
         labels = read_labels(path, shape, axis, dimensions, planes)
     except ValueError as error:
         raise DataError(
-            f"{path} {error}; expected a segmentation with the shape of its image, {image.name}, "
-            "or no file."
+            f"{path} {error}; expected a segmentation with the shape of its image, {image.name}. "
+            "Correct or remove the file."
         ) from error
     cropped = [_crop(plane, preprocessing.fit, preprocessing.size) for plane in labels]
     batch = torch.from_numpy(np.stack(cropped))

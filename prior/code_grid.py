@@ -137,7 +137,7 @@ class CodeGrid(nn.Module):
 
     @torch.no_grad()
     def init_bias_from_counts(self, codes: Tensor, coarse: Tensor | None, position: Tensor) -> None:
-        """Set the biases so that an untrained grid predicts the frequencies of the training codes.
+        """Set the output biases so that, before training, predictions are the training frequencies.
 
         With `bias_per_place`, codes are counted in the 3 x 3 neighbourhood of each place, and
         separately for each part of the volume. Otherwise, codes are counted for each coarse code
@@ -200,7 +200,7 @@ class CodeGrid(nn.Module):
     # ------------------------------------------------ outlines
 
     def block_brightness(self, codes: Tensor) -> Tensor:
-        """Return the mean brightness of each 2 x 2 block of codes: (B, h, w) -> (B, h/2, w/2)."""
+        """Average the brightness of codes over 2 x 2 blocks: (B, h, w) -> (B, h/2, w/2)."""
         return F.avg_pool2d(self.brightness[codes][:, None], 2)[:, 0]
 
     def quantise_brightness(self, brightness: Tensor) -> Tensor:

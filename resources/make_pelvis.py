@@ -74,8 +74,8 @@ def link_slices(sources: list[Path], data: Path) -> None:
 def write_weights(run: Path, sources: list[Path], path: Path) -> None:
     """Write the weights of a run's best checkpoint, without the optimiser state.
 
-    The stored voxel spacing is the geometric mean of the sources' spacings. It differs from each of
-    them by a factor of less than 1.5.
+    The stored voxel spacing is the geometric mean of the data sets' spacings. It differs from each
+    of them by a factor of less than 1.5.
     """
     best = read_checkpoint(run / "best.pt")
     model = load_model(VQVAE, run / "best.pt")

@@ -36,7 +36,7 @@ def session() -> Iterator[None]:
 
     Raises:
         UserError: if torchrun was started on several machines.
-        LostProcessError: if an exchange fails because another process ended or hangs.
+        LostProcessError: if an exchange fails because another process has ended or hangs.
     """
     starts_group = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if starts_group:
@@ -50,7 +50,7 @@ def session() -> Iterator[None]:
         if not is_lost_process(error):
             raise
         raise LostProcessError(
-            f"another process of this run ended or hangs ({first_line(error)})"
+            f"another process of this run has ended or hangs ({first_line(error)})"
         ) from None
     if starts_group:  # after an error, this is skipped: it could wait forever
         dist.destroy_process_group()

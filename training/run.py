@@ -127,7 +127,7 @@ class Run:
         self._stack.close()
         if isinstance(error, RuntimeError) and distributed.is_lost_process(error):
             raise distributed.LostProcessError(
-                f"another process of this run ended or hangs ({utils.first_line(error)}); to "
+                f"another process of this run has ended or hangs ({utils.first_line(error)}); to "
                 "resume from the end of the last epoch, with any number of processes:\n"
                 f"    {self.resume_command}"
             ) from None

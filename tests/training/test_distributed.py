@@ -81,7 +81,7 @@ def test_a_run_whose_process_dies_can_be_resumed_by_another_number_of_processes(
     second.kill()
     assert processes.wait(first) != 0
     output = read_logs(tmp_path)
-    assert "another process of this run ended" in output, output
+    assert "another process of this run has ended" in output, output
     assert "--resume" in output
     epochs = read_checkpoint(folder / "last.pt")["epochs_done"]
     assert epochs >= 2
