@@ -2,7 +2,7 @@
 
 Three things happen at the same time: a thread reads files, the model reconstructs groups of files
 (reconstruct_group.py), and another thread writes outputs. Each step is at most two groups ahead of
-the next, so memory does not grow with the number of files.
+the next, which limits the memory that waiting files need.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reconstruct the user's own files, which are slices or volumes, at their original size.
 
 `predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, it writes to OUT a NIfTI file
-with the same shape and affine, and a row in scores.csv. On request, it also writes the absolute
+with the same shape and geometry, and a row in scores.csv. On request, it also writes the absolute
 error as NIfTI and the codes as .npz. Figures show the first files.
 """
 

@@ -15,13 +15,12 @@ import io
 import os
 import re
 import time
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import utils
 from mri import files
-from mri.files import printable
+from mri.files import nfc, printable
 from utils import DataError
 
 ENDINGS = ("_reconstruction.nii.gz", "_error.nii.gz", "_codes.npz", ".png")  # of the outputs
@@ -229,7 +228,7 @@ def output_names(
 
 def _name_key(name: str) -> str:
     """Return a key that is equal for names that some file systems cannot tell apart."""
-    return unicodedata.normalize("NFC", name).casefold()
+    return nfc(name).casefold()
 
 
 def _shorten(name: str, max_bytes: int) -> str:

@@ -3,9 +3,9 @@
 import copy
 import json
 import unicodedata
-from pathlib import Path
 
 import pytest
+from layouts import make_files, names_of, subjects_of
 
 from mri import splits
 from training.run_folder import read_manifest
@@ -13,32 +13,6 @@ from utils import DataError, UserError
 
 UMLAUT = "M\N{LATIN SMALL LETTER U WITH DIAERESIS}ller"
 DECOMPOSED = unicodedata.normalize("NFD", UMLAUT)  # as on macOS
-
-
-def make_files(root: Path, *names: str) -> Path:
-    """Make empty files `<name>.nii.gz`: splits depend on names only."""
-    for name in names:
-        path = root / f"{name}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
-
-
-def subjects_of(source) -> dict[str, set[str]]:
-    """Return the subjects of each split."""
-    subjects = {}
-    for split, files in source.splits.items():
-        subjects[split] = {source.subjects[file] for file in files}
-    return subjects
-
-
-def names_of(source) -> dict[str, set[str]]:
-    """Return the files of each split, relative to the root and without .nii.gz."""
-    names = {}
-    for split, files in source.splits.items():
-        paths = [file.relative_to(source.root).as_posix() for file in files]
-        names[split] = {path.removesuffix(".nii.gz") for path in paths}
-    return names
 
 
 # ---------------------------------------------------------------- tables

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import make_files, names_of, subjects_of
 
 import predict
 import train
@@ -15,35 +16,9 @@ from training.run_folder import load_run_data
 from utils import DataError
 
 
-def make_files(root: Path, *names: str) -> Path:
-    """Make empty files `<name>.nii.gz`: splits depend on names only."""
-    for name in names:
-        path = root / f"{name}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
-
-
-def subjects_of(source) -> dict[str, set[str]]:
-    """Return the subjects of each split."""
-    subjects = {}
-    for split, files in source.splits.items():
-        subjects[split] = {source.subjects[file] for file in files}
-    return subjects
-
-
 def counts_of(source) -> dict[str, int]:
     """Return the number of files of each split."""
     return {split: len(files) for split, files in source.splits.items()}
-
-
-def names_of(source) -> dict[str, set[str]]:
-    """Return the files of each split, relative to the root and without .nii.gz."""
-    names = {}
-    for split, files in source.splits.items():
-        paths = [file.relative_to(source.root).as_posix() for file in files]
-        names[split] = {path.removesuffix(".nii.gz") for path in paths}
-    return names
 
 
 # ---------------------------------------------------------------- the data folder

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import make_files
 
 from mri import hipmri, splits
 from mri.files import natural_key
@@ -53,15 +54,6 @@ GUESSED_LAYOUTS = {  # one subject per file, without any sign of it in the path
     "one folder of files, deeper",
     "folders with one file each",
 }
-
-
-def make_files(root: Path, *names: str) -> Path:
-    """Make empty files `<name>.nii.gz`: subjects and splits depend on names only."""
-    for name in names:
-        path = root / f"{name}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
 
 
 @pytest.mark.parametrize(
