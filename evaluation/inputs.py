@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mri.files import NIFTI_NAME
-from mri.folders import find_images, search_folder
+from mri.folders import files_outside, find_images, search_folder
 from mri.formats import describe_formats, missing_content
 from utils import UserError
 
@@ -49,11 +49,8 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
 
 def _find_codes(folder: Path, out: Path) -> list[Path]:
     """Return the .npz files at any depth of a folder; raise UserError if there are none."""
-    codes = []
-    for file in sorted(search_folder(folder).files):
-        in_out = out.resolve() in file.resolve().parents and folder.resolve() != out.resolve()
-        if file.name.lower().endswith(".npz") and not in_out:
-            codes.append(file)
+    files = files_outside(search_folder(folder).files, out, folder)
+    codes = sorted(file for file in files if file.name.lower().endswith(".npz"))
     if not codes:
         raise UserError(f"no .npz file in {folder}; name a file of codes, or its folder")
     return codes

@@ -278,6 +278,14 @@ def describe_left_out(left_out: LeftOut, root: Path) -> list[str]:
 # ---------------------------------------------------------------- both
 
 
+def files_outside(files: list[Path], out: Path, root: Path) -> list[Path]:
+    """Leave out files of a folder `out`; keep all files if it is the searched folder itself."""
+    folder = out.resolve()
+    if folder == root.resolve():
+        return files
+    return [file for file in files if folder not in file.resolve().parents]
+
+
 def find_images(
     root: Path, included: Container[Path] = (), out: Path | None = None
 ) -> tuple[list[Path], list[str]]:
@@ -292,9 +300,8 @@ def find_images(
         DataError: if there are no images.
     """
     contents = search_folder(root)
-    if out and out.resolve() != root.resolve():
-        folder = out.resolve()
-        contents.files = [file for file in contents.files if folder not in file.resolve().parents]
+    if out:
+        contents.files = files_outside(contents.files, out, root)
     images, left_out = select_images(contents.nifti_files, root, included)
     if not images:
         problem = f"no .nii or .nii.gz file in {root}, at any depth"
