@@ -147,24 +147,19 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def _gather_batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         """Yield batches from the pixels on the device, without waiting for the device."""
-        indices = torch.cat(list(groups))  # one transfer for all groups
-        if device.type == "cuda":
-            indices = indices.pin_memory()
-        indices = indices.to(device, non_blocking=device.type == "cuda")
+        indices = transfer(pin(torch.cat(list(groups)), device), device)  # at once for all groups
         pixels, gain, bias = self._on_device
         for group in indices.split([len(group) for group in groups]):
             yield _zscore(pixels[group], gain[group], bias[group])
 
     def _prefetch_batches(self, groups: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """Yield batches that a thread reads ahead; for CUDA, transfer them from pinned memory."""
-        pin = device.type == "cuda"
+        """Yield batches that a thread reads ahead."""
 
         def read(indices: Tensor) -> list[Tensor]:
-            stored = self._read(indices)
-            return [part.pin_memory() if pin else part for part in stored]
+            return [pin(part, device) for part in self._read(indices)]
 
         for stored in prefetch(read, groups):
-            yield _zscore(*[part.to(device, non_blocking=pin) for part in stored])
+            yield _zscore(*[transfer(part, device) for part in stored])
 
     def _read(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return stored pixels, (B, 256, 128) int16, and their gain and bias, each (B, 1, 1, 1)."""
@@ -249,6 +244,16 @@ class SliceDataset(torch.utils.data.Dataset):
 def _zscore(pixels: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     """Z-score pixels (B, H, W) with gain and bias (B, 1, 1, 1); return (B, 1, H, W) float32."""
     return pixels[:, None].float().add_(32768).mul_(gain).add_(bias)
+
+
+def pin(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of a CPU tensor in pinned memory if the device is a CUDA GPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def transfer(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from `pin` to the device; the host does not wait for a CUDA GPU."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def prefetch(read: Callable, groups: Iterable, depth: int = 3) -> Iterator:

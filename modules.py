@@ -75,15 +75,14 @@ class Decoder(nn.Module):
         refine_channels=0,  # channels of conv3's input; 0: no conv3
     ):
         super().__init__()
-        self.code_stack = self.conv3 = None
+        self.code_stack = None
         if num_code_layers:
             self.code_stack = ResidualStack(embedding_dim, residual_channels, num_code_layers)
         self.conv1 = nn.ConvTranspose2d(embedding_dim, channels, kernel_size=4, stride=2, padding=1)
         self.up = _convs_beyond_stride_4(nn.ConvTranspose2d, channels, stride)
         self.residual_stack = ResidualStack(channels, residual_channels, num_layers)
         self.conv2 = nn.ConvTranspose2d(channels, refine_channels or 1, 4, stride=2, padding=1)
-        if refine_channels:
-            self.conv3 = nn.Conv2d(refine_channels, 1, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv2d(refine_channels, 1, 3, padding=1) if refine_channels else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D, h, w)
         if self.code_stack is not None:
@@ -127,11 +126,12 @@ def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, 
     vectors = vectors[order.to(vectors.device)].float()  # (M, D)
     centres = vectors[:num_clusters].clone()  # the first is final; the loop replaces the others
     distance = (vectors - centres[0]).square().sum(1)  # (M,), squared, to the nearest centre
+    draws = torch.rand(num_clusters - 1, generator=generator, dtype=torch.float64).float()
+    draws = draws.to(vectors.device)  # all at once, so that the loop does not wait for a GPU
     for k in range(1, num_clusters):  # k-means++: sample in proportion to squared distances
-        draw = torch.rand((), generator=generator, dtype=torch.float64).float().to(vectors.device)
         cumulative = distance.cumsum(0)  # (M,)
-        index = torch.searchsorted(cumulative, draw * cumulative[-1]).clamp_max(len(vectors) - 1)
-        centres[k] = vectors[index]
+        index = torch.searchsorted(cumulative, draws[k - 1 : k] * cumulative[-1])  # (1,)
+        centres[k] = vectors[index.clamp_max(len(vectors) - 1)][0]
         distance = torch.minimum(distance, (vectors - centres[k]).square().sum(1))
     for _ in range(10):  # Lloyd's iterations
         indices = nearest_codes(vectors, centres)  # (M,)
@@ -149,6 +149,7 @@ class Quantized(NamedTuple):
     codebook_loss: Tensor  # (), ||sg[z] - e||^2, which trains the codebook; 0 for "ema"
     commitment_loss: Tensor  # (), ||z - sg[e]||^2, which trains the encoder; not multiplied by beta
     counts: Tensor  # (K,) float32, or (R K,): how often each code was used
+    vectors: Tensor  # (N, D) float32, or (R, N, D): the detached input, for `update_codebook`
 
 
 class VectorQuantizer(nn.Module):
@@ -192,17 +193,14 @@ class VectorQuantizer(nn.Module):
         return result._replace(quantized=quantized, indices=result.indices.view(z.shape[:-1]))
 
     def quantize(self, vectors: Tensor) -> Quantized:  # (N, D) float32
-        """Return quantized (N, D) and indices (N,); in training mode, update an "ema" codebook."""
+        """Return the result for vectors (N, D): quantized (N, D), indices (N,)."""
         indices = nearest_codes(vectors.detach(), self.embedding.weight.detach())  # (N,)
         quantized = F.embedding(indices, self.embedding.weight)  # (N, D)
         counts = sum_by_code(torch.ones_like(vectors[:, 0]), indices, self.num_embeddings)  # (K,)
         commitment_loss = F.mse_loss(vectors, quantized.detach())
-        codebook_loss = torch.zeros_like(commitment_loss)
-        if self.codebook == "gradient":
-            codebook_loss = F.mse_loss(quantized, vectors.detach())
-        elif self.training:
-            self.update_codebook(vectors.detach(), indices, counts)
-        return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
+        vectors = vectors.detach()
+        codebook_loss = F.mse_loss(quantized, vectors) * (self.codebook == "gradient")
+        return Quantized(quantized, indices, codebook_loss, commitment_loss, counts, vectors)
 
     def embed(self, indices: Tensor) -> Tensor:
         """Return the embeddings of codes: (B, h, w) -> (B, D, h, w)."""
@@ -218,13 +216,13 @@ class VectorQuantizer(nn.Module):
             self.ema_sum.copy_(centres)
         return residuals
 
-    # Not compiled, because torch 2.5 to 2.9 would move reads of the embeddings after this update.
-    @torch.compiler.disable
     @torch.no_grad()
-    def update_codebook(self, vectors: Tensor, indices: Tensor, counts: Tensor) -> None:
-        """Update the averages (equations 6 to 8) from vectors (N, D); reinitialise dead codes."""
-        # Counts and sums of the vectors of each code, (K, 1 + D).
-        statistics = torch.cat([counts[:, None], sum_by_code(vectors, indices, len(counts))], 1)
+    def update_codebook(self, vectors: Tensor, indices: Tensor) -> None:
+        """Update an "ema" codebook (equations 6 to 8) after a backward pass; restart dead codes."""
+        if self.codebook != "ema":
+            return
+        indices, padded = indices.flatten(), F.pad(vectors, (1, 0), value=1.0)  # (N,), (N, 1 + D)
+        statistics = sum_by_code(padded, indices, self.num_embeddings)  # counts and sums
         if _is_distributed():
             dist.all_reduce(statistics)
         # If any process has a non-finite vector, nothing changes. An `if` would wait for the GPU.
@@ -245,15 +243,14 @@ class VectorQuantizer(nn.Module):
         candidates = torch.zeros_like(self.ema_sum)  # (K, D), a new vector for each code
         if not _is_distributed() or dist.get_rank() == 0:  # other ranks may have no slices
             errors = (vectors - self.embedding(indices)).square().sum(1)  # (N,)
-            errors = errors.nan_to_num(0, 0, 0).clamp_min(1e-12)
+            errors = errors.nan_to_num(0, 0, 0).clamp(1e-12, 1e30)  # the sum must be finite
             candidates = vectors[torch.multinomial(errors, self.num_embeddings, replacement=True)]
         if _is_distributed():
             dist.all_reduce(candidates)  # other ranks add zeros
         mean_count = self.ema_count.mean()
         dead = (self.ema_count < self.restart_below * mean_count) & finite  # (K,)
-        # Reset the averages too, or the next update would move the embedding back. A count of twice
-        # the threshold keeps the code alive at first, but lets its new vectors move it.
-        count = 2 * self.restart_below * mean_count
+        # Reset the averages too, or the next update would move the embedding back.
+        count = 2 * self.restart_below * mean_count  # alive at first, but new vectors can move it
         self.ema_count.copy_(torch.where(dead, count, self.ema_count))
         self.ema_sum.copy_(torch.where(dead[:, None], candidates * count, self.ema_sum))
 
@@ -285,12 +282,18 @@ class ResidualVectorQuantizer(nn.Module):
         quantized = quantized.view_as(z).movedim(-1, 1)  # (B, D, h, w)
         indices = torch.stack([result.indices.view(z.shape[:-1]) for result in results], -1)
         counts = torch.cat([result.counts for result in results])  # (R K,)
-        return Quantized(quantized, indices, codebook_loss, commitment_loss, counts)
+        vectors = torch.stack([result.vectors for result in results])  # (R, N, D)
+        return Quantized(quantized, indices, codebook_loss, commitment_loss, counts, vectors)
 
     def embed(self, indices: Tensor) -> Tensor:
         """Return the sum of the R embeddings at each position: (B, h, w, R) -> (B, D, h, w)."""
         pairs = zip(self.quantizers, indices.unbind(-1), strict=True)
         return sum(reversed([quantizer.embed(codes) for quantizer, codes in pairs]))
+
+    def update_codebook(self, vectors: Tensor, indices: Tensor) -> None:
+        """Update each codebook: vectors (R, N, D), indices (B, h, w, R)."""
+        for quantizer, *part in zip(self.quantizers, vectors, indices.unbind(-1), strict=True):
+            quantizer.update_codebook(*part)
 
     def init_codebook(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
         """Initialise each codebook from the residuals of the previous ones; vectors: (N, D)."""
@@ -305,8 +308,7 @@ def _is_distributed() -> bool:
 def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
     """Return 1 - SSIM (Wang et al. 2004) with an 11 x 11 Gaussian window of sigma 1.5.
 
-    Both inputs, (B, 1, H, W), are scaled by the minimum and maximum of each slice in `images`.
-    Unlike in the score `ssim` of evaluation/metrics.py, reconstructions are not clipped.
+    Both inputs, (B, 1, H, W), are scaled by the range of each slice in `images`, and not clipped.
     """
     if min(images.shape[-2:]) < 11:
         raise ValueError(f"slices of {tuple(images.shape[-2:])} do not fit SSIM's 11 x 11 window")
@@ -323,8 +325,7 @@ def ssim_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
         means = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = means.unbind()  # (B, 1, H - 10, W - 10) each
     c1, c2 = 0.01**2, 0.03**2  # for a data range of 1
-    # Rounding can make the variance of a nearly constant window negative.
-    variance_x = (mean_xx - mean_x**2).clamp_min(0)
+    variance_x = (mean_xx - mean_x**2).clamp_min(0)  # rounding could make it negative
     variance_y = (mean_yy - mean_y**2).clamp_min(0)
     covariance = mean_xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
@@ -354,7 +355,6 @@ class VQVAE(nn.Module):
         ema_decay: float = 0.99,
         restart_below: float = 0.0,
     ):
-        # Saved in checkpoints.
         self.arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.stride, self.commitment_cost, self.ssim_weight = stride, commitment_cost, ssim_weight

@@ -35,6 +35,7 @@ from evaluation import metrics, plots, report
 from evaluation.batch_figures import MAX_FIGURES, SLICES_PER_SHEET
 from evaluation.export_onnx import export
 from evaluation.metrics import SCORE_NAMES, SSIM_NAMES, Evaluation
+from evaluation.organs import evaluate_organs
 from evaluation.reconstruct import reconstruct_files
 from modules import VQVAE
 from mri.files import printable
@@ -357,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
         return tqdm(batches, desc=args.split, unit=" batches")
 
     evaluation = metrics.evaluate(model, data, args.batch_size, device, SCORE_NAMES, progress)
-    organs = metrics.evaluate_organs(model, data, args.batch_size)
+    organs = evaluate_organs(model, data, args.batch_size)
     summary = summarise(evaluation, data) | {
         "bits_per_pixel": model.bits_per_pixel,
         "num_embeddings": len(evaluation.counts),

@@ -30,7 +30,7 @@ import dataset
 import utils
 from dataset import SliceDataset
 from evaluation import metrics, plots, report
-from modules import VQVAE
+from modules import VQVAE, Quantized
 from mri import phantom, splits
 from mri.files import Source
 from training import distributed
@@ -41,7 +41,7 @@ from training.run import Run, epoch_order
 from training.run_folder import load_training_data, open_run, read_manifest
 from training.run_names import reserve_folder
 from training.schedule import learning_rate, set_learning_rate
-from training.step import clip_gradients, compile_if_enabled, skip_step_unless
+from training.step import clip_gradients, compile_if_enabled, may_step
 from utils import UserError
 
 SAMPLE_FOLDER = Path("sample_data")
@@ -100,12 +100,11 @@ def train(folder: Path, config: TrainConfig, checkpoint: dict | None, flags: dic
         module.to(device)
     model, discriminator = modules["model"], modules.get("discriminator")
     optimizer = make_optimizer(model, discriminator, config)
-    parallel_model = distributed.wrap_model(model)
 
-    def eager_losses(images: Tensor, adversary: nn.Module | None) -> Tensor:
-        return compute_losses(parallel_model, adversary, images, precision, config)
+    def eager_losses(images: Tensor, adversary: nn.Module | None) -> tuple[Tensor, Quantized]:
+        return compute_losses(model, adversary, images, precision, config)
 
-    full_batch_losses = compile_if_enabled(eager_losses, model, config, device)
+    full_batch_losses = compile_if_enabled(eager_losses, config, device)
 
     run = Run(
         folder=folder,
@@ -145,18 +144,18 @@ def train(folder: Path, config: TrainConfig, checkpoint: dict | None, flags: dic
                 images = dataset.augment(step.batch, config.crop, config.augment)
                 adversary = discriminator if step.progress >= config.gan_start else None
                 batch_losses = full_batch_losses if step.is_full else eager_losses
-                losses = batch_losses(images, adversary)  # (2,), or with --gan (5,)
+                losses, quantized = batch_losses(images, adversary)  # (2,), or with --gan (5,)
                 if step.size == 0:
                     losses = losses.nan_to_num()  # the means over an empty batch are NaN
 
                 optimizer.zero_grad(set_to_none=True)
                 total = losses[:NUM_MINIMISED].sum()
                 (total * step.weight).backward()  # weight: see training.step.Step
-                if discriminator is not None:  # `parallel_model` averages the model's gradients
-                    distributed.average_gradients(discriminator)
+                distributed.average_gradients(modules.values())
                 finite = clip_gradients(modules.values(), config.clip_grad_norm)
-                skip_step_unless(finite, optimizer)
-                optimizer.step()
+                if may_step(finite, optimizer):
+                    optimizer.step()
+                model.vector_quantization.update_codebook(quantized.vectors, quantized.indices)
 
                 run.record_step(losses, finite)
                 if run.should_stop():
@@ -268,37 +267,36 @@ def init_codebook(
 
 
 def compute_losses(
-    parallel_model: nn.Module,
+    model: VQVAE,
     discriminator: nn.Module | None,
     images: Tensor,
     precision: str,
     config: TrainConfig,
-) -> Tensor:
-    """Return the losses of a batch, in the order of `LOSSES` or `GAN_LOSSES`.
+) -> tuple[Tensor, Quantized]:
+    """Return the losses of a batch, in the order of `LOSSES` or `GAN_LOSSES`, and its codes.
 
     Args:
-        parallel_model: the VQ-VAE, wrapped if there are several processes.
+        model: the VQ-VAE.
         discriminator: the discriminator; None without --gan, and before --gan-start.
         images: (B, 1, H, W) z-scored.
         precision: precision of the convolutions, "float32" or "bfloat16".
         config: the configuration, which contains the weights of the losses.
 
     Returns:
-        (2,), or with --gan (5,).
+        The losses, (2,), or with --gan (5,); and the quantiser's result.
     """
-    model: VQVAE = distributed.unwrap_model(parallel_model)
     use_bfloat16 = precision == "bfloat16"
     with torch.autocast(images.device.type, torch.bfloat16, enabled=use_bfloat16):
-        reconstruction, quantized = parallel_model(images)
+        reconstruction, quantized = model(images)
         losses = torch.stack(model.loss(images, reconstruction, quantized))
         if not config.gan:
-            return losses
+            return losses, quantized
         if discriminator is None:
-            return torch.cat([losses, losses.new_zeros(3)])
+            return torch.cat([losses, losses.new_zeros(3)]), quantized
         adversarial = adversarial_losses(
             discriminator, images, reconstruction, model.reconstruction_loss, config.gan_weight
         )
-        return torch.cat([losses, torch.stack(adversarial)])
+        return torch.cat([losses, torch.stack(adversarial)]), quantized
 
 
 # ---------------------------------------------------------------- validation

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import utils
 from evaluation import plots
@@ -44,7 +44,7 @@ from training.run_folder import (
 )
 from training.run_names import resolve_run
 from training.schedule import learning_rate, set_learning_rate
-from training.step import clip_gradients, compile_if_enabled, skip_step_unless
+from training.step import clip_gradients, compile_if_enabled, may_step
 from utils import UserError
 
 UNKNOWN_POSITION = 0.1  # fraction of slices whose position is hidden during training
@@ -133,12 +133,11 @@ def train(flags: dict) -> int:
     torch.manual_seed(config.seed)
     model = make_prior(vqvae, train_codes, config).to(device)
     optimizer = make_optimizer(model, config)
-    parallel_model = distributed.wrap_model(model)
 
     def eager_losses(codes: Tensor, position: Tensor) -> Tensor:
-        return compute_losses(parallel_model, codes, position, precision, config)
+        return compute_losses(model, codes, position, precision, config)
 
-    full_batch_losses = compile_if_enabled(eager_losses, model, config, device)
+    full_batch_losses = compile_if_enabled(eager_losses, config, device)
 
     codebook_hash = hash_codebook(vqvae)  # not of codes: one in a million differs between devices
     outline_blocks = [2**n for n in reversed(range(1, config.num_grids))]  # coarse to fine
@@ -183,9 +182,10 @@ def train(flags: dict) -> int:
 
                 optimizer.zero_grad(set_to_none=True)
                 (losses.sum() * step.weight).backward()
+                distributed.average_gradients([model])
                 finite = clip_gradients([model], config.clip_grad_norm)
-                skip_step_unless(finite, optimizer)
-                optimizer.step()
+                if may_step(finite, optimizer):
+                    optimizer.step()
 
                 run.record_step(losses, finite)
                 if run.should_stop():
@@ -291,14 +291,14 @@ def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimiz
 
 
 def compute_losses(
-    parallel_model: nn.Module, codes: Tensor, position: Tensor, precision: str, config: PriorConfig
+    model: CodePrior, codes: Tensor, position: Tensor, precision: str, config: PriorConfig
 ) -> Tensor:
     """Compute the mean -ln p per code of each grid, (num_grids,), for a random view of each slice.
 
     All grids have the same weight: an outline has few codes, but they decide most of the layout.
 
     Args:
-        parallel_model: the prior, wrapped if there are several processes.
+        model: the prior.
         codes: codes of the V views of each slice (see MIRRORS), (B, V, h, w).
         position: positions of the slices in their volumes, (B,), 0 to 1; NaN if unknown.
         precision: data type of the matrix products, "float32" or "bfloat16".
@@ -307,19 +307,19 @@ def compute_losses(
     draws = torch.rand(3, len(codes), device=codes.device)
     num_mirrored = len(MIRRORS) - 1
     mirrored_view = 1 + (draws[1] * num_mirrored).long().clamp_max(num_mirrored - 1)
-    view = torch.where(draws[0] < config.mirrored, mirrored_view, 0)
+    view = mirrored_view.masked_fill(draws[0] >= config.mirrored, 0)
     position = position.masked_fill(draws[2] < UNKNOWN_POSITION, math.nan)
     codes = codes[torch.arange(len(codes), device=codes.device), view]  # (B, h, w)
     with torch.autocast(codes.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return negative_log_likelihood(parallel_model, codes, position, view)
+        return negative_log_likelihood(model, codes, position, view)
 
 
 def negative_log_likelihood(
-    parallel_model: nn.Module, codes: Tensor, position: Tensor, view: Tensor
+    model: CodePrior, codes: Tensor, position: Tensor, view: Tensor
 ) -> Tensor:
     """Compute the mean -ln p per code of each grid, (num_grids,), given the coarser grids."""
-    grids = distributed.unwrap_model(parallel_model).to_grids(codes)
-    logits = parallel_model(grids, position, view)
+    grids = model.to_grids(codes)
+    logits = model(grids, position, view)
     losses = []
     for grid_logits, grid in zip(logits, grids, strict=True):
         losses.append(F.cross_entropy(grid_logits.flatten(0, 2), grid.flatten()))

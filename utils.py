@@ -96,8 +96,9 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
     }
     usable = [device_type for device_type, is_available in available.items() if is_available]
     if name == "auto":
-        name = usable[0]
-    if name.startswith("cuda:") and world_size > 1:
+        # Processes cannot exchange tensors through mps.
+        name = next(kind for kind in usable if kind != "mps" or world_size == 1)
+    if name.startswith(("cuda:", "mps")) and world_size > 1:
         raise UserError(
             f"--device is {name} for {world_size} processes; expected cuda (one GPU per process) "
             "or cpu"
@@ -121,6 +122,9 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
             f"{', '.join(usable)}"
         )
     if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(f"--device is {name}; expected cuda:0 to cuda:{count - 1}")
         torch.cuda.set_device(device)  # otherwise torch also uses the first GPU
     return device
 
@@ -147,8 +151,34 @@ def pick_precision(name: str, device: torch.device) -> str:
         capabilities = torch.cpu.get_capabilities()
         fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = device.type == "cuda" and _has_bfloat16(device)
     return "bfloat16" if fast else "float32"
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Return whether a CUDA GPU supports bfloat16 in hardware."""
+    current = torch.cuda.current_device()
+    try:
+        torch.cuda.set_device(device)  # the function below asks the current GPU
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    finally:
+        torch.cuda.set_device(current)
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 convolutions and matrix products without TF32; also usable as a decorator.
+
+    By default, convolutions on Ampere and later GPUs round their inputs to 10 bits of mantissa,
+    which changes SSIM in the third decimal place.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    previous = (cudnn.allow_tf32, matmul.allow_tf32)
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = previous
 
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS requires it for deterministic algorithms

@@ -20,11 +20,11 @@ import dataset
 import train
 import utils
 from dataset import SliceDataset
-from modules import VQVAE
+from modules import VQVAE, Quantized
 from training.config import TrainConfig
 from training.run import SEED_STRIDE, epoch_order
 from training.schedule import learning_rate, set_learning_rate
-from training.step import clip_gradients, compile_if_enabled, skip_step_unless
+from training.step import clip_gradients, compile_if_enabled, may_step
 from training.totals import EpochTotals
 
 
@@ -52,11 +52,11 @@ class Trainer:
         self.optimizer = train.make_optimizer(self.model, None, config)
         precision = utils.pick_precision(config.precision, device)
 
-        def eager_losses(images: Tensor) -> Tensor:
+        def eager_losses(images: Tensor) -> tuple[Tensor, Quantized]:
             return train.compute_losses(self.model, None, images, precision, config)
 
         self._eager_losses = eager_losses
-        self._losses_of_full_batch = compile_if_enabled(eager_losses, self.model, config, device)
+        self._losses_of_full_batch = compile_if_enabled(eager_losses, config, device)
 
     @property
     def is_compiled(self) -> bool:
@@ -73,12 +73,13 @@ class Trainer:
         is_full = len(images) == self.config.batch_size
         compute = self._losses_of_full_batch if is_full else self._eager_losses
         images = dataset.augment(images, self.config.crop, self.config.augment)
-        losses = compute(images)
+        losses, quantized = compute(images)
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         finite = clip_gradients([self.model], self.config.clip_grad_norm)
-        skip_step_unless(finite, self.optimizer)
-        self.optimizer.step()
+        if may_step(finite, self.optimizer):
+            self.optimizer.step()
+        self.model.vector_quantization.update_codebook(quantized.vectors, quantized.indices)
         return losses.detach(), finite
 
     def train_epoch(self, slices: SliceDataset) -> None:

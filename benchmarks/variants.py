@@ -72,7 +72,8 @@ class FSQ(nn.Module):
         indices = digits[:, 0] * 64 + digits[:, 1] * 8 + digits[:, 2]  # (B, h, w)
         counts = torch.bincount(indices.flatten(), minlength=self.num_embeddings).float()
         no_loss = torch.zeros((), device=z.device)
-        return Quantized(self.up(rounded / 4), indices, no_loss, no_loss, counts)
+        vectors = z.detach().float().movedim(1, -1).reshape(-1, self.embedding_dim)
+        return Quantized(self.up(rounded / 4), indices, no_loss, no_loss, counts, vectors)
 
     @staticmethod
     def round(z: Tensor) -> Tensor:
@@ -82,6 +83,9 @@ class FSQ(nn.Module):
         return bounded + (bounded.round() - bounded).detach()
 
     def init_codebook(self, vectors: Tensor, generator=None) -> None:
+        """Do nothing, as the codes are fixed."""
+
+    def update_codebook(self, vectors: Tensor, indices: Tensor) -> None:
         """Do nothing, as the codes are fixed."""
 
     def embed(self, indices: Tensor) -> Tensor:

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Body(NamedTuple):
+    """What `ssim_body` needs to know about B original slices."""
+
+    low: Tensor  # (B,), 0.5 percentile of each slice
+    high: Tensor  # (B,), 99.5 percentile of each slice
+    mask: Tensor  # (B, 1, H, W) bool
+
+
+def find_body(originals: Tensor) -> Body:
+    """Compute percentiles and body masks on the CPU; originals: (B, 1, H, W) in any unit."""
+    originals = originals.float().cpu()
+    quantiles = np.quantile(originals.flatten(1).numpy(), (0.005, 0.995), axis=1)  # (2, B)
+    low, high = torch.from_numpy(quantiles).float()
+    return Body(low, high, body_mask(rescale(originals, low, high)))
+
+
+def rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Map the range [low, high] of images (B, 1, H, W) to [0, 1], and clip; low, high: (B,)."""
+    low = low.view(-1, 1, 1, 1)
+    span = high.view(-1, 1, 1, 1) - low
+    return ((images - low) / span.masked_fill(~(span > 0), 1)).clamp(0, 1)
 
 
 def body_mask(images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from modules import VQVAE
 from mri import nifti
 from mri.geometry import affine_header, geometry_record, header_from_record
 from mri.preprocessing import floor_std, is_constant, resize
-from utils import DataError, first_line, write_bytes
+from utils import DataError, first_line, full_float32, write_bytes
 
 BATCH_SIZE = 16  # for slices of up to 512 x 512 pixels
 CODES_FORMAT = 1  # version of the .npz files
@@ -42,6 +42,7 @@ class Coded(NamedTuple):
     resized: bool = False  # whether slices were resized; if so, decoding resizes to `size`
 
 
+@full_float32()
 @torch.no_grad()
 def encode_planes(
     model: VQVAE,
@@ -85,6 +86,7 @@ def encode_planes(
     return Coded(np.concatenate(codes), mean, std, planes.shape[1:], resize_to is not None)
 
 
+@full_float32()
 @torch.no_grad()
 def decode_planes(model: VQVAE, coded: Coded) -> np.ndarray:
     """Decode slices to (N, rows, columns) float32, in the file's intensities."""

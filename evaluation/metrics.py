@@ -24,27 +24,32 @@ Published SSIM values differ more by convention than by model. Each name stands 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation.body import body_mask
+from dataset import pin, prefetch, transfer
+from evaluation.body import Body, find_body, rescale
 from training.distributed import all_reduce_sum, get_rank, get_world_size
+from utils import full_float32
 
 SSIM_NAMES = ("ssim", "ssim_zscore", "ssim_uniform", "ssim_body")
 SCORE_NAMES = (*SSIM_NAMES, "psnr")
-# The index of an organ is its label in HipMRI's segmentations.
-ORGANS = ("background", "body", "bone", "bladder", "rectum", "prostate")
-MIN_ORGAN_PIXELS = 20  # smaller cross-sections have no score
 
 # ---------------------------------------------------------------- scores per slice
 
 
+@full_float32()
 def slice_scores(
-    originals: Tensor, reconstructions: Tensor, names: tuple[str, ...] = SCORE_NAMES
+    originals: Tensor,
+    reconstructions: Tensor,
+    names: tuple[str, ...] = SCORE_NAMES,
+    body: Body | None = None,
 ) -> dict[str, Tensor]:
     """Score each reconstruction; the table at the top of this file defines the scores.
 
@@ -52,6 +57,7 @@ def slice_scores(
         originals: (B, 1, H, W), in any unit, H and W at least 11.
         reconstructions: the same shape and unit.
         names: the scores to compute, from SCORE_NAMES.
+        body: result of `find_body` for the originals, on their device; None: computed on the CPU.
 
     Returns:
         {name: (B,)}.
@@ -65,7 +71,7 @@ def slice_scores(
         "ssim": ssim,
         "ssim_zscore": ssim_zscore,
         "ssim_uniform": ssim_uniform,
-        "ssim_body": ssim_body,
+        "ssim_body": partial(ssim_body, body=body),
         "psnr": psnr,
     }
     return {
@@ -80,42 +86,41 @@ def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
     `modules.ssim_loss` is the differentiable version, which does not clip the reconstructions.
     """
-    originals, reconstructions = _scale_to_range(originals, reconstructions)
+    originals, reconstructions = scale_to_range(originals, reconstructions)
     return ssim_map(originals, reconstructions).mean((1, 2, 3))
 
 
 def ssim_zscore(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Compute `ssim_zscore` of each slice, (B,), from two batches (B, 1, H, W)."""
     mean = originals.mean((1, 2, 3), keepdim=True)
-    std = _positive_std(originals)
+    std = positive_std(originals)
     return ssim_map((originals - mean) / std, (reconstructions - mean) / std).mean((1, 2, 3))
 
 
 def ssim_uniform(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Compute `ssim_uniform` of each slice, (B,), from two batches (B, 1, H, W)."""
-    originals, reconstructions = _scale_to_range(originals, reconstructions)
+    originals, reconstructions = scale_to_range(originals, reconstructions)
     return ssim_map(originals, reconstructions, kernel_size=7, gaussian=False).mean((1, 2, 3))
 
 
-def ssim_body(originals: Tensor, reconstructions: Tensor) -> Tensor:
+def ssim_body(originals: Tensor, reconstructions: Tensor, body: Body | None = None) -> Tensor:
     """Compute `ssim_body` of each slice, (B,), from two batches (B, 1, H, W).
 
     Unlike `ssim`, it depends neither on the air around the body nor on single very bright voxels.
     In `ssim`, such voxels make all other pixels of both images darker and therefore more similar.
     """
-    percentiles = torch.tensor([0.005, 0.995], device=originals.device)
-    low, high = torch.quantile(originals.flatten(1), percentiles, dim=1)  # (B,) each
-    originals = rescale(originals, low, high)
-    similarity = ssim_map(originals, rescale(reconstructions, low, high))
-    mask = body_mask(originals.cpu()).to(similarity.device)
-    mask = _crop_centre(mask, *similarity.shape[-2:])
+    if body is None:
+        body = Body(*[part.to(originals.device) for part in find_body(originals)])
+    low, high, mask = body
+    similarity = ssim_map(rescale(originals, low, high), rescale(reconstructions, low, high))
+    mask = crop_centre(mask, *similarity.shape[-2:])
     return (similarity * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Compute `psnr` in dB of each slice, (B,), from two batches (B, 1, H, W)."""
-    originals, reconstructions = _scale_to_range(originals, reconstructions)
-    return _decibels((reconstructions - originals).square().mean((1, 2, 3)))
+    originals, reconstructions = scale_to_range(originals, reconstructions)
+    return decibels((reconstructions - originals).square().mean((1, 2, 3)))
 
 
 def ssim_map(
@@ -137,9 +142,11 @@ def ssim_map(
     # This import takes seconds, which commands that only print help or an error do not need.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    # Each slice is a channel here, because torchmetrics filters channels separately, and filtering
+    # B channels is several times faster than filtering B slices of one channel.
     _, similarity = structural_similarity_index_measure(
-        reconstructions,
-        originals,
+        reconstructions.transpose(0, 1),
+        originals.transpose(0, 1),
         gaussian_kernel=gaussian,
         sigma=1.5,
         kernel_size=kernel_size,
@@ -147,8 +154,9 @@ def ssim_map(
         reduction="none",
         return_full_image=True,
     )
+    similarity = similarity.transpose(0, 1)
     height, width = originals.shape[-2:]
-    return _crop_centre(similarity, height - kernel_size + 1, width - kernel_size + 1)
+    return crop_centre(similarity, height - kernel_size + 1, width - kernel_size + 1)
 
 
 def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> Tensor:
@@ -175,92 +183,38 @@ def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> 
     images = torch.stack([reconstructions, originals]).float() * window.to(device)
     spectrum = torch.fft.rfft2(images).abs().square()
     power = (spectrum * band.to(device)).sum((2, 3, 4))  # (2, B)
-    return power[0] / torch.where(power[1] > 0, power[1], 1)
+    return power[0] / power[1].masked_fill(~(power[1] > 0), 1)
 
 
 # ---------------------------------------------------------------- scaling
 
 
-def rescale(images: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Map the range [low, high] of images (B, 1, H, W) to [0, 1], and clip; low, high: (B,)."""
-    low = low.view(-1, 1, 1, 1)
-    span = high.view(-1, 1, 1, 1) - low
-    return ((images - low) / torch.where(span > 0, span, 1)).clamp(0, 1)
-
-
-def _scale_to_range(originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+def scale_to_range(originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
     """Scale both images to [0, 1] by the original's minimum and maximum, and clip them."""
     pixels = originals.flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)
     return rescale(originals, low, high), rescale(reconstructions, low, high)
 
 
-def _positive_std(images: Tensor) -> Tensor:
+def positive_std(images: Tensor) -> Tensor:
     """Return the standard deviation of each slice, (B, 1, H, W) -> (B, 1, 1, 1); 1 if it is 0."""
     # Squares of large intensities exceed float32. Division by a power of two causes no rounding.
     unit = images.abs().amax((1, 2, 3), keepdim=True).log2().floor().exp2()
-    unit = torch.where(unit > 0, unit, 1)
+    unit = unit.masked_fill(~(unit > 0), 1)
     std = (images / unit).std((1, 2, 3), keepdim=True, correction=0) * unit
-    return torch.where(std > 0, std, 1)
+    return std.masked_fill(~(std > 0), 1)
 
 
-def _crop_centre(images: Tensor, height: int, width: int) -> Tensor:
+def crop_centre(images: Tensor, height: int, width: int) -> Tensor:
     """Return the central (B, 1, height, width) part of images (B, 1, H, W)."""
     top = (images.shape[-2] - height) // 2
     left = (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]
 
 
-def _decibels(squared_error: Tensor) -> Tensor:
+def decibels(squared_error: Tensor) -> Tensor:
     """Convert mean squared errors of images with range 1 to PSNR in dB, at most 100."""
     return -10 * squared_error.clamp_min(1e-10).log10()
-
-
-# ---------------------------------------------------------------- organs
-
-
-def organ_scores(
-    originals: Tensor, reconstructions: Tensor, labels: Tensor
-) -> dict[str, dict[str, Tensor]]:
-    """Score each reconstruction inside each organ (ORGANS without the background).
-
-    Args:
-        originals, reconstructions: both (B, 1, H, W), in the same unit.
-        labels: (B, H, W), indices of ORGANS.
-
-    Returns:
-        {organ: {score: (B,)}}, NaN for slices with fewer than 20 pixels of the organ. `ssim` is the
-        mean of the SSIM map over the organ's pixels, and `psnr` is computed from the mean squared
-        error over the organ's pixels. For both scores, images are scaled as in the table at the top
-        of this file. `bias` is the mean of reconstruction minus original over the organ's pixels,
-        in standard deviations of the original slice.
-    """
-    originals = originals.float()
-    reconstructions = reconstructions.float()
-    labels = labels[:, None]
-    bias = (reconstructions - originals) / _positive_std(originals)
-    originals, reconstructions = _scale_to_range(originals, reconstructions)
-    squared_error = (reconstructions - originals).square()
-    similarity = ssim_map(originals, reconstructions)
-    scores = {}
-    for label, organ in enumerate(ORGANS[1:], start=1):
-        mask = labels == label
-        inner_mask = _crop_centre(mask, *similarity.shape[-2:])
-        too_small = mask.sum((1, 2, 3)) < MIN_ORGAN_PIXELS
-        organ_values = {
-            "psnr": _decibels(_masked_mean(squared_error, mask)),
-            "ssim": _masked_mean(similarity, inner_mask),
-            "bias": _masked_mean(bias, mask),
-        }
-        scores[organ] = {
-            name: values.masked_fill(too_small, torch.nan) for name, values in organ_values.items()
-        }
-    return scores
-
-
-def _masked_mean(images: Tensor, mask: Tensor) -> Tensor:
-    """Average each slice over its mask, (B, 1, H, W) -> (B,); NaN if the mask is empty."""
-    return (images * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
 
 
 # ---------------------------------------------------------------- a split
@@ -274,6 +228,7 @@ class Evaluation(NamedTuple):
     loss: float  # mean of the training loss over the slices
 
 
+@full_float32()
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -290,7 +245,8 @@ def evaluate(
 
     Args:
         model: a VQVAE, on the device; put into eval mode for the duration of the call.
-        data: a `dataset.SliceDataset`, or any object with a length, `batches` and `constant`.
+        data: a `dataset.SliceDataset`, or any object with a length, `batch`, `batches` and
+            `constant`.
         batch_size: slices per batch.
         device: the device to compute on.
         names: the scores to compute, from SCORE_NAMES.
@@ -302,60 +258,35 @@ def evaluate(
     num_codes = quantizer.num_codebooks * quantizer.num_embeddings
     counts = torch.zeros(num_codes, dtype=torch.long, device=device)
     loss = torch.zeros((), device=device)
-    scores = {name: torch.zeros(len(data)) for name in names}
     batches = torch.arange(len(data)).split(batch_size)[get_rank() :: get_world_size()]
-    for indices, images in zip(progress(batches), data.batches(batches, device), strict=True):
+    bodies = itertools.repeat(None, len(batches))
+    if "ssim_body" in names:
+        bodies = _find_bodies(data, batches, device)
+    batch_scores = []  # on the device, so that the host waits for it only once
+    inputs = zip(progress(batches), data.batches(batches, device), bodies, strict=True)
+    for _, images, body in inputs:
         reconstruction, quantized = model(images)
         counts += quantized.counts.long()
         loss += sum(model.loss(images, reconstruction, quantized)) * len(images)
-        for name, values in slice_scores(images, reconstruction, names).items():
-            scores[name][indices] = values.cpu()
+        values = slice_scores(images, reconstruction, names, body)
+        batch_scores.append(torch.stack([values[name] for name in names]))
     model.train(was_training)
-    for name, values in scores.items():  # scores from other processes are still 0
-        scores[name] = all_reduce_sum(values).masked_fill(data.constant, torch.nan)
-    return Evaluation(scores, all_reduce_sum(counts), float(all_reduce_sum(loss)) / len(data))
+    scores = torch.zeros(len(names), len(data))  # 0 for the slices of other processes
+    if batch_scores:
+        scores[:, torch.cat(batches)] = torch.cat(batch_scores, 1).cpu()
+    scores = all_reduce_sum(scores).masked_fill(data.constant, torch.nan)
+    by_name = dict(zip(names, scores, strict=True))
+    return Evaluation(by_name, all_reduce_sum(counts), float(all_reduce_sum(loss)) / len(data))
 
 
-@torch.no_grad()
-def evaluate_organs(model: nn.Module, data, batch_size: int) -> dict[str, dict]:
-    """Reconstruct a split and score it inside each organ, if its slices have segmentations.
+def _find_bodies(data, batches: Sequence[Tensor], device: torch.device) -> Iterator[Body]:
+    """Yield the bodies of each batch, which a thread computes on the CPU ahead of the model."""
 
-    Args:
-        model: a VQVAE in eval mode.
-        data: a `dataset.SliceDataset`.
-        batch_size: slices per batch.
+    def find(indices: Tensor) -> list[Tensor]:
+        return [pin(part, device) for part in find_body(data.batch(indices))]
 
-    Returns:
-        {organ: {score: result of `mean_by_case`, "slices": number of scored slices}}, for organs
-        with at least one scored slice; {} if there are no segmentations. A mean is None if no slice
-        has the score.
-    """
-    labels = data.labels()
-    if labels is None:
-        return {}
-    device = next(model.parameters()).device
-    batches = torch.arange(len(data)).split(batch_size)
-    batch_scores = []
-    for indices, images in zip(batches, data.batches(batches, device), strict=True):
-        reconstruction, _ = model(images)
-        batch_scores.append(organ_scores(images, reconstruction, labels[indices].to(device)))
-    cases = np.array([name.case for name in data.names])
-    results = {}
-    for organ in ORGANS[1:]:
-        values = {}
-        for name in ("psnr", "ssim", "bias"):
-            values[name] = torch.cat([scores[organ][name] for scores in batch_scores]).cpu().numpy()
-        num_slices = int((~np.isnan(values["psnr"])).sum())
-        if not num_slices:
-            continue
-        results[organ] = {}
-        for name, organ_values in values.items():
-            # An organ at the slice's edge has a PSNR, but no SSIM if no window is centred in it.
-            has_score = ~np.isnan(organ_values)
-            scored_cases = cases[has_score].tolist()
-            results[organ][name] = mean_by_case(organ_values[has_score], scored_cases)
-        results[organ]["slices"] = num_slices
-    return results
+    for parts in prefetch(find, batches):
+        yield Body(*[transfer(part, device) for part in parts])
 
 
 def mean_by_case(values: np.ndarray, cases: list[str]) -> dict:

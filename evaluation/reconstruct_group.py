@@ -30,6 +30,7 @@ from evaluation.codec import (
     split_batches,
     write_codes,
 )
+from evaluation.organs import organ_scores
 from evaluation.score_table import input_path
 from modules import VQVAE
 from mri import nifti, preprocessing
@@ -153,8 +154,8 @@ def _score_planes(
         scores = metrics.slice_scores(batch_originals, batch_planes)
         if any(is_labelled):
             batch_labels = torch.from_numpy(labels[indices].astype(np.int64))
-            organ_scores = metrics.organ_scores(batch_originals, batch_planes, batch_labels)
-            for organ, values in organ_scores.items():
+            values_by_organ = organ_scores(batch_originals, batch_planes, batch_labels)
+            for organ, values in values_by_organ.items():
                 scores |= {f"{organ}_{name}": score for name, score in values.items()}
         batch_scores.append(scores)
     without_score = torch.from_numpy(empty | ~np.array(is_scored))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modules import Quantized
 from prior.model import CodePrior
 from training.checkpoint import CHECKPOINT_FORMAT, write_checkpoint
 
@@ -61,6 +62,13 @@ def make_varied_prior(num_grids: int) -> CodePrior:
     for grid in prior.grids:
         nn.init.normal_(grid.last[1].weight, std=0.5)
     return prior
+
+
+def train_codebook(quantizer: nn.Module, z: Tensor) -> Quantized:
+    """Quantise encoder outputs (B, D, h, w), and update the codebook as a training step does."""
+    result = quantizer(z)
+    quantizer.update_codebook(result.vectors, result.indices)
+    return result
 
 
 def to_vectors(z: Tensor) -> Tensor:

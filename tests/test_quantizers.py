@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import fails, to_vectors
+from models import fails, to_vectors, train_codebook
 
 import modules
 from modules import Quantized, ResidualVectorQuantizer, VectorQuantizer, nearest_codes
@@ -105,7 +105,7 @@ def test_moving_averages_are_equations_6_to_8():
     count, total = quantizer.ema_count.clone(), quantizer.ema_sum.clone()
     for _ in range(3):
         z = torch.randn(1, 3, 5, 5)
-        indices = quantizer(z).indices.flatten()
+        indices = train_codebook(quantizer, z).indices.flatten()
         for code in range(4):
             vectors = to_vectors(z)[indices == code]
             count[code] = 0.9 * count[code] + 0.1 * len(vectors)
@@ -117,7 +117,7 @@ def check_unused_codes_stay(cls):
     torch.manual_seed(0)
     quantizer = cls(32, 8, "ema")
     original = quantizer.embedding.weight.clone()
-    counts = quantizer(torch.randn(4, 8, 8, 8) + 10).counts
+    counts = train_codebook(quantizer, torch.randn(4, 8, 8, 8) + 10).counts
     assert (counts == 0).any()
     torch.testing.assert_close(quantizer.embedding.weight[counts == 0], original[counts == 0])
 
@@ -130,7 +130,9 @@ def test_unused_codes_do_not_explode_at_the_first_update():
             super().__init__(*args)
             self.ema_count.zero_()
 
-        def update_codebook(self, vectors, indices, counts):
+        def update_codebook(self, vectors, indices):
+            indices = indices.flatten()
+            counts = torch.bincount(indices, minlength=self.num_embeddings).float()
             sums = modules.sum_by_code(vectors, indices, self.num_embeddings)
             self.ema_count.lerp_(counts, 1 - self.decay)
             self.ema_sum.lerp_(sums, 1 - self.decay)
@@ -152,12 +154,11 @@ def check_restart_holds(cls):
     quantizer.ema_count[1:] *= 0.01
     quantizer.ema_sum[1:] *= 0.01
     z = torch.randn(2, 4, 16, 16)
-    quantizer(z)
+    train_codebook(quantizer, z)
     restarted = quantizer.embedding.weight[1:].clone()
     assert torch.cdist(restarted, to_vectors(z)).amin(1).max() < 1e-3
     quantizer.restart_below = 0.0
-    counts = F.one_hot(torch.tensor(0), 8).float()
-    quantizer.update_codebook(to_vectors(z)[:1], torch.tensor([0]), counts)
+    quantizer.update_codebook(to_vectors(z)[:1], torch.tensor([0]))
     torch.testing.assert_close(quantizer.embedding.weight[1:], restarted, rtol=0, atol=1e-3)
 
 
@@ -165,9 +166,9 @@ def test_restarted_codes_keep_their_place():
     class RestartsWeightsOnly(VectorQuantizer):
         """The moving averages stay as they were: espnet, pull request 6284."""
 
-        def update_codebook(self, vectors, indices, counts):
+        def update_codebook(self, vectors, indices):
             fraction, self.restart_below = self.restart_below, 0.0
-            super().update_codebook(vectors, indices, counts)
+            super().update_codebook(vectors, indices)
             self.restart_below = fraction
             dead = self.ema_count < fraction * self.ema_count.mean()
             self.embedding.weight[dead] = vectors[: dead.sum()]
@@ -179,13 +180,20 @@ def test_restarted_codes_keep_their_place():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_vectors_that_are_not_finite_leave_the_codebook_unchanged(value):
     quantizer = VectorQuantizer(8, 2, "ema", restart_below=0.9)
-    quantizer(torch.randn(2, 2, 4, 4))
+    train_codebook(quantizer, torch.randn(2, 2, 4, 4))
     original = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
     z = torch.randn(2, 2, 4, 4)
     z[1, 0, 2, 3] = value
-    quantizer(z)
+    train_codebook(quantizer, z)
     for name, tensor in quantizer.state_dict().items():
         torch.testing.assert_close(tensor, original[name], rtol=1e-6, atol=0)
+
+
+def test_huge_vectors_can_restart_codes():
+    """Their squared errors are finite, but the sum is not, which `multinomial` does not accept."""
+    quantizer = VectorQuantizer(8, 2, "ema", restart_below=0.9)
+    train_codebook(quantizer, torch.full((2, 2, 4, 4), 1e19))
+    assert quantizer.ema_count.isfinite().all()
 
 
 def test_a_code_that_is_never_used_stays_finite():
@@ -195,7 +203,7 @@ def test_a_code_that_is_never_used_stays_finite():
     quantizer.ema_sum.copy_(quantizer.embedding.weight)
     original = quantizer.embedding.weight[1:].clone()
     for _ in range(100):  # counts underflow to 0
-        quantizer(torch.zeros(1, 4, 4, 4))
+        train_codebook(quantizer, torch.zeros(1, 4, 4, 4))
     torch.testing.assert_close(quantizer.embedding.weight[1:], original)
 
 
@@ -258,7 +266,7 @@ def test_quantiser_computes_in_float32():
             indices = distances.argmin(1).view(z.shape[0], *z.shape[2:])
             quantized = self.embed(indices)
             loss = F.mse_loss(z, quantized.to(z.dtype))
-            return Quantized(quantized, indices, loss, loss, torch.zeros(8))
+            return Quantized(quantized, indices, loss, loss, torch.zeros(8), vectors)
 
     check_float32(VectorQuantizer)
     assert fails(check_float32, Half)

@@ -259,10 +259,13 @@ def one_step(flags: list[str], compiled: bool = False, precision: str = "float32
         return train.compute_losses(model, None, images, precision, config)
 
     if compiled:
-        compute = compile_with_fallback(compute, model, torch.device("cpu"))
-    losses = compute(torch.randn(4, 1, 64, 64))
+        compute = compile_with_fallback(compute, torch.device("cpu"))
+    images = torch.randn(4, 1, 64, 64)
+    losses, quantized = compute(images)
+    optimizer.zero_grad()
     losses.sum().backward()
     optimizer.step()
+    model.vector_quantization.update_codebook(quantized.vectors, quantized.indices)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     changes = {name: value - before[name] for name, value in model.state_dict().items()}
     return losses.detach(), gradients, changes

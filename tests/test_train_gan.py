@@ -72,7 +72,7 @@ def test_each_network_is_trained_by_its_own_losses(small):
     model = VQVAE(**{name: getattr(config, name) for name in names}).eval()
     discriminator = PatchDiscriminator()
     images = torch.randn(2, 1, 64, 64)
-    losses = train.compute_losses(model, discriminator, images, "float32", config)
+    losses, _ = train.compute_losses(model, discriminator, images, "float32", config)
     reconstruction_loss, vq_loss, adversarial_loss, discriminator_loss, weight = losses
 
     reconstruction = model(images)[0]

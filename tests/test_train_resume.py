@@ -193,8 +193,8 @@ def test_a_step_with_non_finite_gradients_is_skipped_with_a_warning(
         number += 1
         if number != 5:
             return real_losses(model, discriminator, images, precision, config)
-        losses = real_losses(model, discriminator, images * torch.nan, precision, config)
-        return losses.nan_to_num()  # finite losses, but gradients that are not
+        losses, quantized = real_losses(model, discriminator, images * torch.nan, precision, config)
+        return losses.nan_to_num(), quantized  # finite losses, but gradients that are not
 
     def record_step(run, losses, finite):
         states.append(state(run))

@@ -10,15 +10,13 @@ Outside a session, or with a single process, every function works without commun
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError, first_line
 
@@ -31,8 +29,8 @@ class LostProcessError(UserError):
 def session() -> Iterator[None]:
     """Join the process group if torchrun started several processes, and leave it after the block.
 
-    GPU tensors are exchanged through NCCL and CPU tensors through gloo, so that bookkeeping never
-    waits for a GPU. Only rank 0 prints to stdout.
+    GPU tensors are exchanged through NCCL, if torch has it, and CPU tensors through gloo, so that
+    bookkeeping never waits for a GPU. Only rank 0 prints to stdout.
 
     Raises:
         UserError: if torchrun was started on several machines.
@@ -42,7 +40,8 @@ def session() -> Iterator[None]:
     if starts_group:
         if os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
             raise UserError("torchrun was started on several machines; expected one: omit --nnodes")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     try:
         with _silence_stdout() if get_rank() > 0 else contextlib.nullcontext():
             yield
@@ -137,7 +136,7 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
         return
     checksums = []
     for tensor in tensors.values():
-        values = tensor.detach().double().flatten().cpu()
+        values = tensor.detach().cpu().double().flatten()  # mps has no float64
         weights = torch.linspace(1, 2, len(values)).double()  # so that order matters
         checksums.append(values @ weights)
     own = torch.stack(checksums)
@@ -149,31 +148,20 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
         raise RuntimeError(f"processes hold different {', '.join(names)}")
 
 
-def wrap_model(model: nn.Module) -> nn.Module:
-    """Return a module whose backward pass averages gradients over the processes.
+def average_gradients(modules: Iterable[nn.Module]) -> None:
+    """Average the gradients of all modules over the processes, in one exchange.
 
-    Buffers are not copied from rank 0. The quantiser itself keeps its averages equal in all
-    processes; if it failed to do so, copying would hide the failure.
+    `DistributedDataParallel` is not used: it overlaps the exchange with the backward pass, which
+    does not pay for a model of this size, and its hooks prevent compilation into a single graph.
     """
-    if get_world_size() == 1:
-        return model
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    renamed = "forward_sync_buffers" in parameters  # in newer versions of torch
-    option = "forward_sync_buffers" if renamed else "broadcast_buffers"
-    return DistributedDataParallel(model, **{option: False})
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the module that `wrap_model` wrapped; return a module that is not wrapped as it is."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Average gradients over the processes, for a module that `wrap_model` did not wrap."""
     world_size = get_world_size()
     if world_size == 1:
         return
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -71,7 +71,8 @@ def preserve_process_state() -> Iterator[None]:
     lists what remains.
 
     During the block, SIGTERM raises SystemExit, unless the caller has a handler for it, so that
-    unfinished files are deleted, and torch has its defaults (see `_use_torch_defaults`).
+    unfinished files are deleted, torch has its defaults (see `_use_torch_defaults`), and float32 is
+    computed without TF32.
     """
     workspace = os.environ.get(CUBLAS_VARIABLE)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -83,6 +84,7 @@ def preserve_process_state() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_restore_signal_handlers())
             stack.enter_context(_use_torch_defaults())
+            stack.enter_context(utils.full_float32())
             stack.enter_context(torch.random.fork_rng(gpus))
             if sys.stderr is None:  # as in programs without a console; progress bars need a file
                 null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.config import RunConfig
-from training.distributed import get_world_size
 from utils import first_line
 
 
@@ -44,37 +42,38 @@ def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
     return torch.stack(norms).isfinite().all()
 
 
-def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Make the next `optimizer.step()` of a fused optimizer change nothing if `finite` is false.
+def may_step(finite: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether to call `optimizer.step()`, so that non-finite gradients change nothing.
 
-    `found_inf` is the attribute through which `torch.amp.GradScaler` makes a fused optimizer skip a
-    step. The decision is made on the device; a Python `if` would wait for the gradients.
+    On a CPU or a CUDA GPU, the result is always true, and the fused optimizer itself skips the step
+    if `finite`, (), is false. `found_inf` is the attribute through which `torch.amp.GradScaler`
+    requests this. The host then need not wait for the gradients. On mps, the fused optimizer
+    ignores `found_inf`, so the host has to wait.
     """
+    if finite.device.type == "mps":
+        return bool(finite)
     optimizer.found_inf = (~finite).float()
+    return True
 
 
-def compile_if_enabled(
-    function: Callable, model: nn.Module, config: RunConfig, device: torch.device
-) -> Callable:
-    """Return `function`, compiled if `--compile` is set; by default, only on a single CUDA GPU.
+def compile_if_enabled(function: Callable, config: RunConfig, device: torch.device) -> Callable:
+    """Return `function`, compiled if `--compile` is set or, by default, on CUDA GPUs.
 
     The other arguments are those of `compile_with_fallback`.
     """
-    enabled = config.compile
-    if enabled is None:
-        enabled = device.type == "cuda" and get_world_size() == 1
-    return compile_with_fallback(function, model, device) if enabled else function
+    enabled = device.type == "cuda" if config.compile is None else config.compile
+    return compile_with_fallback(function, device) if enabled else function
 
 
-def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:
+def compile_with_fallback(function: Callable, device: torch.device) -> Callable:
     """Wrap `function` so that its first call compiles it; if that fails, it runs uncompiled.
 
-    The first call compiles the function with a trial forward and backward pass, and then restores
-    the model's state and the random generators. If the trial fails, a warning is printed.
+    The first call compiles the function with a trial forward and backward pass, which leaves
+    gradients, and then restores the random generators. If the trial fails, a warning is printed.
 
     Args:
-        function: a function that returns losses; all calls must pass tensors of the same shapes.
-        model: the module whose state the function may update in its forward pass.
+        function: a function that returns losses, or a tuple of losses and other tensors; all calls
+            must pass tensors of the same shapes.
         device: the device; on a GPU, the compiled function is recorded as CUDA graphs.
     """
     mode = "reduce-overhead" if device.type == "cuda" else "default"
@@ -83,19 +82,18 @@ def compile_with_fallback(function: Callable, model: nn.Module, device: torch.de
     def call(*arguments):
         nonlocal active
         if active is None:
-            state = copy.deepcopy(model.state_dict())
             generators = _random_states(device)
             try:
                 active = torch.compile(function, mode=mode, dynamic=False)
-                active(*arguments).sum().backward()  # backward is compiled when it first runs
+                results = active(*arguments)
+                losses = results[0] if isinstance(results, tuple) else results
+                losses.sum().backward()  # backward is compiled when it first runs
             except Exception as error:  # compilers fail in many ways
                 tqdm.write(
                     "warning: the training step cannot be compiled here and runs uncompiled: "
                     f"{first_line(error)}"
                 )
                 active = function
-            model.zero_grad(set_to_none=True)
-            model.load_state_dict(state)
             _set_random_states(device, generators)
         return active(*arguments)
 

@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from evaluation.body import body_mask
-from evaluation.metrics import rescale
+from evaluation.body import body_mask, rescale
 from mri import phantom
 
 
