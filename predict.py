@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; expected 1 or more")
     run = resolve_run(args.run) if args.run else newest_run(Path(args.runs_dir))
-    model = load_model(VQVAE, run / "best.pt", device)
+    model = utils.to_device(load_model(VQVAE, run / "best.pt"), device)
     print(f"model: {run / 'best.pt'}")
     data, root = load_run_data(run, args.split, args.data, args.cache_dir, args.skip_bad_files)
     if data.constant.all():

@@ -95,9 +95,7 @@ def train(folder: Path, config: TrainConfig, checkpoint: dict | None, flags: dic
     if config.gan:
         modules["discriminator"] = PatchDiscriminator()
     for module in modules.values():
-        if device.type != "mps":  # the fastest layout for convolutions on CPUs and tensor cores
-            module.to(memory_format=torch.channels_last)
-        module.to(device)
+        utils.to_device(module, device)
     model, discriminator = modules["model"], modules.get("discriminator")
     optimizer = make_optimizer(model, discriminator, config)
 

@@ -8,6 +8,7 @@ import ctypes
 import glob
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 # ---------------------------------------------------------------- errors
 
@@ -136,8 +138,23 @@ def describe_device(device: torch.device, world_size: int = 1) -> str:
         gpu = f"({torch.cuda.get_device_name(device)})"
         name = gpu if world_size > 1 else f"{device} {gpu}"
     elif device.type == "cpu":
-        name = f"{device} ({torch.get_num_threads()} threads)"
+        name = f"{device} ({processor_name()}, {torch.get_num_threads()} threads)"
     return f"{world_size} processes, {name}" if world_size > 1 else name
+
+
+def processor_name() -> str:
+    """Return the name of the processor, such as "AMD EPYC 7B13"."""
+    with contextlib.suppress(OSError):  # not on Linux
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def to_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module to the device, in the layout in which its convolutions are fastest there."""
+    layout = torch.preserve_format if device.type == "mps" else torch.channels_last
+    return module.to(device, memory_format=layout)
 
 
 def pick_precision(name: str, device: torch.device) -> str:

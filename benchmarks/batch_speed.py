@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import resource
 import shlex
 import shutil
@@ -126,20 +125,6 @@ def in_new_process(function: Callable, *arguments: object):
         return pool.apply(function, arguments)
 
 
-def processor_name() -> str:
-    """Return the name of the processor, and the number of usable cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     batches = [in_new_process(measure_batch, count, args.threads) for count in args.counts]
     result = {
         "command": shlex.join(["python", "benchmarks/batch_speed.py", *(argv or sys.argv[1:])]),
-        "processor": processor_name(),
+        "processor": f"{utils.processor_name()}, {len(os.sched_getaffinity(0))} cores",
         "threads": args.threads,
         "slices": "256 x 128 pixels, int16, .nii.gz",
         "model": "resources/pelvis.pt",

@@ -68,10 +68,13 @@ def run_all(
         load(data)  # fills the cache
 
     result = {"training": measure_methods(args, on_gpu, data_sets[BATCH_SIZE], epochs)}
+    device = torch.device(args.device)
+    precisions = dict.fromkeys(precision_of(name, device) for name in result["training"])
     result["bound"] = {
         precision: measure(args, "bound", data_sets[BATCH_SIZE], precision=precision)
-        for precision in ("float32", "bfloat16")
+        for precision in precisions
     }
+    result["convolutions"] = measure(args, "convolutions", data_sets[BATCH_SIZE])
     write(result)
 
     others = result["others"] = {}
@@ -179,6 +182,7 @@ def table(result: dict, device: torch.device) -> str:
     for precision, row in result["bound"].items():
         if "failed" not in row:
             lines += ["", describe_bound(precision, row)]
+    lines += ["", *convolutions_table(result["convolutions"], result["bound"])]
     lines.append("")
     lines += others_table(result.get("others", {}))
     return "\n".join(lines) + "\n"
@@ -220,6 +224,19 @@ def describe_bound(precision: str, row: dict) -> str:
     )
 
 
+def convolutions_table(rows: list[dict], bound: dict) -> list[str]:
+    """Return the lines of the table of convolutions."""
+    passes = ("forward", "input gradient", "weight gradient")
+    heads = ("convolutions in float32", "number", "GFLOP", *[f"{name}, GFLOP/s" for name in passes])
+    lines = [format_row(*heads), "|" + "---|" * len(heads)]
+    if "failed" in rows:
+        return [*lines, format_row(f"failed, {rows['failed']}", *[""] * 5)]
+    for row in rows:
+        rates = [f"{row[name]:.0f}" for name in passes]
+        lines.append(format_row(row["layer"], row["count"], f"{row['gflop']:.2f}", *rates))
+    return lines
+
+
 def others_table(others: dict) -> list[str]:
     """Return the lines of the table of other measurements."""
     formats = {"slices_per_second": ".1f", "seconds": ".2f", "over_inflate": ".2f", "memory": ".2f"}
@@ -235,10 +252,13 @@ def others_table(others: dict) -> list[str]:
 
 
 def precision_of(name: str, device: torch.device) -> str:
-    """Return the precision that a training method uses."""
-    if name in OTHER_IMPLEMENTATIONS or "float32" in name:
-        return "float32"
-    return utils.pick_precision("auto", device)
+    """Return the precision that a training method uses: "float32", "tf32" or "bfloat16".
+
+    The other implementations use torch's default, which is TF32 for convolutions on GPUs.
+    """
+    if name in OTHER_IMPLEMENTATIONS:
+        return "tf32" if device.type == "cuda" else "float32"
+    return "float32" if "float32" in name else utils.pick_precision("auto", device)
 
 
 # ---------------------------------------------------------------- the command
@@ -267,18 +287,20 @@ def main(argv: list[str] | None = None) -> int:
     flag(
         "--out",
         type=Path,
-        help="result files, without suffix (default: benchmarks/results/speed_<device>)",
+        help="result files, without suffix (default: benchmarks/results/speed_<processor>)",
     )
     args = parser.parse_args(argv)
 
     device = utils.pick_device(args.device)
     args.device = str(device)
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    out = args.out or RESULTS / f"speed_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
+    is_gpu = device.type == "cuda"
+    processor = torch.cuda.get_device_name(device) if is_gpu else utils.processor_name()
+    out = args.out or RESULTS / f"speed_{re.sub('[^a-z0-9]+', '_', processor.lower()).strip('_')}"
     arguments = sys.argv[1:] if argv is None else argv
     head = {
         "command": shlex.join(["python", "benchmarks/speed.py", *arguments]),
         "device": utils.describe_device(device),
+        "instruction_sets": torch.backends.cpu.get_cpu_capability(),
         "versions": utils.versions() | library_versions(),
     }
     start = time.perf_counter()
@@ -292,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HIPMRI_CACHE"] = f"{folder}/cache"
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
-        run_all(args, device.type == "cuda", Path(folder), write)
+        run_all(args, is_gpu, Path(folder), write)
     print(Path(f"{out}.md").read_text(encoding="utf-8"))
     return 0
 

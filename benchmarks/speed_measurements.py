@@ -19,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,10 +91,14 @@ def own_epochs(
     trainer = Trainer(config, device, channels_last)
     if slices_on_device and device.type != "cpu":
         slices.cache_on_device(device)
-    train.init_codebook(trainer.model, slices, config, device)
-    while True:
-        trainer.train_epoch(slices)
-        yield
+    with utils.full_float32():  # as in train.py
+        train.init_codebook(trainer.model, slices, config, device)
+        while True:
+            trainer.train_epoch(slices)
+            skipped = counters["inductor"]["cudagraph_skips"]
+            if trainer.is_compiled and device.type == "cuda" and skipped:
+                raise RuntimeError(f"{skipped} CUDA graphs were skipped")
+            yield
 
 
 def measure_training(
@@ -158,7 +164,7 @@ def measure_evaluation(device: torch.device, data: Path, names: list[str]) -> di
     """Measure slices per second of an evaluation of the document's model, eager and in float32."""
     utils.keep_freed_memory()
     slices = load(data)
-    model = VQVAE().to(device)
+    model = utils.to_device(VQVAE(), device)
     metrics.evaluate(model, slices, BATCH_SIZE, device, tuple(names))
     start = time.perf_counter()
     metrics.evaluate(model, slices, BATCH_SIZE, device, tuple(names))
@@ -224,10 +230,17 @@ def measure_bound(device: torch.device, data: Path, precision: str) -> dict:
     of matrix products, or its memory traffic divided by the copy bandwidth. A multiply-add counts
     as two operations. The traffic is the number of bytes that all eager operations read and write,
     without fusion.
+
+    Args:
+        device: the device.
+        data: folder of the data.
+        precision: "float32", "bfloat16", or "tf32", in which GPUs compute float32 by default.
     """
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     matrix_rate = measure_matrix_rate(device, precision)
     bandwidth = measure_bandwidth(device)
-    flags = {"recipe": "document", "device": str(device), "precision": precision}
+    flags = {"recipe": "document", "device": str(device)}
+    flags["precision"] = precision.replace("tf32", "float32")
     trainer = Trainer(resolve_config(flags | {"compile": False}), device)
     images = load(data).batch(torch.arange(BATCH_SIZE)).to(device)
     trainer.step(images)  # Adam allocates its state
@@ -305,6 +318,51 @@ def seconds_of(call: Callable, device: torch.device, rounds: int = 10) -> float:
     return statistics.median(durations[2:])
 
 
+def measure_convolutions(device: torch.device, data: Path) -> list[dict]:
+    """Measure each convolution of the document's model and its two gradients in float32.
+
+    Returns:
+        A row for each kind of convolution: its name, how often the model has it, GFLOP for a batch
+        (forward; each gradient needs the same number), and the GFLOP/s of the forward pass, of the
+        gradient of the input and of the gradient of the weights.
+    """
+    model = utils.to_device(VQVAE(), device)
+    rows: dict[tuple, dict] = {}
+
+    def measure(name: str, layer: nn.Module, x: Tensor) -> None:
+        key = (tuple(x.shape), tuple(layer.weight.shape), layer.transposed)
+        if key in rows:
+            rows[key]["count"] += 1
+            return
+        y = layer(x)
+        positions = x if layer.transposed else y
+        gflop = 2 * layer.weight.numel() * positions[:, 0].numel() / 1e9
+        weight, channels = layer.weight.detach(), layer.out_channels
+        options = ([channels], layer.stride, layer.padding, (1, 1), layer.transposed, (0, 0), 1)
+        backward = partial(torch.ops.aten.convolution_backward, torch.randn_like(y), x, weight)
+        calls = {
+            "forward": lambda: layer(x),
+            "input gradient": lambda: backward(*options, (True, False, False)),
+            "weight gradient": lambda: backward(*options, (False, True, False)),
+        }
+        rows[key] = {"layer": name, "count": 1, "gflop": gflop}
+        rows[key] |= {key: gflop / seconds_of(call, device) for key, call in calls.items()}
+
+    with torch.no_grad(), utils.full_float32():
+        inputs = {}
+        hooks = []
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                record = partial(lambda name, _, args: inputs.update({name: args[0]}), name)
+                hooks.append(layer.register_forward_pre_hook(record))
+        model(load(data).batch(torch.arange(BATCH_SIZE)).to(device))
+        for hook in hooks:
+            hook.remove()
+        for name, x in inputs.items():
+            measure(name, model.get_submodule(name), x)
+    return list(rows.values())
+
+
 # ---------------------------------------------------------------- helpers
 
 
@@ -334,6 +392,7 @@ MEASUREMENTS = {
     "first batch": measure_first_batch,
     "cache": measure_cache,
     "bound": measure_bound,
+    "convolutions": measure_convolutions,
 }
 
 

@@ -48,7 +48,8 @@ def body_mask(images: Tensor) -> Tensor:
     """
     images = torch.log1p(50 * images) / math.log(51)
     bright = images > _otsu_threshold(images).view(-1, 1, 1, 1)
-    return _fill_holes(_largest_component(bright))
+    bodies = [_fill_holes(_largest_component(mask)) for mask in bright[:, 0].numpy()]
+    return torch.from_numpy(np.stack(bodies))[:, None]
 
 
 def _otsu_threshold(images: Tensor) -> Tensor:
@@ -65,65 +66,56 @@ def _otsu_threshold(images: Tensor) -> Tensor:
     return levels[variance[:, :-1].argmax(1)]  # largest variance between the two classes
 
 
-def _largest_component(mask: Tensor) -> Tensor:
-    """Keep the largest 4-connected component of each mask: (B, 1, H, W) bool in and out."""
-    components = _connected_components(mask)
-    sizes = torch.zeros(len(mask), mask[0].numel() + 1, device=mask.device)
-    sizes.scatter_add_(1, components.flatten(1), mask.flatten(1).float())
-    return (components == sizes.argmax(1).view(-1, 1, 1, 1)) & mask
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    """Keep the largest 4-connected component of a mask, (H, W) bool."""
+    labels = label_components(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0  # outside the mask
+    return mask & (labels == sizes.argmax())
 
 
-def _connected_components(mask: Tensor) -> Tensor:
-    """Label the 4-connected components of each mask: (B, 1, H, W) int64, 0 outside the mask."""
-    labels = torch.arange(1, mask[0].numel() + 1, device=mask.device).view_as(mask[:1])
-    return _flood(labels * mask, mask)
+def _fill_holes(mask: np.ndarray) -> np.ndarray:
+    """Fill the holes of a mask, (H, W) bool: regions outside it that do not reach the border."""
+    labels = label_components(~np.pad(mask, 1))  # the padding connects all regions at the border
+    return labels[1:-1, 1:-1] != labels[0, 0]
 
 
-def _fill_holes(mask: Tensor) -> Tensor:
-    """Fill the holes of each mask, which are pixels outside it that do not reach the border."""
-    border = torch.ones_like(mask)
-    border[..., 1:-1, 1:-1] = False
-    outside = _flood((border & ~mask).long(), ~mask)
-    return outside == 0
+def label_components(mask: np.ndarray) -> np.ndarray:
+    """Label the 4-connected components of a mask.
 
-
-def _flood(labels: Tensor, mask: Tensor) -> Tensor:
-    """Assign to each 4-connected region of the mask the largest label inside it.
-
-    Sweeps along rows and columns, in both directions, propagate labels inside the mask until
-    nothing changes. A sweep is a cumulative maximum. To stop a label at gaps in the mask, each
-    pixel is first raised by 2^20 times the number of gap pixels that the sweep has passed. Every
-    pixel after a gap then exceeds every pixel before the gap.
+    A run is a maximal row of adjacent pixels of the mask. Runs of neighbouring rows that share a
+    column are connected, and all runs of a component get the smallest index of its runs.
 
     Args:
-        labels: (B, 1, H, W) int64, below 2^20, 0 outside the mask.
-        mask: (B, 1, H, W) bool.
+        mask: (H, W) bool.
+
+    Returns:
+        (H, W) int64: 0 outside the mask, and a positive number for each component.
     """
-    results = torch.empty_like(labels)
-    # numpy's cumulative maximum is several times faster than torch's, which also returns indices.
-    # One slice after the other, because the number of sweeps differs between slices.
-    dtype = np.int32 if max(mask.shape[-2:]) < 2**11 else np.int64
-    for i in range(len(mask)):
-        inside = mask[i, 0].numpy()
-        flooded = _flood_slice(labels[i, 0].numpy().astype(dtype), inside)
-        results[i, 0] = torch.from_numpy(flooded.astype(np.int64))
-    return results
+    # Positions in a row-major array whose rows end in a pixel outside the mask, so that runs do not
+    # continue in the next row.
+    separated = np.pad(mask, ((0, 0), (0, 1)))
+    stride = separated.shape[1]
+    changes = np.diff(separated.ravel().astype(np.int8), prepend=0)
+    starts = np.flatnonzero(changes == 1)
+    ends = np.flatnonzero(changes == -1)  # exclusive
+    # Run i shares a column with the runs first[i], ..., last[i] - 1 of the next row.
+    first = np.searchsorted(ends, starts + stride, side="right")
+    last = np.searchsorted(starts, ends + stride, side="left")
+    counts = last - first
+    upper = np.repeat(np.arange(len(starts)), counts)
+    lower = np.arange(counts.sum()) + np.repeat(first - (counts.cumsum() - counts), counts)
 
-
-def _flood_slice(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Flood one slice (H, W); the result has the integer type of the labels."""
-    gaps = [np.cumsum(~mask, axis=axis, dtype=labels.dtype) << 20 for axis in (0, 1)]
-    gaps_back = [
-        np.flip(np.cumsum(np.flip(~mask, axis), axis=axis, dtype=labels.dtype) << 20, axis)
-        for axis in (0, 1)
-    ]
+    roots = np.arange(len(starts))  # for each run, a run of the same component with a lower index
     while True:
-        previous = labels
-        for axis in (1, 0):
-            labels = np.maximum.accumulate(labels + gaps[axis], axis=axis) - gaps[axis]
-            labels *= mask
-            raised = np.flip(labels + gaps_back[axis], axis)
-            labels = np.flip(np.maximum.accumulate(raised, axis=axis), axis) - gaps_back[axis]
-            labels *= mask
-        if np.array_equal(labels, previous):
-            return labels
+        smallest = np.minimum(roots[upper], roots[lower])
+        merged = roots.copy()
+        np.minimum.at(merged, roots[upper], smallest)
+        np.minimum.at(merged, roots[lower], smallest)
+        merged = merged[merged]
+        if np.array_equal(merged, roots):
+            break
+        roots = merged
+    labels = np.zeros(mask.shape, np.int64)
+    labels[mask] = np.repeat(roots + 1, ends - starts)
+    return labels

@@ -142,21 +142,23 @@ def ssim_map(
     # This import takes seconds, which commands that only print help or an error do not need.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    # Each slice is a channel here, because torchmetrics filters channels separately, and filtering
-    # B channels is several times faster than filtering B slices of one channel.
-    _, similarity = structural_similarity_index_measure(
-        reconstructions.transpose(0, 1),
-        originals.transpose(0, 1),
-        gaussian_kernel=gaussian,
-        sigma=1.5,
-        kernel_size=kernel_size,
-        data_range=1.0,
-        reduction="none",
-        return_full_image=True,
-    )
-    similarity = similarity.transpose(0, 1)
+    # Each slice becomes a channel. torchmetrics filters channels separately, and on a CPU, a slice
+    # of eight channels is filtered ten times as fast as eight slices of one channel.
+    similarities = []
+    for pair in zip(reconstructions.split(8), originals.split(8), strict=True):
+        _, similarity = structural_similarity_index_measure(
+            *[images.transpose(0, 1) for images in pair],
+            gaussian_kernel=gaussian,
+            sigma=1.5,
+            kernel_size=kernel_size,
+            data_range=1.0,
+            reduction="none",
+            return_full_image=True,
+        )
+        similarities.append(similarity.transpose(0, 1))
     height, width = originals.shape[-2:]
-    return crop_centre(similarity, height - kernel_size + 1, width - kernel_size + 1)
+    size = (height - kernel_size + 1, width - kernel_size + 1)
+    return crop_centre(torch.cat(similarities), *size)
 
 
 def power_ratio(originals: Tensor, reconstructions: Tensor, octave: int = 0) -> Tensor:

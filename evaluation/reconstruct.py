@@ -131,7 +131,7 @@ def load_run_model(run: Path | None, device: torch.device) -> tuple[VQVAE, dict]
         or None) and "nan_value" (the value that replaced NaN, or None; optional).
     """
     path = run / "best.pt" if run else PELVIS_MODEL
-    model = load_model(VQVAE, path, device)
+    model = utils.to_device(load_model(VQVAE, path), device)
     print(f"model: {path}, {model.bits_per_pixel:.4f} bits per pixel")
     description = {"size": list(preprocessing.SIZE), "spacing": None, "axis": None}
     return model, description | (read_checkpoint(path).get("slices") or {})
