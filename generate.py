@@ -36,6 +36,7 @@ from mri.files import SPLITS
 from prior.evaluate import evaluate_samples, print_evaluation
 from prior.model import CodePrior
 from prior.sampling import Sampler, SamplingOptions
+from training import environment
 from training.checkpoint import load_model
 from training.guards import preserve_process_state
 from training.options import ANY_POSITIVE, check_range
@@ -340,8 +341,8 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
     result = {
         "settings": str(sampler.options),
         **evaluation,
-        "device": utils.describe_device(sampler.device),
-        "versions": utils.versions(),
+        "device": environment.describe_device(sampler.device),
+        "versions": environment.versions(),
     }
     utils.write_json(folder / "evaluation.json", result)
     print_evaluation(evaluation)

@@ -40,6 +40,7 @@ from evaluation.reconstruct import reconstruct_files
 from modules import VQVAE
 from mri.files import printable
 from mri.preprocessing import parse_axis
+from training import environment
 from training.checkpoint import load_model
 from training.guards import preserve_process_state
 from training.run_folder import load_run_data, newest_run
@@ -365,8 +366,8 @@ def main(argv: list[str] | None = None) -> int:
         "split": args.split,
         "checkpoint": str(run / "best.pt"),
         "data": root,
-        "device": utils.describe_device(device),
-        "versions": utils.versions(),
+        "device": environment.describe_device(device),
+        "versions": environment.versions(),
     }
     print_table(summary)
     if organs:

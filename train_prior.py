@@ -29,7 +29,7 @@ from evaluation import plots
 from modules import VQVAE
 from prior.codes import MIRRORS, CodeDataset, compressed_bits, encode_split, hash_codebook
 from prior.model import CodePrior
-from training import distributed
+from training import distributed, environment
 from training.checkpoint import load_model
 from training.config import RunConfig, check_processes
 from training.guards import preserve_process_state
@@ -392,7 +392,7 @@ def write_metrics(run: Run, bits: dict[str, float], stride: int) -> None:
     for name, value in sorted(bits.items(), key=lambda item: item[1]):
         rows[name] = {"bits_per_code": value, "bits_per_pixel": value / stride**2}
         print(f"{name.replace('_', ' '):24}{value:26.3f}{value / stride**2:18.4f}")
-    content = {"validation": rows, "slices": slices, "versions": utils.versions()}
+    content = {"validation": rows, "slices": slices, "versions": environment.versions()}
     utils.write_json(run.folder / "metrics.json", content)
 
 

@@ -1,4 +1,4 @@
-"""Functions that all scripts share: user errors, device, precision, versions, atomic writes."""
+"""Functions that all scripts share: user errors, device, precision, atomic writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import ctypes
 import glob
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -131,26 +130,6 @@ def pick_device(name: str, rank: int = 0, world_size: int = 1) -> torch.device:
     return device
 
 
-def describe_device(device: torch.device, world_size: int = 1) -> str:
-    """Describe the device, and the number of processes if there are several, for result files."""
-    name = str(device)
-    if device.type == "cuda":
-        gpu = f"({torch.cuda.get_device_name(device)})"
-        name = gpu if world_size > 1 else f"{device} {gpu}"
-    elif device.type == "cpu":
-        name = f"{device} ({processor_name()}, {torch.get_num_threads()} threads)"
-    return f"{world_size} processes, {name}" if world_size > 1 else name
-
-
-def processor_name() -> str:
-    """Return the name of the processor, such as "AMD EPYC 7B13"."""
-    with contextlib.suppress(OSError):  # not on Linux
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def to_device(module: nn.Module, device: torch.device) -> nn.Module:
     """Move a module to the device, in the layout in which its convolutions are fastest there."""
     layout = torch.preserve_format if device.type == "mps" else torch.channels_last
@@ -190,12 +169,19 @@ def full_float32() -> Iterator[None]:
     which changes SSIM in the third decimal place.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    previous = (cudnn.allow_tf32, matmul.allow_tf32)
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    previous = []
+    for backend in (cudnn, matmul):
+        try:
+            previous.append((backend, "allow_tf32", backend.allow_tf32))
+        except RuntimeError:  # the caller has set the newer `fp32_precision`
+            parts = [cudnn.conv, cudnn.rnn] if backend is cudnn else [matmul]
+            previous += [(part, "fp32_precision", part.fp32_precision) for part in parts]
+        backend.allow_tf32 = False
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = previous
+        for owner, name, value in previous:
+            setattr(owner, name, value)
 
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS requires it for deterministic algorithms
@@ -227,7 +213,7 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-# ---------------------------------------------------------------- commands and versions
+# ---------------------------------------------------------------- commands
 
 
 def format_command(script: str, *arguments: object) -> str:
@@ -255,31 +241,6 @@ def _relative(path: str | Path) -> str:
     except ValueError:  # on Windows: a different drive
         return str(path)
     return str(path) if relative.startswith("..") else relative
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, of the packages that affect results, and of this repository.
-
-    The key "commit" holds the output of `git describe`, which ends in "-dirty" if files differ from
-    the commit.
-    """
-    import matplotlib
-    import nibabel
-    import numpy
-    import torchmetrics
-    import torchvision
-
-    packages = (torch, torchvision, torchmetrics, nibabel, numpy, matplotlib)
-    numbers = {package.__name__: str(package.__version__) for package in packages}
-    repository = str(Path(__file__).parent)
-    describe = ["git", "-C", repository, "describe", "--always", "--dirty", "--abbrev=12"]
-    describe.append("--match=NeVeRmAtCh")  # no tag matches, so git prints the commit's hash
-    try:
-        result = subprocess.run(describe, capture_output=True, text=True, check=True)
-        commit = result.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy without git
-        commit = "unknown"
-    return {"python": sys.version.split()[0], **numbers, "commit": commit}
 
 
 # ---------------------------------------------------------------- files

@@ -34,6 +34,7 @@ from evaluation import metrics, reconstruct  # noqa: E402
 from evaluation.batch_figures import MAX_FIGURES, SLICES_PER_SHEET  # noqa: E402
 from evaluation.codec import BATCH_SIZE, decode_planes, encode_planes  # noqa: E402
 from mri import nifti, phantom  # noqa: E402
+from training import environment  # noqa: E402
 
 TARGET = 25  # files per second on two cores
 SLICES_PER_VOLUME = 20
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     batches = [in_new_process(measure_batch, count, args.threads) for count in args.counts]
     result = {
         "command": shlex.join(["python", "benchmarks/batch_speed.py", *(argv or sys.argv[1:])]),
-        "processor": f"{utils.processor_name()}, {len(os.sched_getaffinity(0))} cores",
+        "processor": f"{environment.processor_name()}, {len(os.sched_getaffinity(0))} cores",
         "threads": args.threads,
         "slices": "256 x 128 pixels, int16, .nii.gz",
         "model": "resources/pelvis.pt",
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         "target_files_per_second": TARGET,
         "batches": batches,
         "cpu_ms_per_slice": in_new_process(measure_steps, args.threads),
-        "versions": utils.versions(),
+        "versions": environment.versions(),
     }
     utils.write_json(args.out.with_suffix(".json"), result)
     for batch in batches:

@@ -43,6 +43,7 @@ from mri import hipmri
 from mri.files import Source
 from mri.preprocessing import SIZE, Preprocessing
 from prior.model import CodePrior
+from training import environment
 from training.checkpoint import load_model
 from training.config import TrainConfig
 from training.run_folder import read_arguments
@@ -304,7 +305,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    versions = utils.versions() | image_codecs.versions(args.codecs)
+    versions = environment.versions() | image_codecs.versions(args.codecs)
     if args.entropy_coded:
         entropy.check_installed()
     device = utils.pick_device(args.device)
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         "planes": args.planes if args.volume else None,
         "slices": num_slices,
         "excluded_slices": num_excluded,
-        "device": utils.describe_device(device),
+        "device": environment.describe_device(device),
         "versions": versions,
         "rows": rows,
     }

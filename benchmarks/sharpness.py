@@ -23,6 +23,7 @@ from evaluation import metrics, plots
 from evaluation.metrics import SCORE_NAMES
 from modules import VQVAE
 from prior.realism import Features, kernel_distance
+from training import environment
 from training.checkpoint import load_model
 from training.run_folder import load_run_data
 
@@ -206,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         "data": data,
         "split": args.split,
         "slices": len(names),
-        "device": utils.describe_device(device),
-        "versions": utils.versions(),
+        "device": environment.describe_device(device),
+        "versions": environment.versions(),
         "rows": rows,
     }
     utils.write_json(Path(f"{out}.json"), result)

@@ -37,6 +37,7 @@ from speed_measurements import BATCH_SIZE, OWN_OPTIONS, load
 import utils
 from evaluation.metrics import SCORE_NAMES
 from mri import phantom
+from training import environment
 from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -233,7 +234,7 @@ def convolutions_table(rows: list[dict], bound: dict) -> list[str]:
         return [*lines, format_row(f"failed, {rows['failed']}", *[""] * 5)]
     for row in rows:
         rates = [f"{row[name]:.0f}" for name in passes]
-        lines.append(format_row(row["layer"], row["count"], f"{row['gflop']:.2f}", *rates))
+        lines.append(format_row(row["layer"], row["number"], f"{row['gflop']:.2f}", *rates))
     return lines
 
 
@@ -262,6 +263,15 @@ def precision_of(name: str, device: torch.device) -> str:
 
 
 # ---------------------------------------------------------------- the command
+
+
+def instruction_sets() -> list[str]:
+    """Return the vector and matrix instructions of the CPU, such as avx2, avx512_bf16, amx_bf16."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.5
+        return [torch.backends.cpu.get_cpu_capability().lower()]
+    capabilities = torch.cpu.get_capabilities()
+    names = [name for name, present in capabilities.items() if present is True]
+    return sorted(name for name in names if name.startswith(("avx", "amx", "sve", "neon")))
 
 
 def library_versions() -> dict[str, str]:
@@ -294,14 +304,14 @@ def main(argv: list[str] | None = None) -> int:
     device = utils.pick_device(args.device)
     args.device = str(device)
     is_gpu = device.type == "cuda"
-    processor = torch.cuda.get_device_name(device) if is_gpu else utils.processor_name()
+    processor = torch.cuda.get_device_name(device) if is_gpu else environment.processor_name()
     out = args.out or RESULTS / f"speed_{re.sub('[^a-z0-9]+', '_', processor.lower()).strip('_')}"
     arguments = sys.argv[1:] if argv is None else argv
     head = {
         "command": shlex.join(["python", "benchmarks/speed.py", *arguments]),
-        "device": utils.describe_device(device),
-        "instruction_sets": torch.backends.cpu.get_cpu_capability(),
-        "versions": utils.versions() | library_versions(),
+        "device": environment.describe_device(device),
+        "instruction_sets": instruction_sets(),
+        "versions": environment.versions() | library_versions(),
     }
     start = time.perf_counter()
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,6 +47,7 @@ from training.config import resolve_config
 from training.run import epoch_order
 
 IMPORTED = time.perf_counter()
+convolution_backward = torch.ops.aten.convolution_backward
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 16
 
@@ -318,48 +320,36 @@ def seconds_of(call: Callable, device: torch.device, rounds: int = 10) -> float:
     return statistics.median(durations[2:])
 
 
+@utils.full_float32()
+@torch.no_grad()
 def measure_convolutions(device: torch.device, data: Path) -> list[dict]:
-    """Measure each convolution of the document's model and its two gradients in float32.
+    """Measure the convolutions of the document's model, and their gradients, in float32.
 
     Returns:
-        A row for each kind of convolution: its name, how often the model has it, GFLOP for a batch
-        (forward; each gradient needs the same number), and the GFLOP/s of the forward pass, of the
-        gradient of the input and of the gradient of the weights.
+        A row for each kind of convolution: the name of the first, their number, GFLOP per batch
+        (of the forward pass and of each gradient), and the GFLOP/s of all three.
     """
     model = utils.to_device(VQVAE(), device)
+    inputs: dict[nn.Module, Tensor] = {}
+    with register_module_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0]})):
+        model(load(data).batch(torch.arange(BATCH_SIZE)).to(device))
     rows: dict[tuple, dict] = {}
-
-    def measure(name: str, layer: nn.Module, x: Tensor) -> None:
-        key = (tuple(x.shape), tuple(layer.weight.shape), layer.transposed)
-        if key in rows:
-            rows[key]["count"] += 1
-            return
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            continue
+        x, weight = inputs[layer], layer.weight
         y = layer(x)
         positions = x if layer.transposed else y
-        gflop = 2 * layer.weight.numel() * positions[:, 0].numel() / 1e9
-        weight, channels = layer.weight.detach(), layer.out_channels
-        options = ([channels], layer.stride, layer.padding, (1, 1), layer.transposed, (0, 0), 1)
-        backward = partial(torch.ops.aten.convolution_backward, torch.randn_like(y), x, weight)
-        calls = {
-            "forward": lambda: layer(x),
-            "input gradient": lambda: backward(*options, (True, False, False)),
-            "weight gradient": lambda: backward(*options, (False, True, False)),
-        }
-        rows[key] = {"layer": name, "count": 1, "gflop": gflop}
-        rows[key] |= {key: gflop / seconds_of(call, device) for key, call in calls.items()}
-
-    with torch.no_grad(), utils.full_float32():
-        inputs = {}
-        hooks = []
-        for name, layer in model.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                record = partial(lambda name, _, args: inputs.update({name: args[0]}), name)
-                hooks.append(layer.register_forward_pre_hook(record))
-        model(load(data).batch(torch.arange(BATCH_SIZE)).to(device))
-        for hook in hooks:
-            hook.remove()
-        for name, x in inputs.items():
-            measure(name, model.get_submodule(name), x)
+        gflop = 2 * weight.numel() * positions[:, 0].numel() / 1e9
+        row = rows.setdefault((x.shape, weight.shape), {"layer": name, "number": 0, "gflop": gflop})
+        row["number"] += 1
+        if row["number"] > 1:
+            continue
+        options = ([y.shape[1]], layer.stride, layer.padding, (1, 1), layer.transposed, (0, 0), 1)
+        gradient = partial(convolution_backward, torch.randn_like(y), x, weight, *options)
+        row["forward"] = gflop / seconds_of(partial(layer, x), device)
+        row["input gradient"] = gflop / seconds_of(partial(gradient, (True, False, False)), device)
+        row["weight gradient"] = gflop / seconds_of(partial(gradient, (False, True, False)), device)
     return list(rows.values())
 
 

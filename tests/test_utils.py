@@ -119,18 +119,6 @@ def test_commands_on_windows_are_for_powershell(monkeypatch):
     assert command.endswith(r" --name runs\a")
 
 
-def test_versions_have_the_commit_or_say_that_it_is_unknown(monkeypatch):
-    versions = utils.versions()
-    assert versions["torch"] == str(torch.__version__)
-    assert {"python", "numpy", "nibabel", "torchmetrics", "commit"} <= versions.keys()
-
-    def run(*arguments, **options):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(utils.subprocess, "run", run)
-    assert utils.versions()["commit"] == "unknown"
-
-
 # ---------------------------------------------------------------- files
 
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from training import distributed
+from training import distributed, environment
 from training.checkpoint import CHECKPOINT_FORMAT, read_checkpoint, write_checkpoint
 from training.config import RunConfig
 from training.distributed import get_rank, get_world_size
@@ -118,9 +118,9 @@ class Run:
 
     def _write_config(self) -> None:
         content = {"name": self.folder.name, "arguments": self.config.to_json(), **self.info}
-        content["device"] = utils.describe_device(self.device, get_world_size())
+        content["device"] = environment.describe_device(self.device, get_world_size())
         content["precision"] = self.precision
-        content["versions"] = utils.versions()
+        content["versions"] = environment.versions()
         utils.write_json(self.folder / "config.json", content)
 
     def __exit__(self, error_type, error, traceback) -> None:
@@ -230,7 +230,7 @@ class Run:
     def describe_plan(self) -> str:
         """Return a line with epochs, steps, device and precision."""
         steps_left = self.total_steps - self.epochs_done * self.steps_per_epoch - self.steps_done
-        device = utils.describe_device(self.device, get_world_size())
+        device = environment.describe_device(self.device, get_world_size())
         return (
             f"training: {self.config.epochs} epochs of {self.steps_per_epoch} steps of "
             f"{self.config.batch_size} slices, {steps_left} steps left, on {device} in "

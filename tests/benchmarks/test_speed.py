@@ -57,7 +57,9 @@ def test_methods_take_turns(tmp_path, monkeypatch, on_gpu):
 
 def test_results_are_written_after_each_part(tmp_path, monkeypatch, capsys):
     def run_all(args, on_gpu, folder, write):
-        write({"training": {"typical script": ROW}, "bound": {"float32": {"failed": "x"}}})
+        failed = {"failed": "x"}
+        training = {"typical script": ROW}
+        write({"training": training, "bound": {"float32": failed}, "convolutions": failed})
         assert (tmp_path / "out.md").exists()
         assert not on_gpu
 
@@ -92,6 +94,16 @@ def test_the_table_shows_speeds_bounds_and_failures():
             "broken": {"failed": "x"},
         },
         "bound": {"float32": bound, "bfloat16": bound | {"slices_per_second": 200.0}},
+        "convolutions": [
+            {
+                "layer": "encoder.conv1",
+                "number": 1,
+                "gflop": 0.131,
+                "forward": 50.0,
+                "input gradient": 40.0,
+                "weight gradient": 9.6,
+            }
+        ],
         "others": {"1,000 files": {"seconds": 3.0, "over_inflate": 2.0, "memory": 0.5}},
     }
     lines = speed.table(result, CPU).splitlines()
@@ -100,7 +112,23 @@ def test_the_table_shows_speeds_bounds_and_failures():
     assert lines[4].startswith("| broken: failed, x |")
     assert lines[6].startswith("Bound in float32: 100 slices per second. ")
     assert "the slower of 74 GFLOP per step at 1.00 TFLOP/s, and 2.00 GB per step" in lines[6]
+    assert "| encoder.conv1 | 1 | 0.13 | 50 | 40 | 10 |" in lines
     assert lines[-1] == "| 1,000 files |  | 3.00 | 2.00 | 0.50 |"
+
+
+def test_each_method_is_compared_with_the_bound_of_its_own_arithmetic():
+    """On GPUs, the other implementations compute convolutions in TF32, torch's default."""
+    gpu = torch.device("cuda")
+    assert speed.precision_of("typical script", CPU) == "float32"
+    assert speed.precision_of("typical script", gpu) == "tf32"
+    assert speed.precision_of("- in float32", gpu) == "float32"
+    assert speed.precision_of("this project", CPU) == speed.utils.pick_precision("auto", CPU)
+
+
+def test_instruction_sets_are_vector_and_matrix_instructions(monkeypatch):
+    capabilities = {"avx2": True, "amx_bf16": False, "sse4_2": True, "cpu_name": "X"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert speed.instruction_sets() == ["avx2"]
 
 
 def test_training_sets_of_any_size_are_linked(write_slices, tmp_path):

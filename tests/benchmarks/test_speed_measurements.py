@@ -54,6 +54,17 @@ def test_the_bound_is_the_slower_of_operations_and_bytes(data, monkeypatch):
     assert result["slices_per_second"] == pytest.approx(1e6 / result["bytes"])
 
 
+def test_all_convolutions_of_the_model_are_measured(data, monkeypatch):
+    monkeypatch.setattr(speed_measurements, "BATCH_SIZE", 1)
+    monkeypatch.setattr(speed_measurements, "seconds_of", lambda call, device: call() is None or 2)
+    rows = speed_measurements.measure_convolutions(CPU, data)
+    assert sum(row["number"] for row in rows) == 12  # 2 x (2 + 2 layers of 2)
+    assert sum(row["number"] * row["gflop"] for row in rows) == pytest.approx(2 * 0.74, rel=0.03)
+    for row in rows:
+        for name in ("forward", "input gradient", "weight gradient"):
+            assert row[name] > 0
+
+
 def test_rates_of_the_hardware_are_positive(monkeypatch):
     monkeypatch.setattr(speed_measurements, "seconds_of", lambda call, device: call() is None or 2)
     assert speed_measurements.measure_bandwidth(CPU) == (1 << 27)

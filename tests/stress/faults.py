@@ -41,6 +41,7 @@ from outputs import (
 from processes import ROOT, finish, has_workers, kill_when, start, wait
 
 import utils
+from training import environment
 
 KINDS = ("cache", "training", "checkpoint", "plot", "prediction")
 SMALL_DATA = {"train": 12, "validate": 4, "test": 6}  # slices
@@ -331,7 +332,7 @@ def main() -> int:
     kills = {kind: len(range(i, args.kills, len(KINDS))) for i, kind in enumerate(KINDS)}
     with tempfile.TemporaryDirectory() as work:
         rows = run_kills(kills, args.seed, Path(work))
-    result = {"seed": args.seed, "rows": rows, "versions": utils.versions()}
+    result = {"seed": args.seed, "rows": rows, "versions": environment.versions()}
     utils.write_json(args.out.with_suffix(".json"), result)
     table = f"SIGKILL at random moments, seed {args.seed}.\n\n{format_table(rows)}"
     args.out.with_suffix(".md").write_text(table)

@@ -51,6 +51,7 @@ from mri.encoding import decode_file
 from mri.files import Source
 from mri.preprocessing import SIZE, Preprocessing, slice_affine
 from prior.model import CodePrior
+from training import environment
 from training.checkpoint import load_model
 from training.config import TrainConfig, check_config, resolve_config
 from training.run import Run
@@ -356,7 +357,7 @@ def main() -> int:
         rows = fuzz(args.count, args.seed, Path(folder))
     real = "and real slices" if os.environ.get("HIPMRI_REAL_DATA") else "slices, no real ones"
     files = f"synthetic {real}"
-    result = {"seed": args.seed, "files": files, "rows": rows, "versions": utils.versions()}
+    result = {"seed": args.seed, "files": files, "rows": rows, "versions": environment.versions()}
     utils.write_json(args.out.with_suffix(".json"), result)
     heading = (
         f"Seed {args.seed}, {files}; limits per file: {MAX_SECONDS} s and {MAX_MEMORY >> 30} GiB."
