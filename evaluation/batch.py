@@ -1,8 +1,8 @@
 """Process a batch of files, whichever of them fail, and write scores.csv.
 
 Three things happen at the same time: a thread reads files, the model reconstructs groups of files
-(reconstruct_group.py), and another thread writes outputs. Each step is at most two groups ahead of
-the next, which limits the memory that waiting files need.
+(reconstruct_group.py), and another thread writes outputs and draws figures. Each step is at most
+two groups ahead of the next, which limits the memory that waiting files need.
 """
 
 from __future__ import annotations
@@ -82,9 +82,12 @@ class Batch:
                 for result in results:
                     try:
                         write_outputs(self.model, result, self.out, error_map, export_codes)
-                        written.append((result, ""))
                     except OSError as error:
                         written.append((result, str(error)))
+                        continue
+                    result.row |= {"in_training": result.source.in_training, "figure": ""}
+                    drawing.add(result)
+                    written.append((result, ""))
                 return written
 
             for written in prefetch(write, self._reconstruct_groups(load, resize_to), depth=1):
@@ -93,7 +96,6 @@ class Batch:
                         self._fail(result.source.name, error)
                     else:
                         self._succeed(result)
-                        drawing.add(result)
             drawing.finish()
             self._errors += drawing.errors
         if drawing.num_left_out:
@@ -171,7 +173,6 @@ class Batch:
         elif not result.shown:
             note = "has only empty slices; it gets no figure and no scores"
             tqdm.write(f"note: {source.name} {note}")
-        result.row |= {"in_training": source.in_training, "figure": ""}
         self._finish(result.row)
 
     def _finish(self, row: dict) -> None:

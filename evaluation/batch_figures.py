@@ -138,7 +138,7 @@ class BatchFigures:
         except OSError as error:
             self.errors.append(str(error))
             return
-        for row in self._table.rows.values():
+        for row in list(self._table.rows.values()):  # a copy, as another thread adds rows
             if row.get("figure") == path.name:  # an earlier sheet that this one replaces
                 row["figure"] = ""
         for panel in sheet:

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from utils import write_atomically
 
-# pyplot is not used, and figures are made with matplotlib's default settings, so that neither the
-# user's settings ($MPLBACKEND, matplotlibrc) nor those of a program that calls these functions
-# affect the figures, and none of them are changed. Use it as a decorator of each such function.
+# pyplot is not used, and figures have matplotlib's default settings, so that the settings of the user
+# ($MPLBACKEND, matplotlibrc) or of a program that calls these functions neither affect the figures
+# nor change. `default_style` decorates each function that draws.
 _settings = dict(matplotlib.rcParamsDefault)
 _settings.pop("backend")
 default_style = matplotlib.rc_context(_settings)
 
 MAX_COLUMNS = 8  # largest number of columns in a figure
+PNG_OPTIONS = {"format": "png", "dpi": 110, "pil_kwargs": {"compress_level": 3}}  # fast
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
@@ -273,7 +274,7 @@ def plot_comparison(
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    figure.savefig(content, **PNG_OPTIONS)
     return content.getvalue()
 
 
@@ -395,6 +396,6 @@ def fit_title(text: str, inches: float, points: float) -> str:
 
 @default_style
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, in the format that the path's suffix names."""
+    """Write a figure as PNG, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, **PNG_OPTIONS))
