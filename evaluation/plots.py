@@ -20,9 +20,8 @@ from torch import Tensor
 
 from utils import write_atomically
 
-# pyplot is not used, and figures have matplotlib's default settings, so that the settings of the user
-# ($MPLBACKEND, matplotlibrc) or of a program that calls these functions neither affect the figures
-# nor change. `default_style` decorates each function that draws.
+# Figures neither use nor change the settings of the user ($MPLBACKEND, matplotlibrc) or of a calling
+# program: pyplot is not used, and `default_style` decorates each function that draws.
 _settings = dict(matplotlib.rcParamsDefault)
 _settings.pop("backend")
 default_style = matplotlib.rc_context(_settings)
