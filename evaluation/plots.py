@@ -20,7 +20,7 @@ from torch import Tensor
 
 from utils import write_atomically
 
-# Figures neither use nor change the settings of the user ($MPLBACKEND, matplotlibrc) or of a calling
+# Figures neither use nor change settings of the user ($MPLBACKEND, matplotlibrc) or of a calling
 # program: pyplot is not used, and `default_style` decorates each function that draws.
 _settings = dict(matplotlib.rcParamsDefault)
 _settings.pop("backend")
