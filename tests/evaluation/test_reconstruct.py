@@ -62,7 +62,7 @@ def test_transforms_and_units_stay(tmp_path, noise, reconstruct_path, capsys):
     image.header.set_xyzt_units("micron")
     image.to_filename(tmp_path / "x.nii")
     first = reconstruct_path(tmp_path / "x.nii", "--export-codes")
-    assert "its voxels are 0.00 x 0.00 mm" in capsys.readouterr().out
+    assert "its pixels are 0.00 x 0.00 mm" in capsys.readouterr().out
     again = reconstruct_path(first, "--from-codes", "again")
     for folder in (first, again):
         result = nib.load(folder / "x_reconstruction.nii.gz")
