@@ -56,7 +56,7 @@ def _connected_components(mask: Tensor) -> Tensor:
 
 
 def _fill_holes(mask: Tensor) -> Tensor:
-    """Fill the holes of each mask, which are pixels outside it that do not reach the border."""
+    """Fill the holes of each mask, (B, 1, H, W) bool: background not connected to the border."""
     border = torch.ones_like(mask)
     border[..., 1:-1, 1:-1] = False
     outside = _flood((border & ~mask).long(), ~mask)
@@ -77,7 +77,7 @@ def _flood(labels: Tensor, mask: Tensor) -> Tensor:
     """
     results = torch.empty_like(labels)
     # numpy's cumulative maximum is several times faster than torch's, which also returns indices.
-    # One slice after the other, because the number of sweeps differs between slices.
+    # Slices are processed one by one, because the number of sweeps differs between slices.
     dtype = np.int32 if max(mask.shape[-2:]) < 2**11 else np.int64
     for i in range(len(mask)):
         inside = mask[i, 0].numpy()

@@ -86,7 +86,7 @@ class CachedSplit(NamedTuple):
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
-    """Return the folder of all caches: `cache_dir`, $HIPMRI_CACHE, or in the user's cache folder."""
+    """Return the folder of all caches: `cache_dir`, else $HIPMRI_CACHE, else the user's default."""
     folder = cache_dir or os.environ.get("HIPMRI_CACHE")
     if folder:
         return Path(os.path.abspath(Path(folder).expanduser()))
@@ -159,7 +159,7 @@ def load_cached_split(
 
 
 def _data_set_prefix(source: Source, split: str, preprocessing: Preprocessing) -> str:
-    """Return `<split>-<data set>-`, the part of a cache's name that does not depend on its files."""
+    """Return `<split>-<data set>-`, the part of a cache's name that ignores individual files."""
     key = os.fsencode(f"{source.root} {preprocessing} {CACHE_FORMAT}")
     return f"{split}-{hashlib.sha256(key).hexdigest()[:10]}-"
 

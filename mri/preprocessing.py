@@ -133,7 +133,7 @@ def _stored_planes(path: Path, preprocessing: Preprocessing):
 
 
 def _sample_planes(planes: np.ndarray) -> np.ndarray:
-    """Return 32 to 63 evenly spaced planes, or all if fewer; subsample planes that are too large."""
+    """Return 32 to 63 evenly spaced planes, or all if fewer; subsample pixels of large planes."""
     planes = planes[:: max(1, len(planes) // 32)]
     step = math.ceil(math.sqrt(planes.size / nifti.MAX_VOXELS))
     return planes[:, ::step, ::step]

@@ -199,7 +199,7 @@ def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, .
 
 
 def note_on_unnamed(unnamed: list[Path], subjects: dict[Path, str], unit: str) -> list[str]:
-    """Return a list with a note on the files whose paths name no subject, or [] if there are none."""
+    """Return a list with a note on files whose paths name no subject; [] if there are none."""
     if not unnamed or len(subjects) == 1:
         return []
     names = {subjects[file] for file in unnamed}

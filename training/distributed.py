@@ -1,4 +1,4 @@
-"""Data-parallel training: several processes of one run, started by torchrun on one machine.
+"""Communicate between the processes of a data-parallel run, started by torchrun on one machine.
 
     with distributed.session():
         if distributed.get_rank() == 0: ...
@@ -52,7 +52,7 @@ def session() -> Iterator[None]:
         raise LostProcessError(
             f"another process of this run has ended or hangs ({first_line(error)})"
         ) from None
-    if starts_group:  # after an error, this is skipped: it could wait forever
+    if starts_group:  # not reached after an error, when it could wait forever
         dist.destroy_process_group()
 
 
@@ -100,7 +100,8 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def _barrier() -> None:
-    all_reduce_sum(torch.zeros(1))  # on the CPU; with NCCL, dist.barrier() would use a GPU
+    """Wait for all processes. Unlike `dist.barrier`, do not use a GPU if NCCL is available."""
+    all_reduce_sum(torch.zeros(1))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -152,8 +153,8 @@ def check_replicas(tensors: dict[str, Tensor]) -> None:
 def wrap_model(model: nn.Module) -> nn.Module:
     """Return a module whose backward pass averages gradients over the processes.
 
-    Buffers are not copied from rank 0. The quantiser itself keeps its averages equal in all
-    processes; if it failed to do so, copying would hide the failure.
+    Buffers are not copied from rank 0. The quantiser itself keeps its moving averages equal in all
+    processes; copying them would hide errors.
     """
     if get_world_size() == 1:
         return model
@@ -164,7 +165,7 @@ def wrap_model(model: nn.Module) -> nn.Module:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the module that `wrap_model` wrapped; return a module that is not wrapped as it is."""
+    """Return the module inside the wrapper of `wrap_model`; return an unwrapped module as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
