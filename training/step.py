@@ -1,4 +1,4 @@
-"""Parts of a training step that both training scripts use."""
+"""Clip gradients, skip steps and compile the losses, for both training scripts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from utils import first_line
 
 
 class Step(NamedTuple):
-    """One training step."""
+    """One training step: its number, and this process's part of the batch."""
 
-    number: int  # within the run, counted from 0
+    number: int  # number within the run, counted from 0
     progress: float  # fraction of the run's steps before this one
     batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
-    size: int  # examples in `batch`; 0 if the whole batch has too few for this process
-    # Factor for this process's mean loss, so that averaging over the processes weights all examples
-    # of the batch equally.
+    size: int  # number of examples in `batch`; 0 if the batch is smaller than the world size
+    # Factor for this process's mean loss. It makes the average over the processes weight all
+    # examples of the batch equally.
     weight: float
     is_full: bool  # whether the whole batch has `batch_size` examples; the last may have fewer
 
 
 def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
-    """Clip each module's gradient to `max_norm` (0: no clipping).
+    """Clip the gradient norm of each module to `max_norm` (0: no clipping).
 
     Returns:
         A bool tensor, (), true if all gradients are finite. It stays on the device, so that the
-            host does not wait for it.
+        host does not wait for it.
     """
     norms = []
     for module in modules:
@@ -45,10 +45,10 @@ def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
 
 
 def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Make the next `optimizer.step()` of a fused optimizer change nothing if `finite` is false.
+    """Make a fused optimizer skip its next step if `finite`, a bool tensor (), is false.
 
-    `found_inf` is the attribute through which `torch.amp.GradScaler` makes a fused optimizer skip a
-    step. The decision is made on the device; a Python `if` would wait for the gradients.
+    `found_inf` is the attribute that `torch.amp.GradScaler` sets for this purpose. The decision is
+    made on the device. A Python `if` would wait for the gradients.
     """
     optimizer.found_inf = (~finite).float()
 
@@ -56,7 +56,7 @@ def skip_step_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def compile_if_enabled(
     function: Callable, model: nn.Module, config: RunConfig, device: torch.device
 ) -> Callable:
-    """Return `function`, compiled if `--compile` is set; by default, only on a single CUDA GPU.
+    """Compile `function` if `config.compile` is set or, by default, on a single CUDA GPU.
 
     The other arguments are those of `compile_with_fallback`.
     """
@@ -67,10 +67,11 @@ def compile_if_enabled(
 
 
 def compile_with_fallback(function: Callable, model: nn.Module, device: torch.device) -> Callable:
-    """Wrap `function` so that its first call compiles it; if that fails, it runs uncompiled.
+    """Wrap `function` so that its first call compiles it.
 
-    The first call compiles the function with a trial forward and backward pass, and then restores
-    the model's state and the random generators. If the trial fails, a warning is printed.
+    The first call runs a trial forward and backward pass, and then restores the model's state and
+    the random generators. If the trial fails, a warning is printed, and the function runs
+    uncompiled.
 
     Args:
         function: a function that returns losses; all calls must pass tensors of the same shapes.
@@ -88,7 +89,7 @@ def compile_with_fallback(function: Callable, model: nn.Module, device: torch.de
             try:
                 active = torch.compile(function, mode=mode, dynamic=False)
                 active(*arguments).sum().backward()  # backward is compiled when it first runs
-            except Exception as error:  # compilers fail in many ways
+            except Exception as error:  # compilers raise many types of exceptions
                 tqdm.write(
                     "warning: the training step cannot be compiled here and runs uncompiled: "
                     f"{first_line(error)}"
@@ -111,6 +112,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 
 def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Restore the states that `_random_states` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
