@@ -100,7 +100,7 @@ def preserve_process_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _use_torch_defaults() -> Iterator[None]:
-    """Make torch create float32 tensors on the CPU and record gradients, whatever the caller set.
+    """Create tensors as float32 on the CPU, and record gradients, despite the caller's settings.
 
     A notebook may have called `torch.set_default_dtype` or `torch.set_default_device`. It may also
     call main() inside `torch.no_grad()` or `torch.inference_mode()`.

@@ -221,8 +221,8 @@ def read_arguments(folder: Path, config_class: type) -> dict:
 def read_preprocessing(run: Path, source: Source) -> Preprocessing:
     """Return the preprocessing of a run.
 
-    If `source` is of another form than the run's data (2D, 3D or scans), the preprocessing is
-    derived anew for it, with the run's size, fit, axis and treatment of NaN.
+    If `source` has another form (2D, 3D or scans) than the run's data, the preprocessing is
+    resolved for this form, with the run's size, fit, axis, planes and `nan_value`.
 
     Raises:
         UserError: if the preprocessing in config.json is not in the format that train.py writes.
