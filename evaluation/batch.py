@@ -109,7 +109,7 @@ class Batch:
         self._report()
 
     def decode(self) -> None:
-        """Decode all files, which are .npz files of codes; raises the errors of `reconstruct`."""
+        """Decode .npz files of codes, and write the slices; raises the errors of `reconstruct`."""
         with self._finishing():
             for file, name in zip(self.inputs, self.names, strict=True):
                 if self._signals:

@@ -1,4 +1,4 @@
-"""The figures of predict.py's output folder: one per volume, and contact sheets of slices.
+"""Draw the figures in predict.py's output folder: one per volume, and contact sheets of slices.
 
 Drawing takes longer than reconstruction, so the number of figures is limited. The column `figure`
 of scores.csv names the figure that shows a file.
@@ -21,7 +21,7 @@ from evaluation.score_table import SHEET_NAME, ScoreTable
 
 MAX_FIGURES = 20  # the default of --figures
 SLICES_PER_SHEET = 32
-MAX_SIDE = 512  # pixels; larger slices are shrunk, to bound the memory until a sheet is full
+MAX_SIDE = 512  # maximum side in pixels of slices on a contact sheet; larger ones are shrunk
 
 
 @dataclass
@@ -148,7 +148,7 @@ class BatchFigures:
 def _sheets_of_others(out: Path, table: ScoreTable, names: set[str]) -> set[int]:
     """Return the numbers of contact sheets that must be kept.
 
-    A sheet in the folder is kept unless scores.csv lists its files and all are in this call.
+    A sheet may be replaced only if scores.csv lists its files, and all of them are in `names`.
 
     Args:
         out: the output folder.

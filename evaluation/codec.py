@@ -28,7 +28,7 @@ from mri.geometry import affine_header, geometry_record, header_from_record
 from mri.preprocessing import floor_std, is_constant, resize
 from utils import DataError, first_line, write_bytes
 
-BATCH_SIZE = 16  # for slices of up to 512 x 512 pixels
+BATCH_SIZE = 16  # slices per batch, if they have at most 512 x 512 pixels
 CODES_FORMAT = 1  # version of the .npz files
 
 
@@ -206,7 +206,7 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
         if size <= nifti.MAX_VOXELS:
             with np.load(path, allow_pickle=False) as file:
                 return {name: np.asarray(file[name]) for name in file.files}
-    except Exception as error:  # zipfile and numpy raise many types for damaged files
+    except Exception as error:  # damaged files raise many types of exceptions
         raise DataError(f"{message} ({first_line(error)})") from error
     raise DataError(f"{path} unpacks to {size:,} bytes, more than any file from --export-codes")
 

@@ -1,4 +1,4 @@
-"""Scores of reconstructions: four SSIM variants, PSNR, scores per organ, and codebook usage.
+"""Score reconstructions: four SSIM variants, PSNR, scores per organ, and codebook usage.
 
 Published SSIM values differ more by convention than by model. Each name here is one convention:
 

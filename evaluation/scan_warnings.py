@@ -1,4 +1,4 @@
-"""Warn if a file's slices are too small to be scored, or its pixels unlike the training data's."""
+"""Warn if a file's slices are too small to be scored, or if its pixel spacing is unusual."""
 
 from __future__ import annotations
 

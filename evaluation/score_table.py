@@ -25,7 +25,7 @@ from mri import files
 from mri.files import nfc, printable
 from utils import DataError
 
-ENDINGS = ("_reconstruction.nii.gz", "_error.nii.gz", "_codes.npz", ".png")  # after output names
+ENDINGS = ("_reconstruction.nii.gz", "_error.nii.gz", "_codes.npz", ".png")  # of output files
 SHEET_NAME = re.compile(r"contact_sheet_(\d+)\.png", re.I)  # figures of several inputs
 MAX_PRINTED = 20  # maximum number of files in the printed table
 WRITE_INTERVAL = 2.0  # minimum time between two writes of scores.csv, in seconds
@@ -65,6 +65,7 @@ class ScoreTable:
         present = {_name_key(name) for name in os.listdir(self.out)}
 
         def has_outputs(name: str) -> bool:
+            """Return whether an output of this name exists, or the name is that of a sheet."""
             if SHEET_NAME.fullmatch(name + ".png"):
                 return True
             return any(_name_key(name + ending) in present for ending in ENDINGS)
@@ -178,8 +179,8 @@ def _table_error(path: Path, reason: str) -> DataError:
 def input_path(file: str | Path) -> Path:
     """Return the absolute path that identifies an input.
 
-    Links in the folder's path are resolved, but a link as the file is not: with git-annex, the
-    files of two subjects may link to the same content.
+    Links to folders are resolved. A link to a file is not: with git-annex, the files of two
+    subjects may link to the same content.
     """
     file = Path(file)
     return file.parent.resolve() / file.name

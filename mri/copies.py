@@ -54,7 +54,7 @@ class FileSet(frozenset):
 
     @functools.cached_property
     def _checksums(self) -> dict[Path, int]:
-        """Map files to their checksums, which `_checksum` adds."""
+        """Checksums that `_checksum` has computed: file -> CRC-32."""
         return {}
 
     def _checksum(self, file: Path) -> int:

@@ -24,9 +24,9 @@ class SliceRecord(NamedTuple):
 
     plane: int  # index of the slice in its file; 0 for a 2D file
     scale: float  # image = (pixels + 32768) * scale + low
-    low: float
-    mean: float  # of the fitted slice, in the scanner's intensities
-    std: float
+    low: float  # smallest value of the fitted slice, in the scanner's intensities
+    mean: float  # mean of the fitted slice, in the scanner's intensities
+    std: float  # standard deviation of the fitted slice, in the scanner's intensities
     constant: bool  # whether the slice has a single value (see `preprocessing.is_constant`)
     height: int  # rows of the slice before fitting
     width: int  # columns before fitting
@@ -97,6 +97,6 @@ def decode_file(path: Path, preprocessing: Preprocessing) -> tuple[list[EncodedS
             slices.append(encode_slice(image, plane, preprocessing))
     except ValueError as error:
         return [], str(error)
-    except Exception as error:  # one odd file must not prevent the decoding of other files
+    except Exception as error:  # one unusual file must not prevent the decoding of other files
         return [], f"cannot be decoded ({error!r})"
     return slices, ""

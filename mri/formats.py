@@ -33,7 +33,7 @@ _FORMATS = (
 )
 _DICOM_NAME = re.compile(r"[^.]*|[\d.]+|DICOMDIR", re.I)  # names without an ending, and UIDs
 
-ARCHIVE_COMMANDS = {  # file name -> the command that unpacks it
+ARCHIVE_COMMANDS = {  # pattern of the ending -> the command that unpacks the archive
     re.compile(r"\.zip$", re.I): "unzip {file} -d {folder}",
     re.compile(r"\.(tar|tgz|tbz2|txz|tar\.(gz|bz2|xz|zst))$", re.I): (
         "mkdir {folder} && tar -xf {file} -C {folder}"

@@ -79,7 +79,7 @@ def describe_split(
         preprocessing: the settings that turned files into slices.
         stems: N file names without endings, one per slice.
         records: (N,) table of the slices.
-        bad: (unusable files,) table of the unusable files.
+        bad: (M,) table of the M unusable files.
 
     Returns:
         Lines on unusable files, slices taken from volumes, slices that are cropped or resized, and

@@ -1,4 +1,4 @@
-"""Preprocessing: turn the planes of a file into slices of one size, and slices into z-scores.
+"""Turn the planes of a file into slices of one size, and slices into z-scores.
 
     preprocessing = Preprocessing.resolve(source, size=None, axis="axial")   # once per run
     for plane, image in read_planes(path, preprocessing):                    # (rows, columns) each
@@ -146,9 +146,9 @@ def background_threshold(planes: np.ndarray) -> float:
         planes: (N, rows, columns), the scan or a sample of its planes.
 
     Returns:
-        p1 + 0.1 (p99 - p1), where p1 and p99 are the 1st and 99th percentiles of all pixels. It is
-        -inf if there is a single plane, or if pixels are not finite, which
-        `encoding.encode_slice` reports.
+        p1 + 0.1 (p99 - p1), where p1 and p99 are the 1st and 99th percentiles of all pixels; -inf
+        if there is a single plane, or if pixels are not finite. `encoding.encode_slice` reports
+        such pixels.
     """
     low, high = np.percentile(planes, (1, 99))
     if len(planes) == 1 or not np.isfinite(low + high):

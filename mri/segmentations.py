@@ -69,7 +69,7 @@ def is_segmentation(path: Path) -> bool:
     """
     if _is_segmentation_file(path.name):
         return True
-    for folder in path.parents:  # innermost first: images/ inside prostate_masks/ contains images
+    for folder in path.parents:  # innermost first: prostate_masks/images/ contains images
         if NIFTI_NAME.search(folder.name):  # a folder `x.nii.gz` counts as the file inside it
             if _is_segmentation_file(folder.name):
                 return True

@@ -114,8 +114,8 @@ def find_subjects(
 def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
     """Guess the subjects of files whose paths name no subject.
 
-    If a file is in a subfolder, the name of the subfolder is its subject. Folders do not count as
-    subfolders if they are split folders, contain split folders, or contain all files.
+    If a file is in a subfolder, the name of the outermost subfolder is its subject. Folders do not
+    count as subfolders if they are split folders, contain split folders, or contain all files.
 
     Any other file is a subject of its own, unless the names of several files mark them as parts of
     one subject `x`: slices (`x_slice_1`, `x_slice_2`), nnU-Net's channels (`x_0000`, `x_0001`), or
@@ -144,8 +144,8 @@ def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
 def _are_channels(stems: list[str]) -> bool:
     """Return whether the names end with nnU-Net's channel numbers.
 
-    At least two cases must have the same channels, because the numbers of a single series, such as
-    IMG_0000 to IMG_0099, may be subjects.
+    There must be at least two cases, all with the same channels. The numbers of a single series,
+    such as IMG_0000 to IMG_0099, may be subjects.
     """
     channels: dict[str, set[str]] = {}
     for stem in stems:

@@ -1,4 +1,4 @@
-"""The configuration of a training run: one typed field per flag, with its help text and bounds.
+"""Configure a training run: one typed field per flag, with its help text and bounds.
 
     config = TrainConfig()                                  # the `tuned` recipe
     config = TrainConfig(**DOCUMENT, epochs=50)             # the source document's recipe

@@ -70,8 +70,8 @@ def preserve_process_state() -> Iterator[None]:
     `torch.use_deterministic_algorithms`, cuBLAS's environment variable and the current GPU.
     docs/data.md lists the state that it does not restore.
 
-    During the block, torch has its defaults (see `_use_torch_defaults`). SIGTERM raises SystemExit,
-    so that unfinished files are deleted, unless the caller has a handler for it.
+    During the block, torch has its defaults (see `_use_torch_defaults`). Unless the caller handles
+    SIGTERM, it raises SystemExit, so that unfinished files are deleted.
     """
     workspace = os.environ.get(CUBLAS_VARIABLE)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -109,7 +109,7 @@ def _use_torch_defaults() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if torch.empty(0).device.type != "cpu":  # only then, as it slows down every call of torch
+        if torch.empty(0).device.type != "cpu":  # the context would slow down every call of torch
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)

@@ -88,7 +88,7 @@ class ProgressBar:
 
         Args:
             totals: the totals of the epoch so far.
-            num_shown: number of losses whose means are added to the loss that is shown.
+            num_shown: number of losses; the sum of their means is shown as the loss.
             best: name -> best score.
         """
         *losses, examples, skipped, last_skipped = totals.to_tensor().tolist()

@@ -1,4 +1,4 @@
-"""Run folders: start a run, find a run to resume, and load the data that a run was trained on.
+"""Start a run, find a run to resume, and load the data that a run was trained on.
 
 folder, config, checkpoint = open_run(flags)                 # train.py
 run = newest_run(Path("runs"))                               # predict.py and others
@@ -26,7 +26,7 @@ from utils import CheckpointError, DataError, UserError
 
 
 def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
-    """Start a new run or resume one, as the flags of train.py say.
+    """Choose the folder of a new run, or find the run to resume, by the flags of train.py.
 
     Args:
         flags: only the flags that were typed (see `training.config.parse_train_flags`).

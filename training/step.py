@@ -22,7 +22,7 @@ class Step(NamedTuple):
     number: int  # number within the run, counted from 0
     progress: float  # fraction of the run's steps before this one
     batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
-    size: int  # number of examples in `batch`; 0 if the batch is smaller than the world size
+    size: int  # number of examples in `batch`; may be 0 if there are fewer than processes
     # Factor for this process's mean loss. It makes the average over the processes weight all
     # examples of the batch equally.
     weight: float

@@ -42,7 +42,7 @@ class EpochTotals:
         return torch.cat([self.losses, steps])
 
     def over_processes(self) -> Tensor:
-        """Sum the totals of all processes; return them on the CPU in the order of `to_tensor`."""
+        """Combine the totals of all processes, (n + 3,), on the CPU in the order of `to_tensor`."""
         own = self.to_tensor()
         summed = distributed.all_reduce_sum(own[:-2])
         return torch.cat([summed, own[-2:].cpu()])  # not summed: all processes skip the same steps

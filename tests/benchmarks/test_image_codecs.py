@@ -94,8 +94,6 @@ def test_missing_packages_are_errors(monkeypatch):
     monkeypatch.setattr(image_codecs.imagecodecs, "avif_version", version, raising=False)
     message = r"this build of imagecodecs has no avif .*omit it from --codecs"
     with pytest.raises(UserError, match=message):
-        UserError, match=r"this build of imagecodecs has no avif .*omit it from --codecs"
-    ):
         image_codecs.versions(["avif"])
     monkeypatch.setattr(image_codecs, "imagecodecs", None)
     with pytest.raises(UserError, match=r"imagecodecs, .* is not installed; run pip install -r"):
