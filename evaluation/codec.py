@@ -163,7 +163,9 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         raise DataError(not_codes)
     number = content["format"].tolist()
     if number != CODES_FORMAT:
-        raise DataError(f"{path} has format {number}; expected {CODES_FORMAT}")
+        raise DataError(
+            f"{path} has format {number}; expected {CODES_FORMAT}. Export the codes again"
+        )
     try:
         if str(content["model"]) != fingerprint(model):
             raise DataError(
@@ -208,7 +210,9 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
                 return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:  # damaged files raise many types of exceptions
         raise DataError(f"{message} ({first_line(error)})") from error
-    raise DataError(f"{path} unpacks to {size:,} bytes, more than any file from --export-codes")
+    raise DataError(
+        f"{path} unpacks to {size:,} bytes, more than any file from --export-codes; name such a file"
+    )
 
 
 def _read_geometry(content: dict[str, np.ndarray], message: str) -> nib.Nifti1Header:

@@ -1,4 +1,4 @@
-"""The prior: an autoregressive model of the codes of a VQ-VAE.
+"""Model the codes of a VQ-VAE autoregressively, and sample from the model (the prior).
 
 prior = CodePrior(num_embeddings=512, embedding_dim=64, height=64, width=32)
 prior.initialize(embedding, brightness, codes, position)
@@ -68,8 +68,8 @@ class CodePrior(nn.Module):
     The last grid contains the codes. The grids before it are outlines. An outline has half the
     height and width of the next grid, and contains the quantised mean brightness of its 2 x 2
     blocks. It fixes the layout of a slice in few steps. Each grid is conditioned on the whole
-    previous grid, as in VQ-VAE-2 (arXiv 1906.00446). Outlines are functions of the codes, so
-    -ln p(outlines) - ln p(codes | outlines) is an upper bound on -ln p(codes), which is reported.
+    previous grid, as in VQ-VAE-2 (arXiv 1906.00446). Outlines are functions of the codes. Results
+    report -ln p(outlines) - ln p(codes | outlines), an upper bound on -ln p(codes).
 
     Args:
         num_embeddings: K, number of codes of the VQ-VAE.

@@ -151,7 +151,8 @@ def load_model(
     ) as error:
         # Arguments or tensors of an unexpected type or size can raise any of these.
         raise CheckpointError(
-            f"{path} does not fit this version's {cls.__name__}: {first_line(error)}"
+            f"{path} does not fit this version's {cls.__name__} ({first_line(error)}); use the "
+            "version that wrote it, or train again"
         ) from None
     return model.to(device).eval()
 

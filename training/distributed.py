@@ -50,7 +50,8 @@ def session() -> Iterator[None]:
         if not is_lost_process(error):
             raise
         raise LostProcessError(
-            f"another process of this run has ended or hangs ({first_line(error)})"
+            f"another process of this run has ended or hangs ({first_line(error)}); run the "
+            "command again"
         ) from None
     if starts_group:  # not reached after an error, when it could wait forever
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Manage a run: folder, lock, signals, history and checkpoints. Scripts have the training loop.
+"""Manage a run's folder, lock, signals, history and checkpoints; scripts have the training loop.
 
     run = Run(folder=folder, config=config, modules={"model": model}, optimizer=optimizer, ...)
     if checkpoint:
