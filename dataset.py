@@ -252,7 +252,7 @@ def _zscore(pixels: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
 
 
 def prefetch(read: Callable, groups: Iterable, depth: int = 3) -> Iterator:
-    """Yield `read(group)` for each group, in order, read up to `depth` groups ahead in a thread."""
+    """Yield `read(group)` for each group in order; a thread reads up to `depth` groups ahead."""
     with ThreadPoolExecutor(1) as thread:
         pending = deque()
         for group in groups:

@@ -2,7 +2,7 @@
 
     python generate.py                               # 16 slices, from the newest prior in runs/
     python generate.py --count 64 --temperature 0.9 --position 0.5 --seed 1
-    python generate.py --complete slice.nii.gz       # keep the left half, sample the other 4 times
+    python generate.py --complete slice.nii.gz       # sample the right half of a slice, 4 times
     python generate.py --evaluate                    # measure realism, search for copies
 
 The output folder is <run>/generated/ or --out. The files are slices.png and drawn_<n>.nii.gz; with

@@ -213,8 +213,8 @@ def _relative(path: str | Path) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Python, of the packages that affect results, and of this repository.
 
-    The key "commit" holds the output of `git describe`, which ends in "-dirty" if files differ from
-    the commit.
+    "commit" is the output of `git describe`, which ends in "-dirty" if files differ from the
+    commit.
     """
     import matplotlib
     import nibabel
@@ -265,7 +265,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if time.time() - stale.stat().st_mtime > 86400:  # of a killed process, a day ago
+            if time.time() - stale.stat().st_mtime > 86400:  # left a day ago by a killed process
                 stale.unlink()
         write(temporary)
         with open(temporary, "r+b") as file:  # Windows can only sync files opened for writing

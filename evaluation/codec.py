@@ -211,7 +211,8 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     except Exception as error:  # damaged files raise many types of exceptions
         raise DataError(f"{message} ({first_line(error)})") from error
     raise DataError(
-        f"{path} unpacks to {size:,} bytes, more than any file from --export-codes; name such a file"
+        f"{path} unpacks to {size:,} bytes, more than any file from --export-codes; name such a "
+        "file"
     )
 
 
