@@ -1,4 +1,4 @@
-"""The data set: 2D MRI slices as z-scored tensors, for `train.py` and `predict.py`.
+"""Load 2D MRI slices as z-scored tensors, for `train.py` and `predict.py`.
 
     source = splits.find_source("/data/keras_slices_data")     # the files of each split
     train = load_split(source, "train")                        # decoded once, then memory-mapped
@@ -47,7 +47,7 @@ class SliceDataset(torch.utils.data.Dataset):
         split: "train", "validate" or "test".
         names: N `SliceName` objects, the parsed file name of each slice.
         files: N paths, the file of each slice.
-        preprocessing: how the files became slices.
+        preprocessing: the settings that turned files into slices.
         size: (rows, columns) of every slice; the shapes in this file assume 256 x 128.
         fit: how slices of a different size are fitted (see `Preprocessing`).
         mean: (N,) float32, mean of each slice, in the scanner's intensities.
@@ -74,10 +74,10 @@ class SliceDataset(torch.utils.data.Dataset):
         self.notes = notes
 
         records = cached.records
-        self._pixels = cached.pixels  # (rows of the cache, 256, 128) int16, memory-mapped
+        self._pixels = cached.pixels  # (cache rows, 256, 128) int16, memory-mapped
         self._rows = records["row"]
         self._planes = records["plane"]
-        # Pixels, gain and bias on the device, once `cache_on_device` has copied them.
+        # Pixels, gain and bias on the device; None until `cache_on_device` copies them.
         self._on_device: tuple[Tensor, Tensor, Tensor] | None = None
 
         std = floor_std(records["std"], records["constant"])
@@ -106,7 +106,7 @@ class SliceDataset(torch.utils.data.Dataset):
         """Yield the z-scored slices of each group of indices, on the device.
 
         If `cache_on_device` has copied the pixels, they are gathered on the device. Otherwise, they
-        are read from the cache: ahead of time by a thread for a GPU, on demand for a CPU.
+        are read from the cache: on demand for a CPU, ahead of time in a thread for other devices.
 
         Args:
             groups: indices (B,) of each batch; B may differ between batches.
@@ -127,10 +127,10 @@ class SliceDataset(torch.utils.data.Dataset):
 
         Args:
             device: a GPU.
-            max_fraction: largest fraction of the device's free memory that may be used.
+            max_fraction: maximum fraction of the device's free memory to use.
 
         Returns:
-            A line to print that says where the pixels are.
+            A line to print that states where the pixels are.
         """
         needed = len(self) * math.prod(self.size) * 2
         pixels_size = f"{self.split}: the pixels ({needed / 1e9:.2f} GB)"
@@ -140,7 +140,7 @@ class SliceDataset(torch.utils.data.Dataset):
                 "so they are read from disk for each batch"
             )
         pixels = torch.empty(len(self), *self.size, dtype=torch.int16, device=device)
-        for indices in torch.arange(len(self)).split(1024):  # limits the copy's extra memory
+        for indices in torch.arange(len(self)).split(1024):  # bounds the memory on the host
             pixels[indices[0] : indices[-1] + 1] = self._read(indices)[0].to(device)
         self._on_device = (pixels, self._gain.to(device), self._bias.to(device))
         return f"{pixels_size} are in the memory of {device}"
@@ -162,7 +162,7 @@ class SliceDataset(torch.utils.data.Dataset):
             yield _zscore(*[transfer(part, device) for part in stored])
 
     def _read(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return stored pixels, (B, 256, 128) int16, and their gain and bias, each (B, 1, 1, 1)."""
+        """Read pixels, (B, 256, 128) int16, with their gain and bias, each (B, 1, 1, 1)."""
         pixels = torch.from_numpy(self._pixels[self._rows[indices.numpy()]])
         return pixels, self._gain[indices], self._bias[indices]
 
@@ -171,7 +171,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
         Args:
             images: (B, 1, 256, 128), originals or reconstructions.
-            indices: (B,), index of the slice that each image shows.
+            indices: (B,), the index in this split of each image.
         """
         indices = torch.as_tensor(indices, device="cpu")
         mean = self.mean[indices].to(images.device).view(-1, 1, 1, 1)
@@ -200,7 +200,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @property
     def positions(self) -> Tensor:
-        """Position of each slice in its volume, (N,): 0 (first) to 1 (last), or NaN if unknown.
+        """Position of each slice in its volume, (N,), from 0 (first) to 1 (last); NaN if unknown.
 
         A volume is a file with several slices, or the 2D files of one case and week.
         """
@@ -221,7 +221,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def description(self) -> dict:
-        """Slice size, spacing of rows and columns in mm, axis of the cut, and value for NaN."""
+        """Slice size, spacing of rows and columns in mm, `axis`, and `nan_value` of the split."""
         return {
             "size": list(self.size),
             "spacing": median_spacing(list(dict.fromkeys(self.files)), self.preprocessing),
@@ -236,7 +236,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the mean and standard deviation of each slice, in order; paths have no effect."""
+        """Hash of all means and standard deviations, in order; it does not depend on paths."""
         statistics = torch.stack([self.mean, self.std])
         return hashlib.sha256(statistics.numpy().tobytes()).hexdigest()[:16]
 
@@ -257,7 +257,7 @@ def transfer(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def prefetch(read: Callable, groups: Iterable, depth: int = 3) -> Iterator:
-    """Yield `read(group)` for each group, in order; a thread reads up to `depth` groups ahead."""
+    """Yield `read(group)` for each group in order; a thread reads up to `depth` groups ahead."""
     with ThreadPoolExecutor(1) as thread:
         pending = deque()
         for group in groups:
@@ -288,16 +288,16 @@ def load_split(
     workers: int | None = None,
     progress: bool = True,
 ) -> SliceDataset:
-    """Load a split of a source; if it is not cached yet, decode it into the cache.
+    """Load a split of a data set; if it is not cached yet, decode it into the cache.
 
     Args:
         source: the files of each split.
         split: "train", "validate" or "test".
-        preprocessing: how files become slices (default: `Preprocessing.resolve(source)`).
+        preprocessing: settings that turn files into slices (default: `Preprocessing.resolve`).
         cache_dir: folder of all caches (default: $HIPMRI_CACHE, else the user's cache folder).
-        skip_bad_files: leave out unusable files and add a note, instead of raising an error.
+        skip_bad_files: whether to skip unusable files with a note, instead of raising an error.
         workers: number of decoding processes (default: one per core, or 1 if there are few slices).
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
         DataError: if the split is missing, files are unusable (the error lists all of them), or the
@@ -320,7 +320,7 @@ def load_split(
 
 
 def read_slice(path: str | Path, preprocessing: Preprocessing) -> Tensor:
-    """Read one 2D NIfTI file as `SliceDataset` does, but without `floor_std`.
+    """Read a 2D NIfTI file as a slice that is z-scored by its own mean and std (no `floor_std`).
 
     Returns:
         (1, rows, columns) float32, z-scored.
@@ -360,8 +360,8 @@ def augment(images: Tensor, crop: int, flip: bool) -> Tensor:
 
     Args:
         images: (B, 1, H, W).
-        crop: side of the square crop in pixels, or 0 for whole slices. It is limited to the
-            largest multiple of 16 that fits into the slices.
+        crop: side of the square crop in pixels, or 0 for whole slices. The maximum is the largest
+            multiple of 16 that fits into the slices.
         flip: whether to apply `random_flip` as well.
 
     Returns:

@@ -2,14 +2,14 @@
 
     python generate.py                               # 16 slices, from the newest prior in runs/
     python generate.py --count 64 --temperature 0.9 --position 0.5 --seed 1
-    python generate.py --complete slice.nii.gz       # keep the left half, sample the other 4 times
+    python generate.py --complete slice.nii.gz       # sample the right half of a slice, 4 times
     python generate.py --evaluate                    # measure realism, search for copies
 
 The output folder is <run>/generated/ or --out. The files are slices.png and drawn_<n>.nii.gz; with
 --complete, completion.png and completion_<n>.nii.gz; with --evaluate, slices.png, closest.png and
 evaluation.json. Intensities in the NIfTI files are scaled to those of typical training slices. The
-voxel size is copied from the training slices or, with --complete, from the given slice. The same
-flags on the same machine give the same slices.
+voxel size is that of the training slices or, with --complete, of the given slice. The same flags on
+the same machine give the same slices.
 
 A sampled slice does not show a real patient, but it may be a near copy of a training slice;
 --evaluate searches for such copies.
@@ -44,11 +44,11 @@ from training.run_folder import load_run_data, newest_run
 from training.run_names import resolve_run
 from utils import UserError
 
-NUM_SAMPLES = 16
-NUM_COMPLETIONS = 4
-MAX_PICTURES = 64  # at most this many slices are shown in slices.png and completion.png
+NUM_SAMPLES = 16  # default of --count
+NUM_COMPLETIONS = 4  # default of --count with --complete
+MAX_PICTURES = 64  # maximum number of slices in slices.png and in completion.png
 
-# Half of a slice -> the view (index into prior.codes.MIRRORS) in which that half comes first
+# Half of a slice -> the view (index into prior.codes.MIRRORS) in which that half comes first.
 VIEW_OF_HALF = {"left": 0, "right": 1}
 
 
@@ -103,7 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="number of slices to sample (default: 16; with --complete, 4; with --evaluate, half "
-        "as many as there are training slices)",
+        "the number of training slices)",
     )
     flag(
         "--temperature",
@@ -117,15 +117,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="K",
-        help="sample only from the K most likely codes; 0 means all (default: 0)",
+        help="number of most likely codes to sample from; 0: all (default: 0)",
     )
     flag(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="sample only from the smallest set of most likely codes whose total probability is at "
-        "least P (default: 1)",
+        help="total probability of the most likely codes to sample from: the smallest such set "
+        "with at least P (default: 1)",
     )
     flag(
         "--position",
@@ -210,7 +210,7 @@ def load_sampler(run: Path, args: argparse.Namespace) -> Sampler:
 def sample(
     sampler: Sampler, run: Path, train_slices: SliceDataset, folder: Path, args: argparse.Namespace
 ) -> None:
-    """Sample slices and write them as a picture and NIfTI files."""
+    """Sample slices, and write them as a figure and as NIfTI files."""
     positions = choose_positions(args, train_slices, args.count or NUM_SAMPLES)
     images = sampler.decode(sampler.sample(positions))
     write_slices(folder, "drawn", images, train_slices, train_slices.affine)
@@ -225,7 +225,7 @@ def sample(
 
 
 def choose_positions(args: argparse.Namespace, train_slices: SliceDataset, count: int) -> Tensor:
-    """Return positions in the volume, (count,): --position or quantiles of training positions."""
+    """Return positions in the volume, (count,): --position, or quantiles of training positions."""
     if args.position is not None:
         return torch.full((count,), args.position)
     positions = train_slices.positions.sort().values
@@ -235,10 +235,10 @@ def choose_positions(args: argparse.Namespace, train_slices: SliceDataset, count
 def write_slices(
     folder: Path, name: str, images: Tensor, train_slices: SliceDataset, affine: np.ndarray
 ) -> None:
-    """Write images (N, 1, H, W) as <name>_<n>.nii.gz; delete such files from an earlier call.
+    """Write images (N, 1, H, W) as <name>_<n>.nii.gz; delete such files of an earlier call.
 
-    Images are multiplied by the median of the training slices' standard deviations. The median of
-    the training slices' means is then added.
+    Images are multiplied by the median standard deviation of the training slices. The median of
+    their means is then added.
     """
     for old in folder.glob(f"{name}_*.nii.gz"):
         old.unlink()
@@ -254,7 +254,7 @@ def write_slices(
 def complete(
     sampler: Sampler, run: Path, train_slices: SliceDataset, folder: Path, args: argparse.Namespace
 ) -> None:
-    """Keep the codes of one half of a slice and sample the other half several times."""
+    """Keep the codes of one half of a slice, and sample the other half several times."""
     half = args.keep or "left"
     view = VIEW_OF_HALF[half]
     if view:
@@ -307,11 +307,13 @@ def check_mirrored_training(folder: Path) -> None:
 
 
 def mirrored_half(image: Tensor) -> Tensor:
-    """Mirror the first half of the rows of a slice onto the second half, and z-score the slice.
+    """Replace the second half of a slice's rows by the mirrored first half, and z-score the slice.
 
-    The slice is (1, H, W). The encoder then has no information about the half that will be
-    sampled. The pixels of that half are replaced before the mean and the standard deviation are
-    computed.
+    Without this, the encoder would have information about the half that is to be sampled, from its
+    pixels and from the mean and standard deviation of the whole slice.
+
+    Args:
+        image: (1, H, W).
     """
     half = image[:, : image.shape[1] // 2]
     mirrored = torch.cat([half, half.flip(1)], 1)
@@ -366,7 +368,7 @@ def plot_closest(
     heading: str,
     spacing: list[float] | None,
 ) -> None:
-    """Plot the four closest pairs by pixels and the four by features, with the samples on top."""
+    """Plot the four closest pairs by pixels, and by features: samples above training slices."""
     upper, lower, upper_titles, lower_titles = [], [], [], []
     for name, search in copies.items():
         for i in np.argsort(search["distance"])[:4].tolist():

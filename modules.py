@@ -44,7 +44,7 @@ class ResidualStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Map slices to a vector of D numbers per code position; C below is `channels`."""
+    """Encode slices as one vector of D numbers per code position; C is `channels`."""
 
     def __init__(self, channels, residual_channels, num_layers, embedding_dim, stride=4):
         super().__init__()
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Map quantised vectors to slices; the output is unbounded, as z-scores are."""
+    """Decode quantised vectors to slices; the output is unbounded, like z-scores."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
 
 
 def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
-    """Return the stride-2 convolutions that a total stride above 4 needs after the first two."""
+    """Return additional stride-2 convolutions, which a total stride above 4 needs."""
     if stride < 4 or stride & (stride - 1):
         raise ValueError(f"stride is {stride}; expected 4, 8, 16 or another power of two")
     extra = range(stride.bit_length() - 3)
@@ -113,7 +113,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """Sum the values of each code: (N, ...), (N,) -> (K, ...). Values of 1 give the counts."""
+    """Sum the values of each code: (N, ...), (N,) -> (K, ...). Values of 1 give counts."""
     return values.new_zeros(num_codes, *values.shape[1:]).index_add_(0, indices, values)
 
 
@@ -142,7 +142,7 @@ def kmeans(vectors: Tensor, num_clusters: int, generator=None) -> tuple[Tensor, 
 
 
 class Quantized(NamedTuple):
-    """The result of a quantiser; with R codebooks, each loss is the sum over all codebooks."""
+    """The result of a quantiser. With R codebooks, each loss is summed over the codebooks."""
 
     quantized: Tensor  # (B, D, h, w) float32; its gradient passes straight through to the input
     indices: Tensor  # (B, h, w) int64, or (B, h, w, R)
@@ -158,7 +158,7 @@ class VectorQuantizer(nn.Module):
     Distances are computed in float32, even under autocast: half precision would overflow.
 
     codebook: with "gradient", the codebook loss trains the embeddings (equation 3, second term);
-        with "ema", they are moving averages of their vectors in all processes (appendix A.1).
+        with "ema", each is the moving average of its vectors in all processes (appendix A.1).
     decay: decay rate of the moving averages.
     restart_below: with "ema", reinitialise codes below this fraction of the mean usage; 0: never.
     """
@@ -175,7 +175,7 @@ class VectorQuantizer(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.codebook, self.decay, self.restart_below = codebook, decay, restart_below
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
-        # The usual initialisation. It leaves most codes unused, unlike `init_codebook`.
+        # The usual initialisation. Unlike `init_codebook`, it leaves most codes unused.
         nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
         if codebook == "ema":
             self.embedding.weight.requires_grad_(False)
@@ -395,6 +395,6 @@ class VQVAE(nn.Module):
 
     @property
     def bits_per_pixel(self) -> float:
-        """Bits per pixel if each code takes log2(K) bits."""
+        """Bits per pixel, at log2(K) bits per code."""
         quantizer = self.vector_quantization
         return quantizer.num_codebooks * math.log2(quantizer.num_embeddings) / self.stride**2

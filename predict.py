@@ -5,8 +5,8 @@
     python predict.py --run runs/x --data /data/other_slices
 
 An evaluation writes to <run>/<split>/: metrics.json, slices.csv (one row per slice), and the
-figures best_median_worst.png, ssim_histogram.png, code_use.png and code_map.png. The scores are
-defined in evaluation/metrics.py.
+figures best_median_worst.png, ssim_histogram.png, code_use.png and code_map.png.
+evaluation/metrics.py defines the scores.
 
     python predict.py scan.nii.gz -o out            # reconstruct your own files with the newest run
     python predict.py /data/scans -o out --axis axial --error-map --export-codes
@@ -15,8 +15,8 @@ defined in evaluation/metrics.py.
 PATH can be a file or a folder. Slices and volumes are reconstructed at their original size. If
 there is no run yet, the bundled model resources/pelvis.pt is used. For each file, predict.py writes
 a NIfTI file with the same shape and geometry, and a row in scores.csv. If the original contains
-unscaled integers, the NIfTI file keeps their data type; otherwise, it is float32. Figures show the
-first files. OUT may contain results of earlier calls: those of other files are never overwritten.
+unscaled integers, the NIfTI file has the same data type; otherwise, it is float32. Figures show the
+first files. OUT may contain results of earlier calls. Those of other files are never overwritten.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         type=int,
         default=MAX_FIGURES,
-        help="largest number of figures. A volume has a figure of its own; 2D files are shown on "
-        f"contact sheets of up to {SLICES_PER_SHEET} (default: {MAX_FIGURES})",
+        help="maximum number of figures. A volume has a figure of its own; 2D files are shown on "
+        f"contact sheets of up to {SLICES_PER_SHEET} slices (default: {MAX_FIGURES})",
     )
 
     flag = parser.add_argument_group("other programs").add_argument
@@ -146,7 +146,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Exit with a usage error if flags of different tasks are combined, or if -o is missing."""
 
     def changed(names: tuple[str, ...]) -> str:
-        """Return the first of these flags with a value other than its default, or ""."""
+        """Return the first flag whose value is not its default, or "" if there is none."""
         for name in names:
             if getattr(args, name) != parser.get_default(name):
                 return "--" + name.replace("_", "-")
@@ -155,7 +155,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     split_flag = changed(SPLIT_FLAGS)
     file_flag = changed(FILE_FLAGS)
     if args.paths and args.export:
-        parser.error("--export takes no PATH")
+        parser.error("--export takes no PATH; omit one of them")
     if (args.paths or args.export) and split_flag:
         parser.error(
             f"{split_flag} is for the evaluation of a split; omit it with PATH or --export"
@@ -186,7 +186,7 @@ def summarise(evaluation: Evaluation, data: SliceDataset) -> dict:
 
 
 def print_table(summary: dict) -> None:
-    """Print the mean of each score, and its confidence interval or, for few cases, case means."""
+    """Print the mean of each score with its confidence interval or, for few cases, case means."""
     cases = list(summary["ssim"]["by_case"])
     has_interval = len(cases) >= MIN_CASES
     columns = ["95 % interval"] if has_interval else [f"case {case}" for case in cases]
@@ -232,7 +232,7 @@ def print_organs(organs: dict[str, dict]) -> None:
 
 
 def write_slices(path: Path, data: SliceDataset, root: str, scores: dict[str, Tensor]) -> None:
-    """Write slices.csv with one row per slice; constant slices have empty cells for the scores.
+    """Write slices.csv with one row per slice; the scores of constant slices are empty.
 
     The column `file` contains paths relative to the data folder `root`.
     """
@@ -257,8 +257,8 @@ def pick_slices(ssim: Tensor, constant: Tensor) -> dict[int, str]:
         constant: (N,) bool, slices to skip.
 
     Returns:
-        {index: "worst", "median" or "best"}, in ascending order of ssim. If there are fewer than
-        six slices, each is picked only once.
+        {index: "worst", "median" or "best"}, in ascending order of ssim. No slice is picked twice,
+        so there may be fewer than six.
     """
     count = int((~constant).sum())
     order = ssim.masked_fill(constant, torch.inf).argsort()[:count].tolist()

@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 4 train.py --data ...     # four processes, on four GPUs or on a CPU
 
 A run is saved in runs/<name>/: config.json, metrics.csv, best.pt, last.pt, loss_ssim_plot.png and
-plots/. It can be killed at any moment: --resume continues from last.pt, which is saved after every
+plots/. It can be killed at any moment. --resume continues from last.pt, which is saved after every
 epoch and, on SIGTERM, SIGUSR1 or Ctrl-C, after the current step. The final weights are the same
 as those of an uninterrupted run.
 """
@@ -45,10 +45,10 @@ from training.step import clip_gradients, compile_if_enabled, may_step
 from utils import UserError
 
 SAMPLE_FOLDER = Path("sample_data")
-SAMPLE_EPOCHS = 10
+SAMPLE_EPOCHS = 10  # default of --epochs for the sample data
 
 # Columns of metrics.csv for the values that `compute_losses` returns. Training minimises the sum of
-# the first four (without --gan, of both); the adaptive weight is only recorded.
+# all of them, except the adaptive weight, which is only recorded.
 LOSSES = ("train_recon", "train_vq")
 GAN_LOSSES = (*LOSSES, "train_adversarial", "train_discriminator", "adaptive_weight")
 NUM_MINIMISED = 4
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         folder, config, checkpoint = open_run(flags)
         if distributed.get_rank() == 0 and not config.resume and not config.dry_run:
             folder = stack.enter_context(reserve_folder(folder, numbered=not config.name))
-        folder = distributed.broadcast_object(folder)  # its name may contain the current second
+        folder = distributed.broadcast_object(folder)  # its name may contain the time of rank 0
         return train(folder, config, checkpoint, flags)
 
 
@@ -70,7 +70,7 @@ def train(folder: Path, config: TrainConfig, checkpoint: dict | None, flags: dic
     """Start or resume a run, and return the exit code.
 
     Args:
-        folder, config, checkpoint: as `open_run` returned them.
+        folder, config, checkpoint: the result of `open_run`, with the reserved folder.
         flags: only the flags that were typed.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -207,7 +207,7 @@ def resolve_data(
     if root is None:
         root = SAMPLE_FOLDER
         if not root.exists() or not any(root.iterdir()):
-            with contextlib.suppress(FileExistsError):  # another run was faster
+            with contextlib.suppress(FileExistsError):  # another run has just written it
                 phantom.write_phantom(root)
         if "epochs" not in flags:
             config = dataclasses.replace(config, epochs=SAMPLE_EPOCHS)
@@ -237,7 +237,7 @@ def make_optimizer(
     """Return an Adam optimizer for the model and, with --gan, also for the discriminator."""
     groups: list[dict] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if discriminator is not None:
-        # The first beta is low, because a slow mean of gradients would lag behind the generator.
+        # The first beta is low, because slowly averaged gradients would lag behind the generator.
         groups.append({"params": list(discriminator.parameters()), "betas": (0.5, 0.9)})
     return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
@@ -318,8 +318,8 @@ def validate(
 def may_be_best(epoch: int, run: Run) -> bool:
     """Return whether the model of this epoch may be saved as best.pt.
 
-    With --gan, epochs before the discriminator takes part do not qualify. Their SSIM is higher, but
-    they lack the detail that --gan adds. The last epoch always qualifies, so that every run has a
+    With --gan, epochs before --gan-start do not qualify. Their SSIM is higher, but they lack the
+    detail that the adversarial loss adds. The last epoch always qualifies, so that every run has a
     best.pt.
     """
     if not run.config.gan or epoch == run.config.epochs:
@@ -328,10 +328,11 @@ def may_be_best(epoch: int, run: Run) -> bool:
     return last_step / run.total_steps >= run.config.gan_start
 
 
-# ---------------------------------------------------------------- what a run prints and plots
+# ---------------------------------------------------------------- printed lines and plots
 
 
 def print_plan(run: Run, train_slices: SliceDataset, val_slices: SliceDataset) -> None:
+    """Print the data, the model, the recipe and the steps of a run."""
     config, model = run.config, run.modules["model"]
     size = " x ".join(map(str, train_slices.size))
     print(
@@ -350,6 +351,7 @@ def print_plan(run: Run, train_slices: SliceDataset, val_slices: SliceDataset) -
 
 
 def format_epoch(row: dict) -> str:
+    """Format a row of metrics.csv as a line to print."""
     return (
         f"epoch {row['epoch']}: train loss {row['train_loss']:.4f}, validation loss "
         f"{row['val_loss']:.4f}, ssim {row['val_ssim']:.4f}, psnr {row['val_psnr']:.2f} dB, "

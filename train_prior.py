@@ -47,7 +47,7 @@ from training.schedule import learning_rate, set_learning_rate
 from training.step import clip_gradients, compile_if_enabled, may_step
 from utils import UserError
 
-UNKNOWN_POSITION = 0.1  # fraction of slices whose position is hidden during training
+UNKNOWN_POSITION = 0.1  # fraction of training slices whose position is hidden
 _prior = partial(option, group="prior")
 
 
@@ -93,7 +93,7 @@ class PriorConfig(RunConfig):
     clip_grad_norm = 1.0
 
 
-# ---------------------------------------------------------------- the story of a run
+# ---------------------------------------------------------------- a run from start to end
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,7 +139,7 @@ def train(flags: dict) -> int:
 
     full_batch_losses = compile_if_enabled(eager_losses, config, device)
 
-    codebook_hash = hash_codebook(vqvae)  # not of codes: one in a million differs between devices
+    codebook_hash = hash_codebook(vqvae)  # not of codes, a few of which differ between devices
     outline_blocks = [2**n for n in reversed(range(1, config.num_grids))]  # coarse to fine
     losses = (*(f"train_outline_{block}" for block in outline_blocks), "train_codes")
     run = Run(
@@ -223,10 +223,10 @@ def train(flags: dict) -> int:
 
 
 def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
-    """Return the VQ-VAE's run, the configuration, and the checkpoint to resume from, if any.
+    """Return the VQ-VAE's run, the configuration, and the checkpoint to resume from, or None.
 
     Raises:
-        UserError: if there is no run, a prior exists already, or there is none to resume.
+        UserError: if there is no run, a prior exists already, or there is no prior to resume.
     """
     runs_dir = Path(flags.get("runs_dir", "runs"))
     resume = flags.get("resume", False)
@@ -278,7 +278,7 @@ def make_prior(vqvae: VQVAE, train_codes: CodeDataset, config: PriorConfig) -> C
 
 
 def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimizer:
-    """Return AdamW with weight decay on matrices only; no bias is decayed, even if it is 2D."""
+    """Return an AdamW optimizer with weight decay on all matrices, except biases that are 2D."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith("bias")
@@ -335,7 +335,7 @@ def validate(
 ) -> dict[str, float]:
     """Compute the validation columns of metrics.csv in float32, from unmirrored slices.
 
-    The bits of outlines are counted per code of the VQ-VAE, and "val_bits" includes them.
+    Bits are per code of the VQ-VAE. "val_bits" includes the bits of outlines.
     """
     model.eval()
     totals = torch.zeros(config.num_grids, device=device)
@@ -349,13 +349,13 @@ def validate(
     nats = (distributed.all_reduce_sum(totals) / len(val_codes)).tolist()
     bits = []
     for n, value in zip(reversed(range(config.num_grids)), nats, strict=True):
-        bits.append(value * 4.0**-n / math.log(2))  # halved n times, a grid has 4^-n as many
+        bits.append(value * 4.0**-n / math.log(2))  # halved n times, a grid has 4^-n as many codes
     return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
 
 
 @torch.no_grad()
 def plot_epoch(run: Run, model: CodePrior, vqvae: VQVAE, val_codes: CodeDataset) -> None:
-    """Plot the training curves, and four slices sampled with the same random numbers each time."""
+    """Plot the training curves, and four slices that are sampled with the same seed every time."""
     position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=run.device)
     view = torch.zeros(4, dtype=torch.long, device=run.device)
     model.eval()
@@ -380,7 +380,7 @@ def print_plan(run: Run, train_codes: CodeDataset, val_codes: CodeDataset) -> No
 
 
 def write_metrics(run: Run, bits: dict[str, float], stride: int) -> None:
-    """Print the validation split's bits per code and per pixel, and write them to metrics.json.
+    """Print the bits per code and per pixel of the validation split; write them to metrics.json.
 
     Args:
         bits: name of a method -> bits per code.

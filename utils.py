@@ -1,4 +1,4 @@
-"""Functions that all scripts share: user errors, device, precision, atomic writes."""
+"""Functions for all scripts: user errors, device, precision, atomic writes, locks."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class CheckpointError(UserError):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main()` in a process of its own, and exit with its return code.
+    """Run `main()` as the only task of this process, and exit with its return code.
 
     For a `UserError`, or an OSError such as a full disk, print one message to stderr and exit with
     code 2. Any other exception is a bug in the program, so its traceback is shown.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        # File names may contain undecodable bytes. For stderr, this is Python's default.
+        # File names may contain undecodable bytes. For stderr, Python already escapes them.
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
     # torchrun sets both variables. They are read here because torch.distributed forgets the rank
@@ -63,8 +63,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     except SystemExit as error:  # a usage error, or SIGTERM (see training/guards.py)
         code = error.code or 0
     if world_size > 1:
-        # Skip the interpreter's shutdown. A gloo thread that still holds a tensor would abort the
-        # process, and after an error, the shutdown could wait forever for the other processes.
+        # Skip the interpreter's shutdown. A gloo thread that still has a tensor would abort the
+        # process. After an error, the shutdown could wait forever for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -137,7 +137,7 @@ def to_device(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Return "float32" or "bfloat16" for `--precision`.
+    """Return the precision, "float32" or "bfloat16", that `--precision` selects.
 
     "auto" means bfloat16 on GPUs (CUDA) and CPUs that support it in hardware, otherwise float32.
     """
@@ -195,11 +195,11 @@ def set_deterministic(enabled: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed memory instead of returning each large activation to the system.
+    """Let glibc keep freed memory for reuse, instead of returning large blocks to the system.
 
-    This cannot be undone, so only scripts that have the process to themselves call it.
-    Memory that was returned must be mapped again, page by page, in the next training step. Keeping
-    it saves about a third of the step's time on two CPU cores. Other allocators are not changed.
+    Returned memory must be mapped again, page by page, in the next training step. Keeping it saves
+    about a third of the step's time on two CPU cores. The setting cannot be undone, so only scripts
+    that own their process call this function. Other allocators are not affected.
     """
     if sys.platform != "linux":
         return
@@ -221,7 +221,7 @@ def format_command(script: str, *arguments: object) -> str:
 
     Args:
         script: name of a script in the folder of this file, such as "train.py".
-        arguments: its arguments, in order.
+        arguments: arguments of the script, in order.
     """
     python = sys.executable
     if shutil.which("python") == sys.executable:
@@ -235,7 +235,7 @@ def format_command(script: str, *arguments: object) -> str:
 
 
 def _relative(path: str | Path) -> str:
-    """Return a path in the working directory as a relative path, and any other path unchanged."""
+    """Make a path relative if it is inside the working directory; return other paths unchanged."""
     try:
         relative = os.path.relpath(path)
     except ValueError:  # on Windows: a different drive
@@ -247,10 +247,10 @@ def _relative(path: str | Path) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Create an output folder and its parents; it may exist.
+    """Create an output folder and its parents, unless they exist.
 
     Raises:
-        UserError: if a file, or a link to nothing, is in its place or in that of a parent.
+        UserError: if one of these paths is a file or a broken link.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -269,11 +269,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if the file cannot be written; no temporary file is left behind.
     """
-    # Two processes may write the same path: the process ID keeps their temporary files apart.
+    # Two processes may write to the same path. The process ID keeps their temporary files apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if time.time() - stale.stat().st_mtime > 86400:  # left by a killed process
+            if time.time() - stale.stat().st_mtime > 86400:  # left a day ago by a killed process
                 stale.unlink()
         write(temporary)
         with open(temporary, "r+b") as file:  # Windows can only sync files opened for writing
@@ -339,7 +339,7 @@ def lock(path: Path, wait_message: str | None = None) -> Iterator[None]:
 
     Args:
         path: the lock file.
-        wait_message: message to print before waiting for another process; None means do not wait.
+        wait_message: message to print before waiting for another process; None: do not wait.
 
     Raises:
         filelock.Timeout: if another process holds the lock and `wait_message` is None.

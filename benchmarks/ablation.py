@@ -4,10 +4,10 @@
     python benchmarks/ablation.py --data DIR --variants document tuned --seeds 0 1 2
     python benchmarks/ablation.py --data DIR --jobs 2                    # two runs at a time
 
-The variants are defined in variants.py. For each variant and seed, train.py and predict.py make a
-run in --runs-dir. Finished runs are not trained again, and interrupted runs are resumed. The result
-files are <out>.json and <out>.md; the latter has the mean and half the range over seeds. Choose a
-variant by its validation score; the test scores are for reporting only.
+variants.py defines the variants. For each variant and seed, train.py and predict.py make a run in
+--runs-dir. Finished runs are not trained again, and interrupted runs are resumed. The result files
+are <out>.json and <out>.md. <out>.md has the mean and half the range over seeds. Choose a variant
+by its validation score. The test scores are for reporting only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RECIPE_FIELDS = tuple(
 
 
 def run_variant(args: argparse.Namespace, name: str, seed: int) -> dict:
-    """Train and evaluate a variant with a seed, unless already done; return the run's result."""
+    """Train and evaluate a variant with one seed, unless this is done; return the run's result."""
     variant = VARIANTS[name]
     flags = [*variant.flags.split(), "--epochs", str(args.epochs), "--seed", str(seed)]
     flags += ["--precision", args.precision]
@@ -171,8 +171,8 @@ def multiply_adds(model: nn.Module) -> int:
 def relative_step_times(args: argparse.Namespace, rounds: int = 3) -> dict[str, float]:
     """Measure the duration of each variant's training step relative to the variant "document".
 
-    The variants take turns, so that a slow moment of the machine affects all of them. The result is
-    a ratio of medians. Nothing else should run on the machine at the same time.
+    The variants take turns, so that a temporary slowdown of the machine affects all of them. The
+    result is a ratio of medians. Nothing else should run on the machine at the same time.
     """
     utils.keep_freed_memory()  # as train.py does
     configs = {}
@@ -202,7 +202,7 @@ def load_training_split(data: Path):
 
 
 def seconds_of_step(trainer: Trainer, images: Tensor) -> float:
-    """Return the duration of a training step on a batch (B, 1, H, W) in s, after warm-up steps."""
+    """Return the seconds of a training step on a batch (B, 1, H, W), after warm-up steps."""
     for _ in range(3 if trainer.is_compiled else 1):  # CUDA graphs are recorded in the second step
         trainer.step(images)[1].item()  # waits for the device
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def seconds_of_step(trainer: Trainer, images: Tensor) -> float:
 
 
 def table(results: list[dict]) -> str:
-    """Return a Markdown table with a row per variant: mean and half the range over seeds."""
+    """Return a Markdown table with one row per variant: mean and half the range over seeds."""
 
     def cell(values: list[float], digits: int) -> str:
         spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
@@ -305,7 +305,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     out = args.out or RESULTS / f"ablation_{args.data.resolve().name}"
-    # SystemExit passes through `run_all`, which stops the workers.
+    # On SIGTERM, raise SystemExit, on which `run_all` stops the workers.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         results = run_all(args, out)
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(args: argparse.Namespace, out: Path) -> list[dict]:
     """Train and evaluate all variants and seeds; write the results after each run."""
-    # The first seed is run for all variants first, so that a complete table exists early.
+    # Run all variants with the first seed first, so that a complete table exists early.
     jobs = [(args, name, seed) for seed in args.seeds for name in args.variants]
     threads = max(1, torch.get_num_threads() // args.jobs)
     pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))

@@ -1,12 +1,12 @@
-"""Measure how fast predict.py reconstructs a folder of single-slice files, and its memory.
+"""Measure the speed and memory use of predict.py on a folder of single-slice files.
 
     python benchmarks/batch_speed.py                        # 160 and 640 slices of the phantom
     python benchmarks/batch_speed.py --counts 640 12660
 
 The bundled model reconstructs slices of 256 x 128 pixels on the CPU, with all outputs that
-predict.py writes by default. Each count is measured in a new process; the time to import packages
-and to load the model is left out. If memory does not depend on the count, it is constant. A second
-table gives the CPU time of each step. The results are written to <out>.json.
+predict.py writes by default. Each number of files is measured in a new process. The time to import
+packages is not included. The peak memory should not depend on the number of files. A second table
+gives the CPU time of each step. The results are written to <out>.json.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from evaluation.codec import BATCH_SIZE, decode_planes, encode_planes  # noqa: E
 from mri import nifti, phantom  # noqa: E402
 from training import environment  # noqa: E402
 
-TARGET = 25  # files per second on two cores
-SLICES_PER_VOLUME = 20
+TARGET = 25  # target speed on two cores, in files per second
+SLICES_PER_VOLUME = 20  # slices of each phantom volume
 DEVICE = torch.device("cpu")
 
 
 def write_slices(folder: Path, count: int) -> list[Path]:
-    """Write `count` single-slice files of the phantom; further files are copies of the first 80."""
+    """Write `count` single-slice files of the phantom; after 80 files, copy the earlier ones."""
     folder.mkdir()
     files = []
     for index in range(count):
@@ -80,7 +80,7 @@ def measure_batch(count: int, threads: int) -> dict:
         "files_per_second": round(count / seconds, 2),
         "cpu_ms_per_file": round(1000 * cpu / count, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "load_before": round(load, 2),  # other processes slow the measurement down
+        "load_before": round(load, 2),  # load average; a high load makes the measurement slow
     }
 
 
@@ -121,7 +121,7 @@ def measure_steps(threads: int) -> dict[str, float]:
 
 
 def in_new_process(function: Callable, *arguments: object):
-    """Call a function in a new process, so that its memory and its settings are its own."""
+    """Call a function in a new process, so that memory and settings of this one do not matter."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -131,9 +131,20 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag("--counts", type=int, nargs="+", default=[160, 640], help="numbers of files")
-    flag("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    flag("--out", type=Path, default=ROOT / "benchmarks" / "results" / "batch_speed_cpu")
+    flag(
+        "--counts",
+        type=int,
+        nargs="+",
+        default=[160, 640],
+        help="numbers of files to measure (default: 160 640)",
+    )
+    flag("--threads", type=int, default=2, help="number of torch threads (default: 2)")
+    flag(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "batch_speed_cpu",
+        help="result file, without suffix (default: benchmarks/results/batch_speed_cpu)",
+    )
     args = parser.parse_args(argv)
     batches = [in_new_process(measure_batch, count, args.threads) for count in args.counts]
     result = {
@@ -153,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{batch['files']:6} files: {batch['files_per_second']:6.1f} files per second, "
             f"{batch['cpu_ms_per_file']:6.1f} ms of CPU time per file, "
-            f"{batch['peak_memory_mb']} MB at most (target: {TARGET} files per second)"
+            f"peak memory {batch['peak_memory_mb']} MB (target: {TARGET} files per second)"
         )
     for name, milliseconds in result["cpu_ms_per_slice"].items():
         print(f"{name:14}{milliseconds:8.2f} ms of CPU time per slice")

@@ -30,7 +30,7 @@ try:
 except ImportError:  # check_installed() explains how to install it
     constriction = None
 
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # slices per batch; encoder and decoder must use the same value
 
 
 def check_installed() -> None:
@@ -43,7 +43,7 @@ def check_installed() -> None:
 
 
 def encode(prior: CodePrior, codes: Tensor) -> list[np.ndarray]:
-    """Encode codes (N, h, w): return an array of 32-bit words for each slice."""
+    """Encode codes (N, h, w) as one array of 32-bit words per slice."""
     family = constriction.stream.model.Categorical(perfect=False)
     streams = []
     for batch in codes.split(BATCH_SIZE):
@@ -65,7 +65,7 @@ def encode(prior: CodePrior, codes: Tensor) -> list[np.ndarray]:
 
 
 def decode(prior: CodePrior, streams: list[np.ndarray]) -> Tensor:
-    """Decode the result of `encode`: return codes (N, h, w) int64 on the prior's device."""
+    """Decode the result of `encode` to codes (N, h, w) int64 on the prior's device."""
     family = constriction.stream.model.Categorical(perfect=False)
     decoded = []
     for start in range(0, len(streams), BATCH_SIZE):
@@ -90,7 +90,7 @@ def probabilities(logits: Tensor) -> np.ndarray:
 def visit_codes(prior: CodePrior, count: int, choose: Callable, verb: str) -> Tensor:
     """Choose the codes of `count` slices in order, and return them (see `CodePrior.decode`).
 
-    The prior is not given the slices' positions in their volumes, which would have to be
+    The positions of the slices in their volumes count as unknown, because they would have to be
     transmitted.
     """
     device = prior.grids[-1].embedding.device

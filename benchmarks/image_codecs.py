@@ -1,4 +1,4 @@
-"""Image codecs for greyscale slices, and the sizes of their files in bytes.
+"""Encode greyscale slices with image codecs, and measure the sizes of the files in bytes.
 
     results = search(CODECS["jpeg"], 8, rates=(0.5625,), image=image)
 
@@ -31,7 +31,7 @@ except ImportError:  # versions() explains how to install it
 ACCOUNTINGS = ("file", "payload")  # attributes of `Encoded`
 JPEG_STANDARD_TABLES = 0x83CDEA47  # CRC-32 of JPEG's standard Huffman tables for luminance
 
-# ---------------------------------------------------------------- bytes without headers
+# ---------------------------------------------------------------- sizes without headers
 
 
 def segments(file: bytes) -> Iterator[tuple[int, int, int]]:
@@ -50,8 +50,8 @@ def segments(file: bytes) -> Iterator[tuple[int, int, int]]:
 def jpeg_payload(file: bytes) -> int:
     """Return the size of a JPEG file without headers, in bytes.
 
-    It is the size of the scan, plus that of the Huffman tables if they are not the standard ones,
-    plus one byte for the quality, which determines the quantisation tables.
+    This is the size of the scan, plus one byte for the quality, which determines the quantisation
+    tables. The size of the Huffman tables is added if they are not the standard ones.
     """
     tables = b""
     for marker, start, end in segments(file):
@@ -74,7 +74,7 @@ def jpeg2000_payload(file: bytes) -> int:
 def jpegxl_payload(file: bytes) -> int:
     """Return the size of the frame of a JPEG XL file, in bytes.
 
-    The signature, the image size and the metadata take the other 8 bytes.
+    The other 8 bytes are the signature, the image size and the metadata.
     """
     return len(file) - 8
 
@@ -90,8 +90,8 @@ def webp_payload(file: bytes) -> int:
 def avif_payload(file: bytes) -> int:
     """Return the size of the coded frame, in bytes.
 
-    Its size is the total size of the units (OBUs) in the mdat box that contain a frame header, a
-    tile group, or both. The headers of the units are not counted.
+    This is the total size of the units (OBUs) in the mdat box that contain a frame header, a tile
+    group, or both. The headers of the units are not counted.
     """
     position = 0
     while file[position + 4 : position + 8] != b"mdat":
@@ -117,7 +117,7 @@ def avif_payload(file: bytes) -> int:
 
 
 class Encoded(NamedTuple):
-    """A slice coded at one setting."""
+    """A slice that was encoded at one setting of a codec."""
 
     data: bytes  # the coded file
     file: int  # size of the smallest file that decodes to the same image, in bytes
@@ -139,11 +139,11 @@ class Codec:
     """A codec of imagecodecs, for greyscale images (rows, columns) in [0, 1]."""
 
     name: str
-    prefix: str  # prefix of the names of its functions in imagecodecs
+    prefix: str  # prefix of the codec's functions in imagecodecs
     depths: tuple[int, ...]  # bits per sample
-    settings: Sequence[float]  # values of its encoder's argument `level`, coarsest first
+    settings: Sequence[float]  # values of the encoder's argument `level`, coarsest first
     payload: Callable[[bytes], int]  # computes the size of a file without headers, in bytes
-    options: dict = field(default_factory=dict)  # other arguments of its encoder
+    options: dict = field(default_factory=dict)  # other arguments of the encoder
     rgb: bool = False  # whether greyscale images must be given as three equal channels
 
     def call(self, function: str, *arguments, **options):
@@ -248,8 +248,8 @@ def versions(names: Sequence[str]) -> dict[str, str]:
             result[name] = CODECS[name].call("version")
         except ImportError as error:
             raise UserError(
-                f"imagecodecs has no {name} here ({first_line(error)}); leave it out of --codecs, "
-                "or install a different build"
+                f"this build of imagecodecs has no {name} ({first_line(error)}); omit it from "
+                "--codecs, or install a different build"
             ) from None
     return result
 
@@ -257,7 +257,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 def search(
     codec: Codec, depth: int, rates: Sequence[float], image: np.ndarray
 ) -> dict[tuple[float, str], Encoded | None]:
-    """Encode a slice at the finest setting that fits each rate, which is found by bisection.
+    """Encode a slice at the finest setting that fits each rate; find the setting by bisection.
 
     Args:
         codec: a value of CODECS.

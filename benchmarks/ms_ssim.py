@@ -1,4 +1,4 @@
-"""Multi-scale SSIM for slices of 256 x 128 pixels."""
+"""Compute the multi-scale SSIM of slices of 256 x 128 pixels."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python benchmarks/noise_ceiling.py
 
-The noise of the phantom cannot be predicted. Even a reconstruction that lacks only the noise
-therefore has an SSIM below 1. A model with a higher score than this ceiling reproduces noise.
+The noise of the phantom cannot be predicted. Therefore, even a reconstruction that lacks nothing
+but the noise has an SSIM below 1. A model with a score above this ceiling reproduces noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def noise_ceiling(
 
     Args:
         scans: (case, week) of each scan.
-        slices_per_scan: number of slices, 1 to 60, spread over the scan.
+        slices_per_scan: number of slices per scan, 1 to 60, evenly spaced.
         seed: seed of the phantom.
 
     Returns:

@@ -24,7 +24,7 @@ WIDTHS = (32, 32, 2, 64)
 
 
 class OneHotQuantizer(nn.Module):
-    """The usual quantiser of scripts: a one-hot matrix (N, K) is multiplied by the embeddings."""
+    """The quantiser of many public scripts, which multiplies one-hot rows (N, K) by embeddings."""
 
     def __init__(
         self, num_embeddings: int = 512, embedding_dim: int = 64, commitment_cost: float = 0.25
@@ -86,7 +86,7 @@ class Autoencoder(nn.Module):
 
 
 class MonaiVQVAE(nn.Module):
-    """MONAI's VQVAE with as many multiply-adds as the document's model: 0.81 GMAC per slice."""
+    """MONAI's VQVAE, with as many multiply-adds as the document's model (0.81 GMAC per slice)."""
 
     def __init__(self):
         super().__init__()
@@ -127,8 +127,8 @@ def typical_epochs(
 ) -> Iterator[None]:
     """Train as a typical script does, and yield after each epoch.
 
-    The decoded slices are held in memory, a DataLoader makes the batches, the model runs eagerly in
-    float32, and `.item()` waits for the device at each step.
+    The decoded slices are in memory, and a DataLoader makes the batches. The model runs eagerly in
+    float32. `.item()` waits for the device at each step.
 
     Args:
         build_model: a value of OTHER_IMPLEMENTATIONS.

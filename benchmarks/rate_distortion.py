@@ -52,7 +52,7 @@ from utils import UserError
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.0703125, 0.140625, 0.28125, 0.5625, 1.125)  # bits per pixel
 PIXELS = math.prod(SIZE)
-SCALE_BITS = 32  # per slice, for two float16 numbers
+SCALE_BITS = 32  # bits per slice for two float16 numbers that scale it
 
 # ---------------------------------------------------------------- slices and scores
 
@@ -70,7 +70,7 @@ class Originals(NamedTuple):
 
 
 def load(args: argparse.Namespace) -> tuple[Originals, int]:
-    """Return the slices of the split or volume, and the number of constant slices left out."""
+    """Return the slices of the split or volume, and the number of excluded constant slices."""
     if args.volume:
         source = Source(args.volume.parent, "3D", {args.split: [args.volume]}, [])
     else:
@@ -85,8 +85,8 @@ def load(args: argparse.Namespace) -> tuple[Originals, int]:
     indices = torch.nonzero(~slices.constant).flatten()
     if not len(indices):
         raise UserError(
-            f"all {len(slices)} slices of {args.split} are constant; expected slices with "
-            "different intensities"
+            f"all {len(slices)} slices of the {args.split} split are constant; choose another "
+            "split or other data"
         )
     images = slices.denormalise(slices.batch(indices), indices)
     unit = 2.0 ** math.ceil(math.log2(float(images.abs().max())) - 14)
@@ -124,11 +124,11 @@ def mean_scores(originals: Originals, reconstructions: Tensor) -> dict[str, dict
 
 
 def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) -> list[dict]:
-    """Compress the slices with a codec; return a row for each rate and each way to count bytes.
+    """Compress the slices with a codec; return a row for each rate and each of ACCOUNTINGS.
 
-    A row has the scores at the bit depth with the best mean `ssim`. If some slices exceed the rate
-    at every bit depth, the row has no scores. "misfits" is the number of slices that exceed the
-    rate, at the bit depth with the fewest of them.
+    A row has the scores at the bit depth with the best mean `ssim`. It has no scores if some slices
+    exceed the rate at every bit depth. "misfits" is the smallest number of slices, over the bit
+    depths, that exceed the rate.
     """
     images = originals.images
     minimum = images.amin((1, 2, 3), keepdim=True)
@@ -170,7 +170,7 @@ def measure_codec(codec: Codec, originals: Originals, rates: Sequence[float]) ->
 
 
 def decode_slices(codec: Codec, depth: int, coded: list[Encoded]) -> Tensor:
-    """Decode slices: return (N, 1, rows, columns) float32 in [0, 1]."""
+    """Decode slices to (N, 1, rows, columns) float32 in [0, 1]."""
     images = np.stack([codec.decode(item.data, depth) for item in coded])
     return torch.from_numpy(images).float()[:, None]
 
@@ -224,8 +224,8 @@ def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:
     """Entropy-code codes (N, h, w) with the prior, and return the mean number of bits per slice.
 
     Raises:
-        UserError: if the prior is for another size of code grids, or decoding does not return the
-            same codes.
+        UserError: if the prior was trained for code grids of another size, or if decoding does not
+            return the same codes.
     """
     if tuple(codes.shape[1:]) != (prior.height, prior.width):
         raise UserError(
@@ -235,8 +235,8 @@ def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:
     streams = entropy.encode(prior, codes)
     if not torch.equal(entropy.decode(prior, streams), codes):
         raise UserError(
-            f"the codes of {run} were decoded incorrectly, because the probabilities were not "
-            "exactly the same when computed again; try --device cpu"
+            f"the codes of {run} were decoded incorrectly, because the decoder's probabilities "
+            "differ from the encoder's; try --device cpu"
         )
     return 32 * sum(map(len, streams)) / len(streams)
 

@@ -1,4 +1,4 @@
-"""The table of rate_distortion.py, the notes below it, and the plot."""
+"""Write the table of rate_distortion.py, the notes below it, and the plot."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from training.checkpoint import load_model
 from training.run_folder import load_run_data
 
 RESULTS = Path(__file__).parent / "results"
-NUM_OCTAVES = 3
+NUM_OCTAVES = 3  # number of octaves of spatial frequency, from the highest down
 NUM_SHOWN = 3  # number of slices in the figure
 CROP = (slice(64, 192), slice(32, 96))  # the enlarged part of a slice
 FLAGS = ("recipe", "epochs", "seed", "gan", "gan_weight", "gan_start")  # recorded in <out>.json
@@ -49,7 +49,7 @@ def measure_run(
     Args:
         run: folder of the run.
         originals: z-scored slices, (N, 1, H, W).
-        cases: the case of each slice.
+        cases: N names, the case of each slice.
         features: `Features` fitted to the training slices.
         training_features: features of the training slices, (M, F).
         device: the device to compute on.
@@ -82,9 +82,10 @@ def measure_run(
 
 
 def score(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """Compute all scores and the power ratio in each octave for N slices; return {name: (N,)}.
+    """Compute all scores, and the power ratio in each octave, of reconstructions (N, 1, H, W).
 
-    `power_octave_0` is the highest octave.
+    Returns:
+        {name: (N,)}; "power_octave_0" is the highest octave.
     """
     batch_scores = []
     for pair in zip(originals.split(16), reconstructions.split(16), strict=True):

@@ -42,7 +42,7 @@ from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("monai", "vector-quantize-pytorch")
-# Methods that differ from "this project" only on a GPU, or only on a CPU.
+# Methods that differ from "this project" only on a GPU, and those that differ only on a CPU.
 GPU_METHODS = {"- slices not on the GPU", "- not compiled"}
 CPU_METHODS = {"- freed memory returned to the system", "- compiled"}
 
@@ -62,11 +62,11 @@ def run_all(
     """
     sample = folder / "phantom"
     phantom.write_phantom(sample)
-    epochs = 25 if args.long else 1  # of 8 steps each
+    epochs = 25 if args.long else 1  # an epoch has 8 steps
     batch_sizes = (16, 64, 256, 1024) if args.long else (16, 64)
     data_sets = {size: link_training_set(sample, folder, 8 * size) for size in batch_sizes}
     for data in data_sets.values():
-        load(data)  # fills the cache
+        load(data)  # writes the slices to the cache
 
     result = {"training": measure_methods(args, on_gpu, data_sets[BATCH_SIZE], epochs)}
     device = torch.device(args.device)
@@ -109,7 +109,7 @@ def measure_methods(
 ) -> dict[str, dict]:
     """Measure the training speed of each method that applies to the device.
 
-    The methods take turns, so that a slow moment of the machine affects all of them.
+    The methods take turns, so that a temporary slowdown of the machine affects all of them.
     """
     left_out = CPU_METHODS if on_gpu else GPU_METHODS
     names = [name for name in (*OTHER_IMPLEMENTATIONS, *OWN_OPTIONS) if name not in left_out]
@@ -190,7 +190,7 @@ def table(result: dict, device: torch.device) -> str:
 
 
 def training_table(training: dict, bound: dict, device: torch.device) -> list[str]:
-    """Return the lines of the table of training methods."""
+    """Return the lines of a Markdown table of the training methods."""
     heads = (
         "training, batch size 16",
         "slices per second",
@@ -216,7 +216,7 @@ def training_table(training: dict, bound: dict, device: torch.device) -> list[st
 
 
 def describe_bound(precision: str, row: dict) -> str:
-    """Return a sentence about the bound."""
+    """Describe the speed bound in one precision, as text for the report."""
     return (
         f"Bound in {precision}: {row['slices_per_second']:.0f} slices per second. It is the slower "
         f"of {row['flops'] / 1e9:.0f} GFLOP per step at {row['matrix_rate'] / 1e12:.2f} TFLOP/s, "
@@ -239,7 +239,7 @@ def convolutions_table(rows: list[dict], bound: dict) -> list[str]:
 
 
 def others_table(others: dict) -> list[str]:
-    """Return the lines of the table of other measurements."""
+    """Return the lines of a Markdown table of the measurements other than training methods."""
     formats = {"slices_per_second": ".1f", "seconds": ".2f", "over_inflate": ".2f", "memory": ".2f"}
     heads = ("other", "slices per second", "seconds", "relative to gzip inflation", "GB")
     lines = [format_row(*heads), "|" + "---|" * len(heads)]

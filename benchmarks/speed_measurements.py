@@ -106,7 +106,7 @@ def own_epochs(
 def measure_training(
     device: torch.device, data: Path, method: str, epochs: int, batch_size: int = BATCH_SIZE
 ) -> dict:
-    """Measure slices per second over several epochs, after a first epoch that compiles and caches.
+    """Measure slices per second over several epochs, after a first epoch that includes set-up.
 
     Args:
         device: the device to train on.
@@ -189,14 +189,14 @@ def measure_first_batch(device: torch.device, data: Path) -> dict:
 
 
 def measure_cache(device: torch.device, data: Path, rounds: int) -> dict:
-    """Measure the time to decode a split into a new cache, also relative to gzip inflation alone.
+    """Measure the time to decode a split into a new cache, relative to gzip inflation alone, too.
 
     Decoding and inflation use the same number of processes.
     """
     source = hipmri.find_hipmri(data)
     files = source.splits["train"]
     for file in files:
-        file.read_bytes()  # into the page cache, so that the disk is not measured
+        file.read_bytes()  # fills the page cache, so that the disk is not measured
     inflation_times, cache_times = [], []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -289,7 +289,7 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 class Traffic(TorchDispatchMode):
-    """A counter of the bytes that operations other than views and allocations read and write."""
+    """Count the bytes that operations read and write, except views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -368,7 +368,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak memory use so far in GB: of a CUDA GPU, otherwise of this process."""
+    """Return the peak memory so far in GB: of the device if it is CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024

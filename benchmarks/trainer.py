@@ -1,4 +1,4 @@
-"""The training loop of train.py for measurements, without a run folder, validation or plots.
+"""Train as train.py does, for measurements: without a run folder, validation or plots.
 
 trainer = Trainer(config, device)
 train.init_codebook(trainer.model, slices, config, device)
@@ -60,7 +60,7 @@ class Trainer:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether full batches are processed by a compiled function."""
+        """Whether the losses of full batches are computed by a compiled function."""
         return self._losses_of_full_batch is not self._eager_losses
 
     def step(self, images: Tensor) -> tuple[Tensor, Tensor]:

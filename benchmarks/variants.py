@@ -1,7 +1,7 @@
-"""The variants of ablation.py, and rejected alternatives to parts of modules.py.
+"""Define the variants of ablation.py, and rejected alternatives to parts of modules.py.
 
 A variant is a set of flags of train.py. Some variants also replace classes or functions of
-modules.py; their models can only be loaded within `replace_in_modules`.
+modules.py. Models of these variants can only be loaded within `replace_in_modules`.
 
 | class or function | replaces | source |
 |---|---|---|
@@ -49,8 +49,8 @@ from modules import (
 class FSQ(nn.Module):
     """Finite scalar quantisation (arXiv 2309.15505): 8 levels in each of 3 channels, 512 codes.
 
-    The codes are fixed. Encoder and decoder are the same as in the other variants; 1 x 1
-    convolutions map their D channels to 3 channels and back.
+    The codes are fixed. Encoder and decoder are the same as in the other variants. Between them,
+    1 x 1 convolutions map D channels to 3 channels and back.
     """
 
     num_codebooks = 1
@@ -83,7 +83,7 @@ class FSQ(nn.Module):
         return bounded + (bounded.round() - bounded).detach()
 
     def init_codebook(self, vectors: Tensor, generator=None) -> None:
-        """Do nothing, as the codes are fixed."""
+        """Do nothing, because the codes are fixed."""
 
     def update_codebook(self, vectors: Tensor, indices: Tensor) -> None:
         """Do nothing, as the codes are fixed."""
@@ -94,7 +94,7 @@ class FSQ(nn.Module):
 
 
 class RotationTrick(VectorQuantizer):
-    """A quantiser that passes gradients through a rotation and scaling of z to its embedding.
+    """A quantiser that passes gradients through the rotation and scaling of z to its embedding.
 
     See arXiv 2410.06424. It replaces the straight-through estimator, which copies gradients.
     """
@@ -197,7 +197,7 @@ class NormalisedLayer(ResidualLayer):
 class CodeGridEncoder(Encoder):
     """An encoder with its residual stack on the code grid, after the last convolution.
 
-    There, a layer costs a quarter as much per channel as at twice the resolution.
+    There, a layer costs a quarter of what it costs per channel at twice the resolution.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ def four_scales_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
 class Variant(NamedTuple):
     """Flags of train.py, and replacements for parts of modules.py."""
 
-    flags: str  # of train.py
+    flags: str  # flags of train.py, separated by spaces
     replacements: Mapping[str, Callable] = MappingProxyType({})  # name in modules.py -> replacement
 
 

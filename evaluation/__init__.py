@@ -1,4 +1,4 @@
-"""Scores, figures and reports of trained models, and reconstruction of the user's own files.
+"""Score trained models, make figures and reports, and reconstruct the user's own files.
 
     metrics.py      four SSIM variants, PSNR, scores per organ, codebook usage
     body.py         mask of the body in a slice, for the score ssim_body

@@ -1,8 +1,8 @@
-"""Process a batch of files, whichever of them fail, and write scores.csv.
+"""Reconstruct or decode a batch of files, and write scores.csv. A failed file does not stop it.
 
 Three things happen at the same time: a thread reads files, the model reconstructs groups of files
 (reconstruct_group.py), and another thread writes outputs and draws figures. Each step is at most
-two groups ahead of the next, which limits the memory that waiting files need.
+two groups ahead of the next, which bounds the memory for waiting files.
 """
 
 from __future__ import annotations
@@ -33,14 +33,19 @@ from mri.files import printable
 from training.guards import collect_stop_signals
 from utils import DataError, UserError
 
-MAX_READ_BYTES = 1 << 23  # of the files that are read as one task
+MAX_READ_BYTES = 1 << 23  # a read task ends when its files exceed 8 MiB in total
 
 
 class Batch:
-    """The files of one call, and what happens to them."""
+    """All files of one call of predict.py: reconstruct or decode them, and report the results."""
 
     def __init__(self, model: VQVAE, inputs: list[Path], out: Path):
-        """Choose the names of all outputs; for errors, see `ScoreTable`."""
+        """Choose the names of all outputs.
+
+        Raises:
+            DataError: if an earlier scores.csv in `out` cannot be used.
+            OSError: if `out` cannot be written.
+        """
         self.model = model
         self.inputs = inputs
         self.out = out
@@ -60,10 +65,10 @@ class Batch:
         error_map: bool = False,
         export_codes: bool = False,
     ) -> None:
-        """Reconstruct all files, and report.
+        """Reconstruct all files, write their outputs and scores.csv, and print the scores.
 
         Args:
-            load: function that reads a file, with the name of its outputs.
+            load: function (path, output name) -> the loaded file.
             resize_to: see `reconstruct_group`.
             figures, error_map, export_codes: see `evaluation.reconstruct.reconstruct_files`.
 
@@ -106,7 +111,7 @@ class Batch:
         self._report()
 
     def decode(self) -> None:
-        """Decode all files, which are .npz files of codes, and report; raises as `reconstruct`."""
+        """Decode .npz files of codes, and write the slices; raises the errors of `reconstruct`."""
         with self._finishing():
             for file, name in zip(self.inputs, self.names, strict=True):
                 if self._signals:
@@ -144,10 +149,10 @@ class Batch:
             yield reconstruct_group(self.model, group, resize_to)
 
     def _load_files(self, load: Callable[[Path, str], LoadedFile]) -> Iterator[LoadedFile]:
-        """Yield all files that can be used, which a thread reads ahead."""
+        """Yield the usable files; a thread reads them ahead. Record the errors of the others."""
 
         def load_all(pairs: list[tuple[Path, str]]) -> list[LoadedFile | str]:
-            """Read files; the result for an unusable one is its error message."""
+            """Read files; return an error message in place of each unusable file."""
             items = []
             for file, name in pairs:
                 try:
@@ -166,7 +171,7 @@ class Batch:
                     yield item
 
     def _succeed(self, result: Result) -> None:
-        """Add the row of a file whose outputs have been written."""
+        """Add a file to scores.csv after its outputs have been written."""
         source = result.source
         if source.label_error:
             self._errors.append(source.label_error)
@@ -176,19 +181,25 @@ class Batch:
         self._finish(result.row)
 
     def _finish(self, row: dict) -> None:
+        """Add a row to scores.csv, and advance the progress bar."""
         self._finished.add(row["file"])
         self.table.add(row)
         self._progress.update()
 
     def _fail(self, name: str, error: str) -> None:
-        """Note an error; if it cost the outputs of an earlier call, remove their row, too."""
+        """Record an error; remove the row of an earlier call if its reconstruction is gone."""
         self._errors.append(error)
         if not output_path(self.out, name, "_reconstruction.nii.gz").exists():
             self.table.remove(name)
         self._progress.update()
 
     def _report(self) -> None:
-        """Print the scores of this call; raise the errors, or end as after the stop signal."""
+        """Print the scores of this call; then raise its errors, or end as a stop signal would.
+
+        Raises:
+            UserError: if files could not be used.
+            KeyboardInterrupt, SystemExit: after a stop signal.
+        """
         rows = [self.table.rows[name] for name in self.names if name in self._finished]
         if rows and "ssim" in rows[0]:
             print_scores(rows)
@@ -199,7 +210,7 @@ class Batch:
         )
         if renamed:
             print(
-                f"note: the outputs of {renamed} files have a number or a shorter name; the "
+                f"note: the outputs of {renamed} files have a numbered or shortened name; the "
                 "columns file and path of scores.csv list them"
             )
         message = ""
@@ -216,7 +227,7 @@ class Batch:
 
 
 def _split_reads(pairs: list[tuple[Path, str]]) -> Iterator[list[tuple[Path, str]]]:
-    """Yield lists of up to 16 files, fewer if they are large, to read as one task each."""
+    """Split files into read tasks: 16 files each, or fewer if they exceed MAX_READ_BYTES."""
     task: list[tuple[Path, str]] = []
     total = 0
     for pair in pairs:

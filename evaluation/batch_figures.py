@@ -1,4 +1,4 @@
-"""The figures of predict.py's output folder: one per volume, and contact sheets of slices.
+"""Draw the figures in predict.py's output folder: one per volume, and contact sheets of slices.
 
 Drawing takes longer than reconstruction, so the number of figures is limited. The column `figure`
 of scores.csv names the figure that shows a file.
@@ -19,26 +19,26 @@ from evaluation import plots
 from evaluation.reconstruct_group import Result, output_path
 from evaluation.score_table import SHEET_NAME, ScoreTable
 
-MAX_FIGURES = 20  # by default
+MAX_FIGURES = 20  # the default of --figures
 SLICES_PER_SHEET = 32
-MAX_SIDE = 512  # larger slices are shrunk while they wait for others of the same sheet
+MAX_SIDE = 512  # maximum side in pixels of slices on a contact sheet; larger ones are shrunk
 
 
 @dataclass
 class _Panel:
-    """A single-slice file in a figure."""
+    """A single-slice file on a contact sheet."""
 
-    row: dict  # of scores.csv
+    row: dict  # the file's row of scores.csv
     original: Tensor  # (1, H, W), z-scored
     reconstruction: Tensor  # (1, H, W), z-scored
     ssim: float
 
 
 class BatchFigures:
-    """Draw figures of reconstructed files until the limit is reached.
+    """Draw figures of reconstructed files until a maximum number of figures is reached.
 
     Attributes:
-        num_left_out: number of files without a figure because of the limit.
+        num_left_out: number of files that have no figure because of the limit.
         errors: messages about figures that could not be written.
     """
 
@@ -49,8 +49,8 @@ class BatchFigures:
             out: the folder to write to.
             table: the rows of scores.csv.
             names: output names of the files of this call.
-            limit: largest number of figures.
-            rate: bits per pixel, for headings.
+            limit: maximum number of figures.
+            rate: bits per pixel, for the figures' headings.
         """
         self.num_left_out = 0
         self.errors: list[str] = []
@@ -58,12 +58,12 @@ class BatchFigures:
         self._table = table
         self._remaining = limit
         self._rate = f"{rate:.4f} bits per pixel"
-        self._sheets: dict[tuple, list[_Panel]] = {}  # sheets to fill, by shape and spacing
-        self._others = _sheets_of_others(out, table, set(names))
-        self._number = 0  # of the last contact sheet
+        self._sheets: dict[tuple, list[_Panel]] = {}  # (shape, spacing) -> sheet to fill
+        self._others = _sheets_of_others(out, table, set(names))  # numbers that are in use
+        self._number = 0  # number of the last contact sheet
 
     def add(self, result: Result) -> None:
-        """Draw a volume, or add a slice to a contact sheet, which is drawn when it is full."""
+        """Draw a figure of a volume, or put a slice on a contact sheet; draw a full sheet."""
         if not result.shown:  # only empty slices
             return
         scan = result.source.scan
@@ -91,7 +91,7 @@ class BatchFigures:
             self._draw_sheet(self._sheets.pop(key), scan.spacing)
 
     def finish(self) -> None:
-        """Draw the contact sheets that are not full; a single slice has a figure of its own."""
+        """Draw the contact sheets that are not full; a lone slice gets a figure of its own."""
         for (_, *spacing), sheet in self._sheets.items():
             if len(sheet) > 1:
                 self._draw_sheet(sheet, spacing)
@@ -109,7 +109,7 @@ class BatchFigures:
         titles: list[str],
         spacing: Sequence[float],
     ) -> None:
-        """Draw a figure of one file; the images are (B, 1, H, W)."""
+        """Draw a figure of one file; originals and reconstructions are (B, 1, H, W)."""
         path = output_path(self._out, row["file"], ".png")
         heading = f"{row['file']}, {self._rate}"
         try:
@@ -120,7 +120,7 @@ class BatchFigures:
             row["figure"] = path.name
 
     def _draw_sheet(self, sheet: list[_Panel], spacing: Sequence[float]) -> None:
-        """Draw a contact sheet under the next number that shows no files of earlier calls."""
+        """Draw a contact sheet; its number is the next one that no other sheet needs."""
         self._number += 1
         while self._number in self._others:
             self._number += 1
@@ -146,7 +146,15 @@ class BatchFigures:
 
 
 def _sheets_of_others(out: Path, table: ScoreTable, names: set[str]) -> set[int]:
-    """Return the numbers of the contact sheets that show files which are not in this call."""
+    """Return the numbers of contact sheets that must be kept.
+
+    A sheet may be replaced only if scores.csv lists its files, and all of them are in `names`.
+
+    Args:
+        out: the output folder.
+        table: the rows of scores.csv.
+        names: output names of the files of this call.
+    """
     shown: dict[str, set[str]] = {}
     for name, row in table.rows.items():
         shown.setdefault(row.get("figure", ""), set()).add(name)
@@ -159,11 +167,12 @@ def _sheets_of_others(out: Path, table: ScoreTable, names: set[str]) -> set[int]
 
 
 def _score_title(ssim: float) -> str:
+    """Format the SSIM of a slice for its title."""
     return "not scored" if math.isnan(ssim) else f"ssim {ssim:.3f}"
 
 
 def _shrink(images: Tensor) -> Tensor:
-    """Average blocks of pixels so that no side of images (B, 1, H, W) exceeds 512 pixels."""
+    """Downsample images (B, 1, H, W) by block averaging if a side exceeds MAX_SIDE pixels."""
     factor = math.ceil(max(images.shape[-2:]) / MAX_SIDE)
     if factor == 1:
         return images

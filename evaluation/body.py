@@ -75,7 +75,7 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def _fill_holes(mask: np.ndarray) -> np.ndarray:
-    """Fill the holes of a mask, (H, W) bool: regions outside it that do not reach the border."""
+    """Fill the holes of a mask, (H, W) bool: background that is not connected to the border."""
     labels = label_components(~np.pad(mask, 1))  # the padding connects all regions at the border
     return labels[1:-1, 1:-1] != labels[0, 0]
 

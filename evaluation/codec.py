@@ -28,12 +28,12 @@ from mri.geometry import affine_header, geometry_record, header_from_record
 from mri.preprocessing import floor_std, is_constant, resize
 from utils import DataError, first_line, full_float32, write_bytes
 
-BATCH_SIZE = 16  # for slices of up to 512 x 512 pixels
+BATCH_SIZE = 16  # slices per batch, if they have at most 512 x 512 pixels
 CODES_FORMAT = 1  # version of the .npz files
 
 
 class Coded(NamedTuple):
-    """The codes of N slices, and everything else that `decode_planes` needs besides the model."""
+    """The codes of N slices, and the other inputs of `decode_planes`."""
 
     codes: np.ndarray  # (N, h, w) or (N, h, w, num_codebooks), uint16, or uint32 if K > 65,536
     mean: np.ndarray  # (N,) float32, in the file's intensities
@@ -50,15 +50,15 @@ def encode_planes(
     resize_to: tuple[int, int] | None = None,
     one_scan: bool = True,
 ) -> Coded:
-    """Encode slices of any size, each z-scored by its own mean and std, as in training.
+    """Encode slices of any size. Each is z-scored by its own mean and std, as in training.
 
     Args:
         model: the model, in eval mode.
         planes: slices, (N, rows, columns). They are padded to multiples of the stride by repeating
             the pixels at their edges.
         resize_to: (rows, columns) to resize the slices to before encoding; None: not resized.
-        one_scan: whether the slices belong to one scan, whose median standard deviation is then the
-            basis of `floor_std`; if not, the result is that of separate calls for each slice.
+        one_scan: whether the slices belong to one scan. If so, `floor_std` uses the median standard
+            deviation of the scan. If not, the result is that of separate calls for each slice.
     """
     device = next(model.parameters()).device
     mean = np.array([plane.mean(dtype=np.float64) for plane in planes])
@@ -113,7 +113,7 @@ def split_batches(count: int, size: tuple[int, int]) -> list[np.ndarray]:
 
 
 def fingerprint(model: VQVAE) -> str:
-    """Return a hash of all weights; codes can only be decoded by the model that made them."""
+    """Return a hash of all weights, to check that codes are decoded by the model that made them."""
     content = hashlib.sha256()
     for tensor in model.state_dict().values():
         content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -124,8 +124,8 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
     """Write codes as an .npz file and return its size in bytes.
 
     Besides codes, means and stds, the file contains the scan's geometry and data type, and the
-    model's fingerprint. Nothing else from the original's header is written. `affine` is in mm and
-    follows from `geometry` and `shape`; files of earlier versions have only `affine`.
+    model's fingerprint. Nothing else from the original's header is written. `affine`, in mm,
+    repeats information in `geometry`, because files of earlier versions have only `affine`.
     """
     orientation = scan.cut.orientation
     content = io.BytesIO()
@@ -153,7 +153,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     """Read a file that `write_codes` wrote.
 
     Returns:
-        The codes, and a scan that has the original's geometry but contains no slices.
+        The codes, and a scan that has the original's geometry but no slices.
 
     Raises:
         DataError: if the file is damaged, has another format, or was made by another model.
@@ -165,7 +165,9 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
         raise DataError(not_codes)
     number = content["format"].tolist()
     if number != CODES_FORMAT:
-        raise DataError(f"{path} has format {number}; expected {CODES_FORMAT}")
+        raise DataError(
+            f"{path} has format {number}; expected {CODES_FORMAT}. Export the codes again"
+        )
     try:
         if str(content["model"]) != fingerprint(model):
             raise DataError(
@@ -200,7 +202,7 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz file.
 
     Raises:
-        DataError: with `message` if the file cannot be read, or if the file is too large.
+        DataError: if the file cannot be read (with `message`) or is too large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -208,16 +210,19 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
         if size <= nifti.MAX_VOXELS:
             with np.load(path, allow_pickle=False) as file:
                 return {name: np.asarray(file[name]) for name in file.files}
-    except Exception as error:  # zipfile and numpy raise many types for damaged files
+    except Exception as error:  # damaged files raise many types of exceptions
         raise DataError(f"{message} ({first_line(error)})") from error
-    raise DataError(f"{path} unpacks to {size:,} bytes, more than any file from --export-codes")
+    raise DataError(
+        f"{path} unpacks to {size:,} bytes, more than any file from --export-codes; name such a "
+        "file"
+    )
 
 
 def _read_geometry(content: dict[str, np.ndarray], message: str) -> nib.Nifti1Header:
     """Return a header with the shape and geometry of the original.
 
     Raises:
-        DataError: with `message` if the geometry is invalid.
+        DataError: if the geometry is invalid (with `message`).
     """
     shape = tuple(map(int, content["shape"]))
     affine = content["affine"]
@@ -232,7 +237,7 @@ def _read_geometry(content: dict[str, np.ndarray], message: str) -> nib.Nifti1He
 
 
 def _has_valid_codes(coded: Coded, model: VQVAE) -> bool:
-    """Return whether the arrays are consistent with each other and with the model."""
+    """Return whether the codes, means, stds and size fit each other and the model."""
     codes = coded.codes
     quantizer = model.vector_quantization
     if codes.dtype not in (np.uint16, np.uint32) or codes.ndim < 3 or codes.size == 0:

@@ -1,6 +1,6 @@
 """Export a model's encoder and decoder to ONNX, for use in other programs.
 
-    python -m evaluation.export_onnx -o out               # model of the newest run
+    python -m evaluation.export_onnx -o out               # the model of the newest run
     python -m evaluation.export_onnx --run runs/x -o out
 
 encoder.onnx maps z-scored `images`, (B, 1, H, W) float32, to `codes`, (B, h, w) int64.
@@ -72,7 +72,15 @@ def export(run: str | Path | None, runs_dir: str | Path, out: Path) -> None:
 def _export_module(
     module: nn.Module, example: Tensor, sizes: dict, input_name: str, output_name: str, path: Path
 ) -> None:
-    """Export a module with one input and one output; `sizes`: input dimension -> symbolic size."""
+    """Export a module with one input and one output.
+
+    Args:
+        module: the module.
+        example: example input, for tracing.
+        sizes: input dimension -> symbolic size.
+        input_name, output_name: names of the input and the output in the ONNX file.
+        path: the file to write.
+    """
     try:
         program = torch.onnx.export(
             module.eval(),

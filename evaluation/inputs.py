@@ -1,4 +1,4 @@
-"""The files that the user names to predict.py: files, folders and patterns."""
+"""Find the files that predict.py is to read, from the paths on its command line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from utils import UserError
 def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[Path]:
     """List the files to read, in the order of `paths`, and print notes on files that are left out.
 
+    Folders are searched recursively. Segmentations and outputs of predict.py in them are left out.
+
     Args:
-        paths: files, folders, and patterns such as `*.nii.gz`, which not every shell expands. A
-            file may have any name. Folders are searched recursively for files of `file_type`,
-            except segmentations and outputs of predict.py.
+        paths: files of any name, folders, and patterns such as `*.nii.gz`, which not every shell
+            expands.
         out: the output folder; files in it are skipped, unless `out` itself is one of `paths`.
-        file_type: "nifti" or "npz".
+        file_type: type of the files to look for in folders, "nifti" or "npz".
 
     Raises:
         UserError: if a path does not exist, or a folder contains no file to read.
@@ -52,12 +53,15 @@ def _find_codes(folder: Path, out: Path) -> list[Path]:
     files = files_outside(search_folder(folder).files, out, folder)
     codes = sorted(file for file in files if file.name.lower().endswith(".npz"))
     if not codes:
-        raise UserError(f"no .npz file in {folder}; name a file of codes, or its folder")
+        raise UserError(
+            f"no .npz file in {folder}; name a file of codes (predict.py --export-codes writes "
+            "them), or its folder"
+        )
     return codes
 
 
 def _expand_patterns(paths: Sequence[str | Path]) -> list[Path]:
-    """Return existing paths; expand patterns, as a Unix shell does.
+    """Expand patterns to the paths that match them, as a Unix shell does; keep existing paths.
 
     Raises:
         UserError: if a path does not exist, or no file matches a pattern.
@@ -71,6 +75,6 @@ def _expand_patterns(paths: Sequence[str | Path]) -> list[Path]:
         matches = sorted(map(Path, glob.glob(str(path))))
         if path.is_symlink() or not matches:
             reason = missing_content(path) if path.is_symlink() else "does not exist"
-            raise UserError(f"{path} {reason}; expected a file or a folder of files")
+            raise UserError(f"{path} {reason}; name an existing file or a folder of files")
         expanded += matches
     return expanded

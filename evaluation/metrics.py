@@ -1,6 +1,6 @@
-"""Scores of reconstructions: four SSIM variants, PSNR, scores per organ, and codebook usage.
+"""Score reconstructions: four SSIM variants, PSNR, and codebook usage.
 
-Published SSIM values differ more by convention than by model. Each name stands for one convention:
+Published SSIM values differ more by convention than by model. Each name here is one convention:
 
     name          how the two images are scaled                       SSIM window
     ------------  --------------------------------------------------  ----------------------------
@@ -106,8 +106,8 @@ def ssim_uniform(originals: Tensor, reconstructions: Tensor) -> Tensor:
 def ssim_body(originals: Tensor, reconstructions: Tensor, body: Body | None = None) -> Tensor:
     """Compute `ssim_body` of each slice, (B,), from two batches (B, 1, H, W).
 
-    Unlike `ssim`, it depends neither on the air around the body nor on single very bright voxels.
-    In `ssim`, such voxels make all other pixels of both images darker and therefore more similar.
+    Unlike `ssim`, it depends neither on the air around the body nor on a few very bright pixels.
+    In `ssim`, such pixels make all other pixels of both images darker and therefore more similar.
     """
     if body is None:
         body = Body(*[part.to(originals.device) for part in find_body(originals)])
@@ -139,7 +139,7 @@ def ssim_map(
     Returns:
         (B, 1, H - kernel_size + 1, W - kernel_size + 1).
     """
-    # This import takes seconds, which commands that only print help or an error do not need.
+    # This import takes seconds, so commands that only print help or an error should avoid it.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     # Each slice becomes a channel. torchmetrics filters channels separately, and on a CPU, a slice
@@ -252,7 +252,7 @@ def evaluate(
         batch_size: slices per batch.
         device: the device to compute on.
         names: the scores to compute, from SCORE_NAMES.
-        progress: function that wraps the batches, for instance in a progress bar.
+        progress: function that wraps the iterable of batches, for instance in a progress bar.
     """
     was_training = model.training
     model.eval()
@@ -296,7 +296,7 @@ def mean_by_case(values: np.ndarray, cases: list[str]) -> dict:
 
     Args:
         values: (N,), a score per slice.
-        cases: the case of each slice.
+        cases: N names, the case of each slice.
 
     Returns:
         {"mean": float, "by_case": {case: float}}; the mean is None if there are no slices.
@@ -309,7 +309,7 @@ def mean_by_case(values: np.ndarray, cases: list[str]) -> dict:
 
 
 def bootstrap_interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean over cases.
+    """Return the 95 % bootstrap interval of the mean of one value per case.
 
     Cases are resampled instead of slices, because slices of one patient are not independent.
     """

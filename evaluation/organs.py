@@ -1,4 +1,4 @@
-"""Scores of reconstructions inside each organ, for slices with segmentations."""
+"""Score reconstructions inside each organ, for slices with segmentations."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Figures of slices, codes and runs, written as PNG files.
+"""Draw figures of slices, codes and runs, and write them as PNG files.
 
 In a slice, the row index runs left-right and the column index inferior-superior, as in HipMRI.
-Figures show superior at the top and, if the voxel spacing is known, true proportions. A slice and
-its reconstruction share one grey window, from the 0.5 to the 99.5 percentile of the original.
+Figures show superior at the top and, if the spacing is known, true proportions. A slice and its
+reconstruction share one grey window, from the 0.5 to the 99.5 percentile of the original.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _settings = dict(matplotlib.rcParamsDefault)
 _settings.pop("backend")
 default_style = matplotlib.rc_context(_settings)
 
-MAX_COLUMNS = 8  # largest number of columns in a figure
+MAX_COLUMNS = 8  # maximum number of columns in a figure
 PNG_OPTIONS = {"format": "png", "dpi": 110, "pil_kwargs": {"compress_level": 3}}  # fast
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
-    """Return a figure and its axes, (rows, columns); a single row, column or axis is not nested.
+    """Return a figure and its axes, an array that is squeezed as by `Figure.subplots`.
 
     Args:
-        rows, columns: number of axes.
+        rows, columns: numbers of rows and of columns of axes.
         size: width and height in inches.
         options: further options of `Figure.subplots`.
     """
@@ -47,7 +47,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
 
 
 def spread_indices(count: int, number: int = 4) -> Tensor:
-    """Return at most `number` indices, evenly spaced in range(count), without repetition.
+    """Return at most `number` different indices, evenly spaced in range(count).
 
     Both ends are avoided, because the first and last slices of a volume show little.
     """
@@ -167,7 +167,7 @@ def plot_contact_sheet(
     row_height = title_height + 2 * height + 2 * gap
     size = (max(columns * column_width, 4.5), heading_height + rows * row_height)
     figure = Figure(figsize=size)
-    # A single pair of axes in units of inches; axes for each slice would take seconds to draw.
+    # All slices share one pair of axes, in inches. Separate axes would take seconds to draw.
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
     for i, title in enumerate(titles):
@@ -194,7 +194,7 @@ def plot_contact_sheet(
 
 
 def _upright(image: Tensor) -> np.ndarray:
-    """Turn a slice (1, H, W) so that its last column, the superior one, is at the top."""
+    """Rotate a slice, (1, H, W) -> (W, H), so that its last (superior) column is at the top."""
     return image[0].float().cpu().numpy().T[::-1]
 
 
@@ -212,10 +212,10 @@ def _panel_size(
     Args:
         images: (..., H, W).
         spacing: mm between rows and between columns; None for square pixels.
-        width: largest width in inches; if slices are tall in the figure, panels are narrower.
+        width: maximum width in inches; panels of tall slices are narrower.
 
     Returns:
-        Width and height in inches, and the height of a pixel relative to its width.
+        Width and height in inches, and the aspect ratio of a pixel, height / width.
     """
     aspect = spacing[1] / spacing[0] if spacing and min(spacing) > 0 else 1.0
     aspect = min(max(aspect, 0.1), 10.0)  # keeps slices visible if the spacing is wrong
@@ -255,7 +255,7 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
 def plot_comparison(
     curves: list[tuple[str, list[int], list[float]]], points: list[tuple[str, float, float]]
 ) -> bytes:
-    """Plot several runs in the same axes and return the PNG file's content.
+    """Plot several runs in the same axes, and return the content of a PNG file.
 
     Args:
         curves: (run, epochs, validation ssim of each epoch).
@@ -279,12 +279,12 @@ def plot_comparison(
 
 @default_style
 def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str) -> None:
-    """Plot a histogram of each score, without NaN values; scores: {name: (N,)}."""
+    """Plot a histogram of each score {name: (N,)}, without NaN values."""
     size = (3.2 * len(scores), 3.2)
     figure, axes = new_figure(1, len(scores), size, squeeze=False, sharey=True)
     for axis, (name, values) in zip(axes[0], scores.items(), strict=True):
         values = values[np.isfinite(values)]
-        limits = (values.min() - 1e-3, values.max() + 1e-3)  # not empty if all scores are equal
+        limits = (values.min() - 1e-3, values.max() + 1e-3)  # wider than 0 if all are equal
         axis.hist(values, bins=min(40, max(5, len(values) // 3)), range=limits, color="0.4")
         axis.axvline(values.mean(), color="C3", label=f"mean {values.mean():.3f}")
         axis.set(xlabel=name)
@@ -299,7 +299,7 @@ def plot_score_histogram(path: Path, scores: dict[str, np.ndarray], heading: str
 
 @default_style
 def plot_code_usage(path: Path, counts: Tensor, heading: str) -> None:
-    """Plot how often each code is used, in descending order; counts: (K,)."""
+    """Plot the frequency of each code in descending order, from its counts (K,)."""
     frequencies = counts.double() / counts.sum()
     percentages = frequencies.sort(descending=True).values.numpy() * 100
     figure, axis = new_figure(1, 1, (7, 3.4))

@@ -1,8 +1,8 @@
-"""Reconstruct the user's own files, which are slices or volumes, at their original size.
+"""Reconstruct the user's own files, slices or volumes, at their original size.
 
-`predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, it writes to OUT a NIfTI file
-with the same shape and geometry, and a row in scores.csv. On request, it also writes the absolute
-error as NIfTI and the codes as .npz. Figures show the first files.
+`predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, it writes a NIfTI file with
+the same shape and geometry to OUT, and adds a row to scores.csv. On request, it also writes the
+absolute error as NIfTI and the codes as .npz. Figures show the first files.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def reconstruct_files(
 ) -> None:
     """Reconstruct files, and write the results and scores.csv to a folder.
 
-    The folder may contain results of earlier calls: those of the same files are replaced, all
-    others stay. After a stop signal (see `collect_stop_signals`), the results of the files that are
-    complete are written.
+    The folder may contain results of earlier calls. Those of the same files are replaced, all
+    others are kept. After a stop signal (see `collect_stop_signals`), the results of finished files
+    are still written.
 
     Args:
         paths: files, or folders of files.
@@ -64,12 +64,12 @@ def reconstruct_files(
         device: the device to compute on.
         axis: axis along which volumes are cut (see `nifti.read_scan`); None for the run's axis.
         nan_value: the value that replaces NaN; None for the run's value.
-        resize: resize slices to the size of the training slices, and resize the reconstructions
-            back to the original size.
-        error_map: also write the absolute error as NIfTI.
-        export_codes: also write the codes as .npz.
-        from_codes: decode `paths`, which are .npz files from `export_codes`.
-        figures: largest number of figures: one per volume, and contact sheets of 2D files.
+        resize: whether to resize slices to the size of the training slices, and to resize the
+            reconstructions back to the original size.
+        error_map: whether to also write the absolute error as NIfTI.
+        export_codes: whether to also write the codes as .npz.
+        from_codes: whether `paths` are .npz files from `export_codes`, to be decoded.
+        figures: maximum number of figures: one per volume, and contact sheets of 2D files.
 
     Raises:
         UserError: if a path does not exist, if `out` is a file, if its scores.csv is damaged, or if
@@ -153,7 +153,7 @@ def load_file(
 
     Args:
         file: a NIfTI file.
-        name: the name of its outputs.
+        name: its output name (see `evaluation.score_table`).
         axis: axis along which a volume is cut (see `nifti.read_scan`).
         nan_value: the value that replaces NaN (default: NaN is an error).
         trained_on: the files that the model was trained on; None if unknown.
@@ -177,7 +177,7 @@ def load_file(
 
 
 def _describe_membership(file: Path, trained_on: FileSet | None) -> str:
-    """Return "yes" if the model was trained on the file or a copy of it, else "no" or "unknown"."""
+    """Return "yes", "no" or "unknown": whether the model was trained on the file or a copy."""
     if trained_on is None:
         return "unknown"
     return "yes" if trained_on.has_copy(file) else "no"

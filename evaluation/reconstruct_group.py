@@ -4,7 +4,7 @@
         for result in reconstruct_group(model, group, resize_to=None):
             write_outputs(model, result, out)        # files, and more columns of result.row
 
-Batches only save time: codes and scores are those of one file at a time.
+Batching only saves time: each file gets the same codes and scores as on its own.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from modules import VQVAE
 from mri import nifti, preprocessing
 from mri.files import printable
 
-MIN_SIDE = 11  # slices with a smaller side have no scores, as the SSIM window is 11 x 11
-MAX_WAITING = 8 * BATCH_SIZE  # slices of different shapes that wait for others of their shape
+MIN_SIDE = 11  # pixels, the side of the SSIM window; smaller slices get no scores
+MAX_WAITING = 8 * BATCH_SIZE  # maximum number of slices that wait until their groups are full
 
 
 @dataclass
 class LoadedFile:
-    """A file that has been read."""
+    """A file that has been read, and its segmentation if there is one."""
 
     file: Path
-    name: str  # of its outputs
+    name: str  # output name (see `evaluation.score_table`)
     scan: nifti.Scan
     labels: np.ndarray | None = None  # (N, rows, columns), the segmentation
     in_training: str = "unknown"  # whether the model was trained on it: "yes", "no" or "unknown"
@@ -59,8 +59,8 @@ class Result:
     source: LoadedFile
     coded: Coded
     planes: np.ndarray  # (N, rows, columns) float32, in the file's intensities
-    row: dict  # of scores.csv
-    # Up to four slices for a figure, not empty, z-scored as the model sees them.
+    row: dict  # the file's row of scores.csv
+    # Up to four non-empty slices for a figure, z-scored as for the model.
     originals: Tensor  # (B, 1, rows, columns)
     reconstructions: Tensor  # (B, 1, rows, columns)
     shown: list[tuple[int, float]] = field(default_factory=list)  # index and ssim of these slices
@@ -70,9 +70,10 @@ class Result:
 
 
 def split_groups(loaded: Iterable[LoadedFile]) -> Iterator[list[LoadedFile]]:
-    """Yield groups of up to 16 single slices with the same shape and data type; volumes alone.
+    """Group up to 16 single-slice files of the same shape and data type; yield volumes alone.
 
-    Few slices wait at any time, so the order of the files changes but memory is bounded.
+    At most MAX_WAITING slices wait for their groups to fill, which bounds the memory. The order of
+    the files changes.
     """
     waiting: dict[tuple, list[LoadedFile]] = {}
     for item in loaded:
@@ -123,7 +124,7 @@ def reconstruct_group(
 
 
 def _empty_slices(planes: np.ndarray) -> np.ndarray:
-    """Return which planes of a scan are empty, (N,) bool."""
+    """Return a mask of the empty planes of a scan: (N, rows, columns) -> (N,) bool."""
     threshold = preprocessing.background_threshold(planes)
     return np.array([preprocessing.is_empty(plane, threshold) for plane in planes])
 
@@ -131,11 +132,17 @@ def _empty_slices(planes: np.ndarray) -> np.ndarray:
 def _score_planes(
     originals: np.ndarray, planes: np.ndarray, empty: np.ndarray, group: list[LoadedFile]
 ) -> dict[str, np.ndarray]:
-    """Score reconstructed slices and, for files with labels, also the inside of each organ.
+    """Score reconstructed slices; if a file has labels, also score the inside of each organ.
+
+    Args:
+        originals: (N, rows, columns), the slices of all files of the group.
+        planes: (N, rows, columns), the reconstructions.
+        empty: (N,) bool, the slices that get no scores because they are empty.
+        group: the files.
 
     Returns:
-        {name: (N,)}, NaN for empty slices, for slices with a side below 11 pixels, and for slices
-        of files with an unusable segmentation.
+        Score name -> (N,) values. The values are NaN for empty slices, slices with a side below
+        MIN_SIDE, and slices of files whose segmentation cannot be used.
     """
     count, rows, columns = planes.shape
     if min(rows, columns) < MIN_SIDE:
@@ -174,7 +181,16 @@ def _make_result(
     empty: np.ndarray,
     scores: dict[str, np.ndarray],
 ) -> Result:
-    """Return the result of one file; `empty` and each of the scores are (N,)."""
+    """Return the result of one file.
+
+    Args:
+        model: the model.
+        item: the file.
+        coded: the codes of its N slices.
+        planes: (N, rows, columns), its reconstruction.
+        empty: (N,) bool, its empty slices.
+        scores: score name -> (N,) values.
+    """
     # Each slice also needs 64 bits for its mean and std, which are float32.
     bits_per_code = math.log2(model.vector_quantization.num_embeddings)
     bits = coded.codes.size * bits_per_code + 64 * len(planes)
@@ -207,6 +223,7 @@ def _make_result(
 
 
 def _to_images(planes: np.ndarray) -> Tensor:
+    """Convert planes (N, rows, columns) to a float32 batch (N, 1, rows, columns)."""
     return torch.from_numpy(planes.astype(np.float32))[:, None]
 
 
@@ -222,10 +239,10 @@ def write_outputs(
 ) -> None:
     """Write the reconstruction of a file and, on request, the absolute error and the codes.
 
-    Sizes in bytes are added to the result's row.
+    The sizes of the codes and of the input file, in bytes, are added to the result's row.
 
     Raises:
-        OSError: if an output cannot be written; none of the outputs is then left behind.
+        OSError: if an output cannot be written; outputs that were written before are deleted.
     """
     scan, planes = result.source.scan, result.planes
     written = []
@@ -249,7 +266,10 @@ def write_outputs(
 
 
 def decode_file(model: VQVAE, file: Path, path: Path) -> tuple[int, int, int]:
-    """Decode an .npz file of codes, write the slices as NIfTI, and return their shape.
+    """Decode an .npz file of codes, and write the slices to `path` as NIfTI.
+
+    Returns:
+        (N, rows, columns), the shape of the slices.
 
     Raises:
         DataError: if the .npz file cannot be used.
@@ -261,11 +281,12 @@ def decode_file(model: VQVAE, file: Path, path: Path) -> tuple[int, int, int]:
 
 
 def output_path(out: Path, name: str, ending: str) -> Path:
+    """Return the path of an output of a file, such as `out/scan_codes.npz`."""
     return out / (name + ending)  # `with_suffix` fails if names contain dots
 
 
 def _error_bytes(scan: nifti.Scan, planes: np.ndarray) -> bytes:
-    """Return the absolute error as NIfTI; if the file has integers, use int16 to save space."""
+    """Encode |reconstruction - original| as NIfTI: int16 for integer scans, else float32."""
     error = np.abs(planes - scan.planes)
     is_integer = scan.dtype.kind in "iu" and error.max() < 32767
     return scan.to_bytes(error, np.dtype("i2" if is_integer else "f4"))

@@ -49,9 +49,9 @@ $sections
 </html>
 """)
 
-MAX_EPOCHS = 12  # rows of the table of epochs, besides the last epoch
-MAX_CASES = 12  # columns of cases in the table of scores
-WORST_SLICES = 8
+MAX_EPOCHS = 12  # maximum number of epochs in the table, besides the last epoch
+MAX_CASES = 12  # maximum number of cases in the table of scores
+WORST_SLICES = 8  # number of slices in the table of worst slices
 EPOCH_COLUMNS = (
     "epoch",
     "train_loss",
@@ -88,13 +88,13 @@ def write_report(run: Path) -> Path:
 
 
 def _evaluated_splits(run: Path) -> list[str]:
-    """Return the splits that predict.py has evaluated, the test split first."""
+    """Return the splits that predict.py has evaluated, in the order test, validate, train."""
     splits = ("test", "validate", "train")
     return [split for split in splits if (run / split / "metrics.json").exists()]
 
 
 def _configuration_html(config: dict) -> str:
-    """Return the content of config.json as tables; the long tables are collapsed."""
+    """Return the content of config.json as tables; long tables are collapsed."""
     names = ("bits_per_pixel", "slices", "device", "precision")
     overview = [(name, config[name]) for name in names if name in config]
     arguments = _table_html(["argument", "value"], config.get("arguments", {}).items())
@@ -142,7 +142,7 @@ def _split_sections(folder: Path) -> dict[str, str]:
 
 
 def _scores_html(summary: dict) -> str:
-    """Return the table of mean scores over all slices, and over the slices of each case."""
+    """Return a table of mean scores: over all slices, and over the slices of each case."""
     cases = list(summary["ssim"]["by_case"])[:MAX_CASES]
     rows = []
     for name in SCORE_NAMES:
@@ -185,7 +185,7 @@ def _worst_slices_html(folder: Path) -> str:
 
 
 def write_comparison(runs: list[Path], path: Path) -> Path:
-    """Write a page with a table and curves of several runs to `path`, and return the path."""
+    """Write a page that compares several runs (a table and curves), and return its path."""
     rows = []
     curves = []
     points = []
@@ -229,7 +229,7 @@ def _page_html(title: str, sections: dict[str, str]) -> str:
 
 
 def _table_html(head: list[str], rows) -> str:
-    """Return a table with column titles `head`; a row is a sequence of cells of any plain type."""
+    """Return a table with column titles `head`; each row is a sequence of plain values."""
     lines = [_row_html("th", head)]
     for row in rows:
         lines.append(_row_html("td", [_format_cell(cell) for cell in row]))
@@ -237,11 +237,13 @@ def _table_html(head: list[str], rows) -> str:
 
 
 def _row_html(tag: str, texts: list[str]) -> str:
+    """Return a row of a table, with cells of the given tag ("td" or "th")."""
     cells = [f"<{tag}>{html.escape(text)}</{tag}>" for text in texts]
     return "<tr>" + "".join(cells) + "</tr>"
 
 
 def _note_html(text: str) -> str:
+    """Return a paragraph in grey."""
     return f'<p class="note">{html.escape(text)}</p>\n'
 
 
@@ -251,7 +253,7 @@ def _details_html(summary: str, content: str) -> str:
 
 
 def _picture_html(path: Path | None, description: str) -> str:
-    """Return a PNG file as a figure, or a line that says that the file does not exist yet."""
+    """Return a PNG file as a figure, or a note if the file does not exist yet."""
     if path is None or not path.exists():
         return _note_html(f"{description}: not created yet")
     return _image_html(path.read_bytes(), description)

@@ -1,4 +1,4 @@
-"""Warnings about the user's own files: slices that are too small, and unusual voxel sizes."""
+"""Warn if a file's slices are too small to be scored, or if its pixel spacing is unusual."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mri.nifti import Scan
 
 
 def warn_of_size(file: Path, scan: Scan, min_side: int) -> None:
-    """Warn if a side of the slices is below `min_side`, in pixels, so that they get no scores."""
+    """Warn that slices get no scores if one of their sides is below `min_side` pixels."""
     size = scan.planes.shape[1:]
     if min(size) < min_side:
         axis = None if dimensions_of(scan.shape) == 2 else scan.axis
@@ -23,7 +23,13 @@ def warn_of_size(file: Path, scan: Scan, min_side: int) -> None:
 
 
 def warn_of_spacing(file: Path, scan: Scan, model_spacing: Sequence[float] | None) -> None:
-    """Warn if pixels are more than 1.5 times larger or smaller than in the training slices."""
+    """Warn if the pixel spacing differs from that of the training slices by a factor above 1.5.
+
+    Args:
+        file: the file.
+        scan: its content, with the spacing of rows and columns in mm.
+        model_spacing: spacing of the training slices in mm; None if it is unknown.
+    """
     if not model_spacing or min(*model_spacing, *scan.spacing) <= 0:
         return
     ratios = np.array(scan.spacing) / np.array(model_spacing)
@@ -31,7 +37,7 @@ def warn_of_spacing(file: Path, scan: Scan, model_spacing: Sequence[float] | Non
         rows, columns = scan.spacing
         model_rows, model_columns = model_spacing
         tqdm.write(
-            f"warning: {printable(str(file))}: its voxels are {rows:.2f} x {columns:.2f} mm in the "
-            "slice, but those of the training slices are about "
-            f"{model_rows:.2f} x {model_columns:.2f} mm; expect a worse reconstruction"
+            f"warning: {printable(str(file))}: its pixels are {rows:.2f} x {columns:.2f} mm, but "
+            f"those of the training slices are about {model_rows:.2f} x {model_columns:.2f} mm; "
+            "expect a worse reconstruction"
         )

@@ -1,9 +1,11 @@
-"""The output folder of predict.py: scores.csv, and the name of each input's outputs.
+"""Maintain scores.csv in the output folder of predict.py, and choose the names of outputs.
 
-scores.csv has one row per input. Its columns `file` and `path` state which input owns which output
-name, so that a later call with the same input replaces its outputs, and a call with another input
-of the same name writes under a numbered name. The names of the inputs of a call are also in
-.unfinished.csv until it ends, because a killed process may leave outputs without a row.
+scores.csv has one row per input. Its columns `path` and `file` map each input to its output name.
+A later call with the same input replaces its outputs. An input of the same name from another folder
+gets a numbered output name.
+
+A killed process may leave outputs that are not in scores.csv. Until a call ends, .unfinished.csv
+therefore lists the output names of its inputs.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from mri import files
 from mri.files import nfc, printable
 from utils import DataError
 
-ENDINGS = ("_reconstruction.nii.gz", "_error.nii.gz", "_codes.npz", ".png")  # of the outputs
+ENDINGS = ("_reconstruction.nii.gz", "_error.nii.gz", "_codes.npz", ".png")  # of output files
 SHEET_NAME = re.compile(r"contact_sheet_(\d+)\.png", re.I)  # figures of several inputs
-MAX_PRINTED = 20  # number of files in the printed table
-WRITE_INTERVAL = 2.0  # seconds between two writes of scores.csv, at least
-# Bytes of a file name for the longest ending, a number, and `write_atomically`'s temporary name.
+MAX_PRINTED = 20  # maximum number of files in the printed table
+WRITE_INTERVAL = 2.0  # minimum time between two writes of scores.csv, in seconds
+# Bytes to reserve for the longest ending, a number, and `write_atomically`'s temporary name.
 RESERVED_BYTES = 56
 
 
@@ -52,7 +54,7 @@ class ScoreTable:
         self._next_write = 0.0
 
     def claim_names(self, inputs: list[Path]) -> list[str]:
-        """Return the output name of each input, and record the names until `finish`.
+        """Choose an output name for each input, and list the names in .unfinished.csv.
 
         Raises:
             OSError: if the folder cannot be written.
@@ -63,6 +65,7 @@ class ScoreTable:
         present = {_name_key(name) for name in os.listdir(self.out)}
 
         def has_outputs(name: str) -> bool:
+            """Return whether an output of this name exists, or the name is that of a sheet."""
             if SHEET_NAME.fullmatch(name + ".png"):
                 return True
             return any(_name_key(name + ending) in present for ending in ENDINGS)
@@ -92,7 +95,7 @@ class ScoreTable:
         self._unwritten |= self.rows.pop(name, None) is not None
 
     def write(self) -> None:
-        """Write scores.csv, with empty cells in columns that a row does not have."""
+        """Write scores.csv; if a row lacks a column, its cell is empty."""
         start = time.monotonic()
         columns: dict[str, None] = {}  # used as an ordered set
         for row in self.rows.values():
@@ -102,15 +105,15 @@ class ScoreTable:
             utils.write_csv(self._path, complete_rows)
             self._unwritten = False
         finally:
-            # Writing takes longer the more rows there are: at most a twentieth of the time.
+            # Spend at most a twentieth of the time on writing, which takes longer with more rows.
             seconds = time.monotonic() - start
             self._next_write = time.monotonic() + max(WRITE_INTERVAL, 20 * seconds)
 
     def finish(self, names: list[str]) -> None:
-        """Write scores.csv, with the rows of earlier calls first and this call's in its order.
+        """Write scores.csv: first the rows of earlier calls, then those of this call, in order.
 
         Args:
-            names: the output names of this call, in order.
+            names: the output names of this call, in the order of the inputs.
 
         Raises:
             OSError: if scores.csv cannot be written.
@@ -126,7 +129,7 @@ class ScoreTable:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a table that predict.py wrote; an absent file has none.
+    """Read the rows of a table that predict.py wrote; return no rows if the file is absent.
 
     Raises:
         DataError: if the file is damaged, or was not written by predict.py.
@@ -134,7 +137,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # some spreadsheets add a mark
+        text = path.read_bytes().decode("utf-8-sig")  # some spreadsheets add a byte order mark
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (OSError, ValueError, csv.Error) as error:
         raise _table_error(path, utils.first_line(error)) from error
@@ -163,6 +166,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _table_error(path: Path, reason: str) -> DataError:
+    """Return the error for a table that cannot be used."""
     return DataError(
         f"{path} is damaged or was not written by predict.py ({reason}); nothing was written. "
         "Move this file away, or choose another folder with -o"
@@ -175,15 +179,15 @@ def _table_error(path: Path, reason: str) -> DataError:
 def input_path(file: str | Path) -> Path:
     """Return the absolute path that identifies an input.
 
-    The folder is resolved, but not the file: if files are links, as in git-annex, two subjects may
-    link to the same content.
+    Links to folders are resolved. A link to a file is not: with git-annex, the files of two
+    subjects may link to the same content.
     """
     file = Path(file)
     return file.parent.resolve() / file.name
 
 
 def output_stem(file: Path) -> str:
-    """Return the output name of a file if the name is neither taken nor too long."""
+    """Return the preferred output name of a file, before `output_names` shortens or numbers it."""
     stem = files.parse_name(file.name).stem.removesuffix(".npz").removesuffix("_codes")
     return stem or "unnamed"
 
@@ -194,7 +198,7 @@ def output_names(
     is_taken: Callable[[str], bool] | None = None,
     max_bytes: int = 255 - RESERVED_BYTES,
 ) -> list[str]:
-    """Return a unique output name for each file, which is numbered if the file's name is taken.
+    """Return a unique output name for each file; append a number if its own name is taken.
 
     Names are also unique on file systems that ignore case. The end of a long name is replaced by a
     hash of the name.
@@ -202,12 +206,12 @@ def output_names(
     Args:
         inputs: the files.
         owners: printable `input_path` -> the name that this input already owns.
-        is_taken: whether a name cannot be used although no input owns it.
-        max_bytes: largest length of a name in bytes, without a number.
+        is_taken: returns whether a name is taken although no input owns it.
+        max_bytes: maximum length of a name in bytes, without a number.
     """
     owners = owners or {}
     used = {_name_key(name) for name in owners.values()}
-    numbers: dict[str, int] = {}  # last number of each name, so that many equal names are fast
+    numbers: dict[str, int] = {}  # name -> its last number, so that the search does not start at 1
     names = []
     for file in inputs:
         path = printable(str(input_path(file)))
@@ -227,12 +231,12 @@ def output_names(
 
 
 def _name_key(name: str) -> str:
-    """Return a key that is equal for names that some file systems cannot tell apart."""
+    """Return a key that is equal for names that differ only in case or Unicode normalisation."""
     return nfc(name).casefold()
 
 
 def _shorten(name: str, max_bytes: int) -> str:
-    """Return the name, or its start and a hash of it if it is longer than `max_bytes`."""
+    """Replace the end of a name that is longer than `max_bytes` by a hash of the name."""
     content = name.encode("utf-8")
     if len(content) <= max_bytes:
         return name
@@ -241,7 +245,7 @@ def _shorten(name: str, max_bytes: int) -> str:
 
 
 def _max_name_bytes(folder: Path) -> int:
-    """Return the largest length of an output name that the file system of a folder allows."""
+    """Return the maximum length of an output name in bytes on the file system of a folder."""
     try:
         longest = os.pathconf(folder, "PC_NAME_MAX")
     except (AttributeError, OSError, ValueError):  # Windows
@@ -253,7 +257,7 @@ def _max_name_bytes(folder: Path) -> int:
 
 
 def print_scores(rows: list[dict]) -> None:
-    """Print the scores of the first files, and a note if the model was trained on some files."""
+    """Print the scores of up to MAX_PRINTED files, and a note on files used for training."""
     print(
         f"\n{'file':40}{'slices':>8}{'empty':>7}{'ssim':>9}{'ssim_body':>11}{'psnr (dB)':>11}"
         f"{'bits per pixel':>16}"

@@ -1,4 +1,4 @@
-"""Cache of decoded slices: every file is decoded once, into an int16 memory map on disk.
+"""Cache decoded slices: decode every file once, into an int16 memory map on disk.
 
     cached = load_cached_split(source, "train", preprocessing, cache_root(cache_dir))
     cached.pixels[cached.records["row"][0]]   # (rows, columns) int16, the first slice
@@ -20,10 +20,10 @@ CACHE_FORMAT. <files> is a hash of the content of `files`. Hence:
   change the hashes.
 - A cache that is truncated or cannot be opened is replaced. Altered pixels go unnoticed.
 
-Which caches are deleted, and when, is described in mri/stale_caches.py.
+mri/stale_caches.py describes which caches are deleted, and when.
 
-Several runs may share a cache: one run builds it while the others wait for its lock. Caches are
-deleted by the process that holds the lock, after it has opened its own. A folder gets its final
+Several runs may share a cache: one run builds it while the others wait for its lock. The process
+that holds the lock deletes stale caches after it has opened its own cache. A folder gets its final
 name when it is complete. If another run has created a folder of this name by then, that folder is
 used.
 """
@@ -62,7 +62,7 @@ from mri.stale_caches import delete_caches, file_states
 from utils import DataError, lock
 
 CACHE_FORMAT = 2  # see "When is a cache stale?"
-POOL_FROM = 500  # slices; decoding fewer takes less time than starting processes
+POOL_FROM = 500  # smallest number of slices for which starting processes saves time
 
 # For each slice: its row in pixels.npy, the index of its file in the split, and its SliceRecord.
 SLICE_DTYPE = np.dtype([
@@ -70,23 +70,23 @@ SLICE_DTYPE = np.dtype([
     ("plane", "i8"), ("scale", "f8"), ("low", "f8"), ("mean", "f8"), ("std", "f8"),
     ("constant", "?"), ("height", "i8"), ("width", "i8"),
 ])  # fmt: skip
-# For each unusable file: its index in the split, and the reason (worded as in `mri.nifti`).
+# For each unusable file: its index in the split, and the reason (see "Errors" in `mri.nifti_file`).
 BAD_DTYPE = np.dtype([("file", "i8"), ("reason", "U200")])
 
 
 class CachedSplit(NamedTuple):
     """The decoded slices of a split, sorted by file and plane."""
 
-    pixels: np.ndarray  # (rows of the cache, *size) int16, memory-mapped; some rows may be unused
+    pixels: np.ndarray  # (cache rows, *size) int16, memory-mapped; some cache rows may be unused
     records: np.ndarray  # (N,) SLICE_DTYPE
     bad: np.ndarray  # (unusable files,) BAD_DTYPE
 
 
-# ---------------------------------------------------------------- finding a cache
+# ---------------------------------------------------------------- find a cache
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
-    """Return the folder of all caches: cache_dir, else $HIPMRI_CACHE, else the user's cache."""
+    """Return the folder of all caches: `cache_dir`, else $HIPMRI_CACHE, else the user's default."""
     folder = cache_dir or os.environ.get("HIPMRI_CACHE")
     if folder:
         return Path(os.path.abspath(Path(folder).expanduser()))
@@ -111,10 +111,10 @@ def load_cached_split(
     Args:
         source: the files of each split.
         split: "train", "validate" or "test".
-        preprocessing: how files become slices.
+        preprocessing: the settings that turn files into slices.
         root: folder of all caches (see `cache_root`).
         workers: number of decoding processes (default: one per core, or 1 below POOL_FROM slices).
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
         DataError: if no file of the split can be used, or the cache cannot be written.
@@ -159,13 +159,13 @@ def load_cached_split(
 
 
 def _data_set_prefix(source: Source, split: str, preprocessing: Preprocessing) -> str:
-    """Return `<split>-<data set>-`, the part of a cache's name that is independent of the files."""
+    """Return `<split>-<data set>-`, the part of a cache's name that ignores individual files."""
     key = os.fsencode(f"{source.root} {preprocessing} {CACHE_FORMAT}")
     return f"{split}-{hashlib.sha256(key).hexdigest()[:10]}-"
 
 
 def _open_cache(folder: Path, size: tuple[int, int]) -> CachedSplit | None:
-    """Open a cache; return None if there is none, or if it is damaged."""
+    """Open a cache; return None if it is missing or damaged."""
     try:
         pixels = np.load(folder / "pixels.npy", mmap_mode="r")
         with np.load(folder / "slices.npz") as tables:
@@ -185,7 +185,7 @@ def _open_cache(folder: Path, size: tuple[int, int]) -> CachedSplit | None:
 def _open_valid_cache(
     folder: Path, files: list[Path], preprocessing: Preprocessing
 ) -> CachedSplit | None:
-    """Open a cache; return None if there is none, or one of its unusable files can now be read."""
+    """Open a cache; return None if it is missing, damaged, or marks a readable file as unusable."""
     cached = _open_cache(folder, preprocessing.size)
     if cached is None:
         return None
@@ -194,11 +194,11 @@ def _open_valid_cache(
         if not reason:
             return None
     with contextlib.suppress(OSError):  # a cache of another user
-        os.utime(folder)  # it is in use: see `delete_caches`
+        os.utime(folder)  # records the last use for `delete_caches`
     return cached
 
 
-# ---------------------------------------------------------------- building a cache
+# ---------------------------------------------------------------- build a cache
 
 
 class _Job(NamedTuple):
@@ -259,8 +259,7 @@ def _plan_jobs(files: list[Path], preprocessing: Preprocessing) -> list[_Job]:
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:
     """Create an int16 memory map and allocate its disk space.
 
-    If the space were not allocated and the disk or quota was full, a process that writes to the map
-    would be killed.
+    Without allocated space, a full disk or quota would kill the process that writes to the map.
 
     Raises:
         OSError: if there is not enough space.
@@ -278,7 +277,7 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            # Any other error means that the file system cannot reserve space.
+            # Any other error means that the file system does not support allocation.
 
 
 def _decode(
@@ -310,10 +309,10 @@ def _decode(
 def _decode_chunk(
     chunk: list[_Job], pixels_path: Path, preprocessing: Preprocessing
 ) -> tuple[list[tuple], list[tuple]]:
-    """Decode files directly into the memory map; several workers run this in their processes.
+    """Decode files directly into the memory map; each worker process runs this on its own chunks.
 
     Returns:
-        The records of the slices (SLICE_DTYPE) and of the unusable files (BAD_DTYPE).
+        The records of the slices (rows of SLICE_DTYPE) and of the unusable files (BAD_DTYPE).
     """
     pixels = np.load(pixels_path, mmap_mode="r+")
     records = []
@@ -343,7 +342,7 @@ def worker_pool(workers: int, context=None) -> ProcessPoolExecutor:
 
 def _start_worker() -> None:
     """Prepare a worker process: use one thread, and exit when the parent process is killed."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is not for this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # do not inherit the parent's handler
     torch.set_num_threads(1)  # OpenMP threads do not survive a fork; each core has a worker
 
     def exit_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""Copies of files, recognised by their content: in another folder, unpacked or compressed again."""
+"""Recognise copies of files by their uncompressed content, whatever their folder or compression."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ BLOCK_SIZE = 1 << 20  # bytes
 
 
 class FileSet(frozenset):
-    """A set of resolved paths of files, which can be searched for copies of a file.
+    """A set of files (resolved paths) that can be searched for copies of a file.
 
-    Files are compared by their size without compression, then by the CRC-32 of their content, then
-    byte by byte. A gzip file ends with its size and CRC-32, so it is unpacked only for the last
-    comparison. Copies that gzip has written in several parts are not recognised.
+    Files are compared by their uncompressed size, then by the CRC-32 of their content, then byte by
+    byte. A gzip file ends with its uncompressed size and CRC-32, so it is unpacked only for the
+    last comparison. Files of several gzip streams are not recognised as copies.
     """
 
     def has_copy(self, file: Path) -> bool:
         """Return whether the set contains a file or a copy of it.
 
         Args:
-            file: a file; if it cannot be read, it has no copies.
+            file: a file; the result is False if it cannot be read.
         """
         if real_path(file) in self:
             return True
@@ -44,7 +44,7 @@ class FileSet(frozenset):
 
     @functools.cached_property
     def _files_of_size(self) -> dict[int, list[Path]]:
-        """Size without compression -> files; unreadable files are left out."""
+        """Map the uncompressed size in bytes to files; leave out unreadable files."""
         files: dict[int, list[Path]] = {}
         for file in self:
             with contextlib.suppress(OSError):
@@ -54,7 +54,8 @@ class FileSet(frozenset):
 
     @functools.cached_property
     def _checksums(self) -> dict[Path, int]:
-        return {}  # filled by `_checksum`
+        """Checksums that `_checksum` has computed: file -> CRC-32."""
+        return {}
 
     def _checksum(self, file: Path) -> int:
         """Return `content_checksum(file)`, computed once per file."""
@@ -64,7 +65,7 @@ class FileSet(frozenset):
 
 
 def content_size(file: Path) -> int:
-    """Return the size of a file's content in bytes, modulo 2^32; gzip files count as unpacked."""
+    """Return the uncompressed size of a file in bytes, modulo 2^32."""
     size = file.stat().st_size
     if _is_gzip(file):
         return int.from_bytes(_trailer(file, size)[4:], "little")
@@ -72,7 +73,7 @@ def content_size(file: Path) -> int:
 
 
 def content_checksum(file: Path) -> int:
-    """Return the CRC-32 of a file's content; gzip files count as unpacked."""
+    """Return the CRC-32 of a file's uncompressed content."""
     if _is_gzip(file):
         return int.from_bytes(_trailer(file, file.stat().st_size)[:4], "little")
     checksum = 0
@@ -82,7 +83,7 @@ def content_checksum(file: Path) -> int:
 
 
 def has_same_content(one: Path, other: Path) -> bool:
-    """Return whether two files have the same content; gzip files count as unpacked."""
+    """Return whether two files have the same uncompressed content."""
     other_blocks = content_blocks(other)
     for block in content_blocks(one):
         if block != next(other_blocks, b""):
@@ -91,19 +92,20 @@ def has_same_content(one: Path, other: Path) -> bool:
 
 
 def content_blocks(file: Path) -> Iterator[bytes]:
-    """Yield the content of a file in blocks of `BLOCK_SIZE`; gzip files are unpacked."""
+    """Yield the uncompressed content of a file in blocks of at most BLOCK_SIZE bytes."""
     with gzip.open(file) if _is_gzip(file) else open(file, "rb") as stream:
         while block := stream.read(BLOCK_SIZE):
             yield block
 
 
 def _is_gzip(file: Path) -> bool:
+    """Return whether a file starts with gzip's magic number."""
     with open(file, "rb") as stream:
         return stream.read(2) == b"\x1f\x8b"
 
 
 def _trailer(file: Path, size: int) -> bytes:
-    """Return the last 8 bytes of a gzip file: CRC-32 and size of the content."""
+    """Return the last 8 bytes of a gzip file of `size` bytes: CRC-32 and uncompressed size."""
     with open(file, "rb") as stream:
         stream.seek(max(0, size - 8))
         return stream.read(8)

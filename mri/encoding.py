@@ -1,4 +1,4 @@
-"""Encoding of slices as int16 pixels, which the cache stores.
+"""Encode slices as int16 pixels, which the cache stores.
 
     slices, reason = decode_file(path, preprocessing)
     pixels, record = slices[0]
@@ -20,13 +20,13 @@ from mri.preprocessing import Preprocessing, fit_slice, is_constant, read_planes
 
 
 class SliceRecord(NamedTuple):
-    """The numbers that belong to the pixels of a slice."""
+    """The numbers that are stored with the pixels of a slice."""
 
-    plane: int  # index in its file; 0 for a 2D file
+    plane: int  # index of the slice in its file; 0 for a 2D file
     scale: float  # image = (pixels + 32768) * scale + low
-    low: float
-    mean: float  # of the fitted slice, in the scanner's intensities
-    std: float
+    low: float  # smallest value of the fitted slice, in the scanner's intensities
+    mean: float  # mean of the fitted slice, in the scanner's intensities
+    std: float  # standard deviation of the fitted slice, in the scanner's intensities
     constant: bool  # whether the slice has a single value (see `preprocessing.is_constant`)
     height: int  # rows of the slice before fitting
     width: int  # columns before fitting
@@ -47,8 +47,8 @@ def quantize(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, fl
         low, high: its smallest and largest value.
 
     Returns:
-        The int16 pixels, and the scale, for image = (pixels + 32768) * scale + low. For integers
-        whose range is at most 65,535, the scale is 1 and the pixels are exact.
+        The int16 pixels (rows, columns), and the scale in image = (pixels + 32768) * scale + low.
+        For integers whose range is at most 65,535, the scale is 1 and the encoding is exact.
     """
     if high - low <= 65535 and (image == np.rint(image)).all():
         return (image - low - 32768).astype(np.int16), 1.0
@@ -57,11 +57,11 @@ def quantize(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, fl
 
 
 def encode_slice(image: np.ndarray, plane: int, preprocessing: Preprocessing) -> EncodedSlice:
-    """Bring a slice to the target size, and encode it as int16.
+    """Crop or resize a slice to the target size, and encode it as int16.
 
     Args:
-        image: (rows, columns) as `preprocessing.read_planes` yields it.
-        plane: its index in the file.
+        image: (rows, columns), from `preprocessing.read_planes`.
+        plane: index of the slice in its file.
         preprocessing: the size of the result, and how slices are fitted to it.
 
     Raises:
@@ -97,6 +97,6 @@ def decode_file(path: Path, preprocessing: Preprocessing) -> tuple[list[EncodedS
             slices.append(encode_slice(image, plane, preprocessing))
     except ValueError as error:
         return [], str(error)
-    except Exception as error:  # one odd file must not prevent the decoding of other files
+    except Exception as error:  # one unusual file must not prevent the decoding of other files
         return [], f"cannot be decoded ({error!r})"
     return slices, ""

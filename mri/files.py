@@ -1,4 +1,4 @@
-"""The meaning of the names of NIfTI files and folders. Nothing here opens an image."""
+"""Interpret the names of NIfTI files and folders, without opening any image."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SPLIT_NAMES = {
 }
 
 NIFTI_NAME = re.compile(r"\.nii(?:\.gz)?$", re.I)
-# "case_004_week_0_slice_12" and "Case_004_Week0_LFOV"; "B006_Week0_LFOV", which needs the week
-# because other names start with a letter and a number, too.
+# Matches "case_004_week_0_slice_12", "Case_004_Week0_LFOV" and "B006_Week0_LFOV". The last form
+# requires the week, because names of other data may also start with a letter and a number.
 HIPMRI_NAME = re.compile(
     r"(?:case[ _-]?|(?P<letter>[a-z])(?=\d+[ _-]?week[ _-]?\d))(?P<number>\d+)"
     r"(?:[ _-]?week[ _-]?(?P<week>\d+))?(?:[ _-]?slice[ _-]?(?P<slice>\d+))?(?![^\W_])",
@@ -36,7 +36,7 @@ class Source:
     """The files of each split, as `mri.splits.find_source` returns them."""
 
     root: Path  # the folder that contains all files
-    form: str  # kind of files: "2D" slices, "3D" HipMRI volumes, or "scans" (`splits.find_scans`)
+    form: str  # type of data: "2D" slices, "3D" HipMRI volumes, or "scans" (`splits.find_scans`)
     splits: dict[str, list[Path]]  # split -> files in natural order; empty splits are left out
     notes: list[str]  # for the script to print
     subjects: dict[Path, str] = field(default_factory=dict)  # file -> its subject
@@ -49,7 +49,7 @@ class Source:
 class SliceName:
     """The parts of a slice's file name, for titles and tables."""
 
-    case: str  # the subject: "004" or "B006"; the stem if the name is not like HipMRI's
+    case: str  # the subject: "004" or "B006"; the stem if the name is not in HipMRI's format
     week: str  # "0"; "" if the name has none
     slice: int  # 12; 0 if the name has none
     stem: str  # the file name without its ending, "case_004_week_0_slice_12"
@@ -75,7 +75,7 @@ def parse_name(path: str | Path) -> SliceName:
 def stem_of(path: str | Path) -> str:
     """Return the printable name of a file without .nii or .nii.gz.
 
-    The name is that of the folder if the file is inside a folder called `x.nii.gz`.
+    If the file is inside a folder called `x.nii.gz`, the name of the folder is used instead.
     """
     folder, name = os.path.split(path)
     folder_name = os.path.basename(folder)
@@ -85,17 +85,16 @@ def stem_of(path: str | Path) -> str:
 
 
 def path_key(path: str | Path) -> str:
-    """Return a key that is equal for the same path on all platforms: with /, and in NFC.
+    """Return a platform-independent key for comparing paths: with forward slashes, and in NFC.
 
-    Windows separates folders by backslashes, and macOS decomposes letters such as an u with two
-    dots (NFD).
+    Windows separates folders by backslashes. macOS decomposes accented letters (NFD).
     """
     text = path.as_posix() if isinstance(path, Path) else path
     return nfc(text.replace("\\", "/"))
 
 
 def nfc(text: str) -> str:
-    """Return text in Unicode's form NFC, in which names from all platforms are compared."""
+    """Normalise text to Unicode NFC, so that names from different platforms can be compared."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -112,15 +111,15 @@ def natural_key(text: str) -> list:
 
 
 def split_of_folder(folder: Path) -> str | None:
-    """Return the split after which a folder is named, or None.
+    """Return the split that a folder is named after, or None.
 
-    Both `keras_slices_validate` and `val` are named after "validate".
+    For example, the split of `keras_slices_validate` and of `val` is "validate".
     """
     return SPLIT_NAMES.get(folder.name.lower().removeprefix("keras_slices_"))
 
 
 def split_of_path(path: Path) -> str | None:
-    """Return the split of the outermost split folder in a path; None if it has no split folder."""
+    """Return the split of the outermost split folder in a path, or None if there is none."""
     for parent in reversed(path.parents):
         split = split_of_folder(parent)
         if split:
@@ -136,10 +135,11 @@ def is_output(path: Path) -> bool:
 def find_segmentation(image: Path) -> Path | None:
     """Return the segmentation of an image in HipMRI's 2D or 3D layout, or None if there is none.
 
-    2D: `keras_slices_seg_train/seg_004_week_0_slice_0.nii.gz`, or the same name in `seg_train/`,
-    for an image in `keras_slices_train/` or `train/`. 3D: `Case_004_Week0_SEMANTIC_LFOV.nii.gz` in
-    `semantic_labels_anon/`, or `B006_Week0_SEMANTIC.nii.gz` in `semantic_labels_only/`, next to the
-    folder of the image. Letters may have another case, and the file another of NIfTI's endings.
+    2D: for an image in `keras_slices_train/` or `train/`, the segmentation is
+    `keras_slices_seg_train/seg_004_week_0_slice_0.nii.gz`, or has the same name in `seg_train/`.
+    3D: the segmentation is `semantic_labels_anon/Case_004_Week0_SEMANTIC_LFOV.nii.gz` or
+    `semantic_labels_only/B006_Week0_SEMANTIC.nii.gz`, next to the folder of the image. Upper and
+    lower case may differ, and so may the endings .nii and .nii.gz.
     """
     if NIFTI_NAME.search(image.parent.name):  # a folder called x.nii.gz with the .nii inside
         image = image.parent
@@ -156,7 +156,7 @@ def find_segmentation(image: Path) -> Path | None:
 
 
 def _segmentation_names(folder: Path, stem: str) -> list[tuple[Path, str]]:
-    """Return the folders and names, without ending, that an image's segmentation may have."""
+    """Return candidates (folder, name without ending) for the segmentation of an image."""
     masks = [re.sub("^(case_)?", mark, stem, flags=re.I) for mark in ("seg_", "SEG_")]
     names = []
     if stem.lower().startswith("case_"):
@@ -175,15 +175,18 @@ def _segmentation_names(folder: Path, stem: str) -> list[tuple[Path, str]]:
 
 
 def real_path(path: Path) -> Path:
-    """Return a path without links. Before Python 3.13, `Path.resolve` fails for a loop of links."""
+    """Resolve the links in a path, even if they form a loop.
+
+    Before Python 3.13, `Path.resolve` fails for such a loop.
+    """
     return Path(os.path.realpath(path))
 
 
 def file_inside(folder: Path) -> Path:
     """Return the NIfTI file inside a folder called `x.nii.gz`.
 
-    If it does not contain exactly one such file, return the folder itself, which is then reported
-    as a bad file.
+    If the folder does not contain exactly one NIfTI file, the folder itself is returned. It is then
+    reported as a bad file.
     """
     names = []
     for name in os.listdir(folder):
@@ -193,7 +196,7 @@ def file_inside(folder: Path) -> Path:
 
 
 def format_listing(lines: list[str], most: int = 100) -> str:
-    """Indent and join the first `most` lines, and append the number of lines left out."""
+    """Indent and join the first `most` lines, and append the number of omitted lines."""
     shown = lines[:most]
     if len(lines) > most:
         shown = [*shown, f"... and {len(lines) - most:,} more"]

@@ -1,9 +1,9 @@
-"""The contents of folders: the images, and what is left out of them and why.
+"""Find the images in a folder, and describe the files that are left out.
 
 contents = search_folder(Path("/data/scans"))            # the files at any depth
 images, left_out = select_images(contents.nifti_files, contents.root)
 notes = describe_left_out(left_out, contents.root) + contents.problems()
-lines = describe_folder(root)                            # for an error: what is there instead
+lines = describe_folder(root)                            # for an error about missing images
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mri.formats import describe_archives, describe_formats, is_annex_link, miss
 from mri.segmentations import has_label_intent, is_segmentation
 from utils import DataError
 
-# Reasons to leave out a file, worded to follow "because".
+# Reasons to leave out files. Each one completes "files are left out because ...".
 NAMED_SEGMENTATION = "they are named like segmentations"
 LABEL_INTENT = "their headers mark them as label maps (NIfTI intent code 1002 or 1003)"
 NAMED_OUTPUT = "they are named like outputs of predict.py"
@@ -32,9 +32,9 @@ SAME_SCAN = (
     "original of a copy"
 )
 
-# Folders of operating systems and of network storage, such as deleted files.
+# Prefixes of hidden entries, and of folders that operating systems and network drives create.
 _SYSTEM_FOLDERS = (".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
-# Endings that file managers and browsers give to copies: " (1)", " - Copy (2)", " copy 2".
+# Marks that file managers and browsers append to names of copies: " (1)", " - Copy (2)", " copy 2".
 _COPY_NUMBER = r"\(\d+\)"
 _COPY_WORD = "copy|copie|copia|kopie"
 _COPY_MARK = re.compile(
@@ -49,8 +49,8 @@ LeftOut = dict[str, list[Path]]  # reason -> files
 def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the subfolders and the NIfTI files of a folder, each in natural order.
 
-    Hidden entries are left out. Some copies of HipMRI have folders called `x.nii.gz` with the .nii
-    inside; such a folder counts as the file inside it.
+    Hidden entries are left out. In some copies of HipMRI, a folder called `x.nii.gz` contains a
+    .nii file; such a folder is replaced by the file inside it.
 
     Raises:
         OSError: if the folder cannot be read.
@@ -68,7 +68,7 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def unique_folders(folders: list[Path]) -> list[Path]:
-    """Leave out links to folders that are in the list, or that an earlier link leads to."""
+    """Drop each link whose target is already in the list, or is the target of an earlier link."""
     visited = {os.path.realpath(folder) for folder in folders if not folder.is_symlink()}
     unique = []
     for folder in folders:
@@ -82,20 +82,20 @@ def unique_folders(folders: list[Path]) -> list[Path]:
 
 
 def _visible_entries(folder: Path) -> list[os.DirEntry]:
-    """Return the entries of a folder without hidden ones and folders of the system."""
+    """Return the entries of a folder, without hidden ones and those in _SYSTEM_FOLDERS."""
     with os.scandir(folder) as scan:
         return [entry for entry in scan if not entry.name.startswith(_SYSTEM_FOLDERS)]
 
 
 def _type_of(entry: os.DirEntry) -> str:
-    """Return "folder", "file", "broken link" or "special" for an entry or the target of a link."""
+    """Classify an entry, or the target of a link: "folder", "file", "broken link" or "special"."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
         entry.stat()
-    except OSError:  # also a link to itself
+    except OSError:  # includes a link to itself
         return "broken link"
     return "special"
 
@@ -105,11 +105,11 @@ def _type_of(entry: os.DirEntry) -> str:
 
 @dataclass
 class Contents:
-    """The files that `search_folder` has found in a folder. All paths start with `root`."""
+    """The result of `search_folder`. All paths start with `root`."""
 
     root: Path
     files: list[Path] = field(default_factory=list)  # in no particular order
-    unreadable: dict[Path, str] = field(default_factory=dict)  # path -> reason, a predicate
+    unreadable: dict[Path, str] = field(default_factory=dict)  # path -> reason ("is a pipe ...")
     repeated: list[Path] = field(default_factory=list)  # links to folders that are searched anyway
 
     @property
@@ -119,7 +119,7 @@ class Contents:
         return sorted(files, key=lambda path: natural_key(str(path)))
 
     def problems(self) -> list[str]:
-        """Describe what cannot be read, and links that are not followed."""
+        """Return notes on unreadable files and folders, and on links that are not followed."""
         notes = []
         if self.unreadable:
             lines = [f"{self._relative(path)} {why}" for path, why in self.unreadable.items()]
@@ -134,15 +134,16 @@ class Contents:
         return notes
 
     def _relative(self, path: Path) -> str:
+        """Return a path relative to `root`, safe to print."""
         return printable(str(path.relative_to(self.root)))
 
 
 def search_folder(root: Path, max_files: float = float("inf")) -> Contents:
     """Find the files at any depth of a folder.
 
-    Links to files and folders are followed. A folder that several paths lead to is searched once,
-    by its own path rather than a link, and links to folders that contain the link are not followed.
-    Hidden files and folders, and those of the system such as `__MACOSX`, are left out.
+    Links to files and folders are followed, except links to a folder that contains the link. A
+    folder that can be reached by several paths is searched once, if possible by a path without
+    links. Hidden files and folders are left out, as are system folders such as `__MACOSX`.
 
     Args:
         root: the folder.
@@ -186,22 +187,25 @@ def search_folder(root: Path, max_files: float = float("inf")) -> Contents:
 
 
 def _is_inside(path: str, folder: str) -> bool:
-    """Return whether a path is a folder or inside it; both are real paths."""
+    """Return whether a path is `folder` itself or inside it; links must be resolved in both."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-# ---------------------------------------------------------------- images, and what is left out
+# ---------------------------------------------------------------- images and left-out files
 
 
 def select_images(
     files: Iterable[Path], root: Path, included: Container[Path] = ()
 ) -> tuple[list[Path], LeftOut]:
-    """Return the files that are images, in the same order, and those that are left out.
+    """Select the files that are images; leave out segmentations, outputs, and copies.
 
     Args:
         files: NIfTI files.
-        root: the folder that was searched; only names below it count.
-        included: files to return always, such as those that an earlier run has used.
+        root: the folder that was searched; only folder names below it are examined.
+        included: files that always count as images, such as those of an earlier run.
+
+    Returns:
+        The images in the order of `files`, and the left-out files by reason.
     """
     files = list(files)
     copies = _copies(files)
@@ -227,10 +231,10 @@ def select_images(
 
 
 def _copies(files: list[Path]) -> set[Path]:
-    """Return files next to the same scan.
+    """Return the files that duplicate another file in the same folder.
 
-    These are `x.nii` next to `x.nii.gz`, a link to a neighbour, and `x (1).nii.gz` or
-    `x - Copy.nii.gz` next to `x.nii.gz` with the same content.
+    A duplicate is `x.nii` next to `x.nii.gz`, a link to another file of the folder, or
+    `x (1).nii.gz` or `x - Copy.nii.gz` with the content of `x.nii.gz`.
     """
     others = set(files)
     compressed: dict[str, Path] = {}  # path without the ending -> file
@@ -251,7 +255,7 @@ def _copies(files: list[Path]) -> set[Path]:
 
 
 def _original_of(file: Path, others: Container[Path]) -> Path:
-    """Return the file of which a file is a copy by its name and content; else the file itself."""
+    """Return the original if a file's name and content mark it as a copy, else the file itself."""
     ending = NIFTI_NAME.search(file.name)[0]
     stem = file.name.removesuffix(ending)
     original = file.with_name(_COPY_MARK.sub("", stem) + ending)
@@ -275,11 +279,11 @@ def describe_left_out(left_out: LeftOut, root: Path) -> list[str]:
     return notes
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- search and select
 
 
 def files_outside(files: list[Path], out: Path, root: Path) -> list[Path]:
-    """Leave out files of a folder `out`; keep all files if it is the searched folder itself."""
+    """Drop the files inside `out`, unless `out` is the searched folder `root` itself."""
     folder = out.resolve()
     if folder == root.resolve():
         return files
@@ -293,7 +297,7 @@ def find_images(
 
     Args:
         root: the folder.
-        included: files to return always (see `select_images`).
+        included: files that always count as images (see `select_images`).
         out: folder whose files are ignored, unless it is `root` itself.
 
     Raises:
@@ -315,7 +319,7 @@ def find_images(
 
 
 def describe_folder(root: Path, contents: Contents | None = None) -> list[str]:
-    """Return indented lines, for an error, on the content of a folder without images.
+    """Describe the content of a folder without usable images, as indented lines for an error.
 
     Args:
         root: the folder.

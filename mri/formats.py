@@ -1,4 +1,4 @@
-"""Files that are not NIfTI images: other formats, and files without content.
+"""Recognise files that are not NIfTI images: other formats, archives, and files without content.
 
 lines = describe_formats(files)      # "3 DICOM file(s) are not read; convert them ..."
 reason = missing_content(path)       # "is a git-annex link; its content is missing ..."
@@ -20,7 +20,7 @@ _NIBABEL = "python -c \"import nibabel; nibabel.save(nibabel.load('{0}'), 'scan.
 _SIMPLE_ITK = (
     "python -c \"import SimpleITK as itk; itk.WriteImage(itk.ReadImage('{0}'), 'scan.nii.gz')\""
 )
-# Other formats: ending (a pattern), name, and command that converts; {0} is a file, {1} its folder.
+# Other formats: pattern of the ending, name, and conversion command for file {0} in folder {1}.
 _FORMATS = (
     (r"\.(dcm|dicom|ima)", "DICOM", "dcm2niix -z y -o OUT '{1}'"),
     (r"\.(hdr|img)(\.gz)?", ".hdr/.img", _NIBABEL),
@@ -31,9 +31,9 @@ _FORMATS = (
     (r"\.nii\.xz", ".nii.xz", "xzcat '{0}' | gzip > scan.nii.gz"),
     (r"\.nii\.zst", ".nii.zst", "zstdcat '{0}' | gzip > scan.nii.gz"),
 )
-_DICOM_NAME = re.compile(r"[^.]*|[\d.]+|DICOMDIR", re.I)  # without an ending, or with a UID as name
+_DICOM_NAME = re.compile(r"[^.]*|[\d.]+|DICOMDIR", re.I)  # names without an ending, and UIDs
 
-ARCHIVE_COMMANDS = {  # file name -> the command that unpacks it
+ARCHIVE_COMMANDS = {  # pattern of the ending -> the command that unpacks the archive
     re.compile(r"\.zip$", re.I): "unzip {file} -d {folder}",
     re.compile(r"\.(tar|tgz|tbz2|txz|tar\.(gz|bz2|xz|zst))$", re.I): (
         "mkdir {folder} && tar -xf {file} -C {folder}"
@@ -45,6 +45,7 @@ _LFS_ADVICE = "its content is missing; fetch it with `git lfs pull`"
 
 
 def is_annex_link(path: Path) -> bool:
+    """Return whether a path is a link into git-annex's object store."""
     try:
         return "annex/objects" in os.readlink(path).replace(os.sep, "/")
     except OSError:
@@ -52,10 +53,10 @@ def is_annex_link(path: Path) -> bool:
 
 
 def missing_content(path: Path) -> str:
-    """Return why a file cannot be opened or has no content, or "" if it may have content.
+    """Return the reason why a file cannot be opened or lacks its content; "" if there is none.
 
-    git-annex and Git LFS replace files whose content was not fetched by broken links or by small
-    text files.
+    If the content of a file was not fetched, git-annex and Git LFS leave a broken link or a small
+    text file in its place.
     """
     try:
         status = os.stat(path)
@@ -76,10 +77,10 @@ def missing_content(path: Path) -> str:
 
 
 def describe_formats(files: Iterable[Path], read_files: bool = False) -> list[str]:
-    """Return one line for each other image format, with the command that converts it to NIfTI.
+    """Return one line for each image format other than NIfTI, with the command to convert it.
 
     Args:
-        files: files of any kind.
+        files: files of any type.
         read_files: also open files without an ending, to recognise DICOM by its content.
     """
     examples: dict[str, Path] = {}
@@ -101,7 +102,7 @@ def describe_formats(files: Iterable[Path], read_files: bool = False) -> list[st
 
 
 def _format_of(file: Path, read_files: bool) -> str:
-    """Return the name of a file's format in _FORMATS, or ""."""
+    """Return the name of a file's format in _FORMATS, or "" if it has none of these formats."""
     for ending, name, _ in _FORMATS:
         if re.search(ending + "$", file.name, re.I):
             return name
@@ -119,7 +120,7 @@ def _format_of(file: Path, read_files: bool) -> str:
 
 
 def describe_archive(path: Path) -> str:
-    """Return what to do with an archive, such as data.zip; "" if a path is not named like one."""
+    """Return advice on unpacking an archive, such as data.zip; "" if a path is not an archive."""
     for ending, command in ARCHIVE_COMMANDS.items():
         folder = ending.sub("", path.name)
         if folder != path.name:

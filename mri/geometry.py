@@ -1,4 +1,4 @@
-"""Geometry of NIfTI files: affines, units, orientation, and the planes that a volume is cut into.
+"""Interpret the geometry of NIfTI files: affines, units, orientations and the planes of a volume.
 
     affine_of(header)                         # (4, 4), from voxel indices to mm
     planes_shape(header, axis="coronal")      # (N, rows, columns)
@@ -7,13 +7,13 @@
 Units. Headers may be in metres, millimetres or micrometres. All affines and spacings that these
 functions return are in mm; files without a unit are assumed to be in mm.
 
-Orientation. A volume is cut into "sagittal", "coronal" or "axial" planes, as its affine determines.
-Rows and columns then run to the right, anterior or superior. Alternatively, a volume is cut along
-its stored axis 0, 1 or 2, and the affine is ignored. Only `Cut` deals with axes and directions: it
-maps stored voxels to planes and back, with `nibabel.orientations`.
+Orientation. A volume is cut into "sagittal", "coronal" or "axial" planes according to its affine.
+Rows and columns then run towards the right, anterior or superior side. Alternatively, a volume is
+cut along its stored axis 0, 1 or 2, and the affine is ignored. Only `Cut` deals with axes and
+directions: it maps stored voxels to planes and back, with `nibabel.orientations`.
 
-Errors. ValueError is raised for a header that cannot be used; mri/nifti_file.py describes the
-message.
+Errors. ValueError is raised for a header that cannot be used. Its message follows the rules in
+mri/nifti_file.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # planes' normals: right, anterior, superior
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # normals of the planes: right, anterior, superior
 # Directions of the rows, columns and planes for each value of AXES, in nibabel's letters.
 _PLANE_CODES = ("ASR", "RSA", "RAS")
 
@@ -40,9 +40,9 @@ _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI codes: unknown, m,
 
 
 def geometry_header(header: nib.Nifti1Header) -> nib.Nifti1Header:
-    """Return a new header of the same NIfTI version with the shape and geometry of another one.
+    """Return a new header that has only the NIfTI version, shape and geometry of another header.
 
-    Both transforms and their codes, the voxel sizes and the units are copied as they are stored.
+    The sform, the qform, their codes, the voxel sizes and the units are copied as they are stored.
     Nothing else is copied, so the new header has no patient data.
     """
     new_header = type(header)()
@@ -81,7 +81,7 @@ def geometry_record(header: nib.Nifti1Header) -> np.ndarray:
 
 
 def header_from_record(record: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1Header:
-    """Return a header with a shape and the fields of a `geometry_record`.
+    """Return a header with the given shape and the fields of a `geometry_record`.
 
     Raises:
         ValueError: if the fields or the shape are invalid.
@@ -102,6 +102,7 @@ def header_from_record(record: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1
 
 
 def _set_shape(header: nib.Nifti1Header, shape: tuple[int, ...]) -> None:
+    """Set the shape of a header; raise ValueError if NIfTI does not allow it."""
     if not 1 <= len(shape) <= 7 or min(shape) < 1:
         raise ValueError(f"shape is {format_shape(shape)}, expected 1 to 7 positive numbers")
     header.set_data_shape(shape)
@@ -120,9 +121,9 @@ def _record_dtype(header_class: type) -> np.dtype:
 def affine_of(header: nib.Nifti1Header) -> np.ndarray:
     """Return the affine (4, 4), from voxel indices to mm; raise ValueError if it is unusable.
 
-    The sform is used if its code is set, otherwise the qform. If the rows of the sform are empty or
-    dependent, and the qform is usable, the qform is used. If neither code is set, only the voxel
-    sizes are known; as in nibabel, the first axis is then assumed to run to the left.
+    The sform is used if its code is set, otherwise the qform. The qform also replaces an sform that
+    is singular, if the qform is usable. If neither code is set, only the voxel sizes are known; as
+    in nibabel, the first axis is then assumed to run to the left.
     """
     with np.errstate(all="ignore"):
         transforms = []
@@ -142,13 +143,14 @@ def affine_of(header: nib.Nifti1Header) -> np.ndarray:
 
 
 def _has_valid_numbers(affine: np.ndarray) -> bool:
+    """Return whether all elements of an affine are finite and below 1e9."""
     return bool(np.abs(affine).max() < 1e9)
 
 
 def _qform(header: nib.Nifti1Header) -> np.ndarray:
     """Return the affine (4, 4) of a qform, in the header's unit.
 
-    Rounding may make the stored part of the quaternion longer than 1, which nibabel refuses. As in
+    Rounding may make the norm of the stored quaternion exceed 1, which nibabel refuses. As in
     NIfTI's reference implementation, such a quaternion is normalised.
     """
     try:
@@ -170,7 +172,10 @@ def _unit_code(header: nib.Nifti1Header) -> int:
 
 
 def _orientation_of(affine: np.ndarray) -> np.ndarray | None:
-    """Return the orientation (3, 2) of an affine, or None if it does not determine one."""
+    """Return the orientation of an affine, (3, 2), or None if it does not determine one.
+
+    `axis_orientation` describes the array.
+    """
     try:
         with np.errstate(all="ignore"):
             orientation = nib.orientations.io_orientation(affine)
@@ -199,17 +204,17 @@ def axis_orientation(header: nib.Nifti1Header) -> np.ndarray:
 class Cut:
     """The mapping between the stored axes of a volume and (row, column, plane)."""
 
-    axis: int  # cut along it: a value of AXES, or a stored axis if orientation is None
-    orientation: np.ndarray | None  # from `axis_orientation`; None: axes as stored
+    axis: int  # axis to cut along: a value of AXES, or a stored axis if orientation is None
+    orientation: np.ndarray | None  # (3, 2), from `axis_orientation`; None: use the stored axes
 
     @property
     def _to_planes(self) -> np.ndarray:
-        """Orientation from stored axes to (row, column, plane), (3, 2), in nibabel's notation."""
+        """Return the orientation (3, 2) from stored axes to (row, column, plane) for nibabel."""
         stored = axcodes2ornt("RAS") if self.orientation is None else self.orientation
         return ornt_transform(stored, axcodes2ornt(_PLANE_CODES[self.axis]))
 
     def planes(self, voxels: np.ndarray) -> np.ndarray:
-        """Cut stored voxels (3 axes) into planes (N, rows, columns), as a view."""
+        """Cut stored voxels (3 axes) into planes (N, rows, columns), and return a view of them."""
         return np.moveaxis(apply_orientation(voxels, self._to_planes), -1, 0)
 
     def voxels(self, planes: np.ndarray) -> np.ndarray:
@@ -222,13 +227,13 @@ class Cut:
 
         Args:
             affine: (4, 4), from stored voxel indices to mm.
-            shape: shape of the stored voxels.
+            shape: shape of the stored voxels, with 3 axes.
         """
         return affine @ inv_ornt_aff(self._to_planes, shape)
 
 
 def find_cut(header: nib.Nifti1Header, axis: str | int, dimensions: int | None) -> Cut:
-    """Return the `Cut` of a file; arguments and errors are those of `nifti.stored_planes`."""
+    """Return how to cut a file; arguments and errors are those of `nifti.stored_planes`."""
     if (dimensions or dimensions_of(header.get_data_shape())) == 2:
         return Cut(2, None)
     if isinstance(axis, str):
@@ -242,7 +247,7 @@ def dimensions_of(shape: tuple[int, ...]) -> int:
 
 
 def volume_shape(shape: tuple[int, ...], dimensions: int | None) -> tuple[int, ...]:
-    """Return a file's shape as three numbers; a slice counts as a volume with one plane."""
+    """Return the first three dimensions of a file; a slice counts as a volume with one plane."""
     dimensions = dimensions or dimensions_of(shape)
     if len(shape) < dimensions:
         raise ValueError(f"has shape {format_shape(shape)}, expected {dimensions} dimensions")
@@ -271,12 +276,12 @@ def format_shape(shape: tuple[int, ...]) -> str:
 
 
 def describe_small_planes(axis: str | int | None, size: tuple[int, int], min_side: int) -> str:
-    """Say that planes are too small, and how to get larger ones.
+    """Return a message that planes are too small, with advice on getting larger ones.
 
     Args:
-        axis: axis along which the volume is cut; None for a slice.
-        size: (rows, columns) of the planes.
-        min_side: the smallest side that is needed, in pixels.
+        axis: axis along which the volume is cut; None for a 2D file.
+        size: (rows, columns) of the planes, in pixels.
+        min_side: minimum number of rows and of columns.
     """
     if axis is None:
         return f"it has {format_shape(size)} pixels, expected at least {min_side} x {min_side}"

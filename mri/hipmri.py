@@ -1,4 +1,4 @@
-"""HipMRI's 2D and 3D versions, and folders of other 2D slices in the layout of the 2D version.
+"""Find HipMRI's 2D and 3D versions, and other 2D slices in the layout of the 2D version.
 
     source = find_hipmri("/data/keras_slices_data")
 
@@ -34,8 +34,8 @@ from mri.segmentations import is_segmentation, is_segmentation_folder
 from mri.subjects import find_subjects, note_on_unnamed, report_splits
 from utils import DataError
 
-# The cases of each split in HipMRI's 2D version. They determine the splits of the 3D version. The
-# splits of the 2D version are its folders, whatever cases they contain.
+# The cases of each split in HipMRI's 2D version. They determine the splits of the 3D version only;
+# in the 2D version, the folders determine the splits.
 HIPMRI_CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
 EXPECTED = """expected one of
   keras_slices_train/ keras_slices_validate/ keras_slices_test/  (HipMRI's 2D version)
@@ -44,8 +44,8 @@ EXPECTED = """expected one of
   train/ validate/ test/                                         (your own 2D slices)
   any folder of scans, or one scan, with --axis coronal, sagittal or axial"""
 
-# Where the data may be relative to the given folder. The public download, for example, has its
-# volumes three levels below its top folder.
+# Possible positions of the data relative to the given folder. In the public download, for example,
+# the volumes are three levels below the top folder.
 LEVELS = (
     "",
     "one level below",
@@ -58,13 +58,13 @@ LEVELS = (
 def find_hipmri(root: str | Path) -> Source:
     """Find the splits in a folder, or up to four levels below it.
 
-    The nearest data set is used, but 2D slices are preferred to volumes at any level, because they
-    define HipMRI's splits. If nothing is found and the folder is itself part of a data set, such as
-    `keras_slices_test`, the folder above it is searched, too.
+    The data set at the nearest level is used. However, 2D slices at any level take precedence over
+    volumes, because they define HipMRI's splits. If nothing is found and the folder itself is part
+    of a data set, such as `keras_slices_test`, its parent folder is searched, too.
 
     Raises:
-        DataError: if there is no data set, if there are several of the same form at one level, or
-            if one cannot be read.
+        DataError: if there is no data set, if there are several of the same version (2D or 3D) at
+            one level, or if one cannot be read.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     if not root.is_dir():
@@ -98,7 +98,7 @@ def find_hipmri(root: str | Path) -> Source:
 
 
 def _search(folders: list[Path]) -> tuple[list[Source], list[Path], list[str]]:
-    """Find the data sets that the folders contain directly.
+    """Find the data sets at the top level of each folder.
 
     An unreadable folder is an error only if no data set is found elsewhere.
 
@@ -120,14 +120,14 @@ def _search(folders: list[Path]) -> tuple[list[Source], list[Path], list[str]]:
 
 
 def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[Source]:
-    """Return the data sets that a folder contains directly; `_finish` refuses more than one.
+    """Return the data sets at the top level of a folder; `_finish` refuses more than one.
 
     Raises:
         DataError: if a subfolder of a data set cannot be read, or two belong to the same split.
     """
     sources = []
     left_out: LeftOut = {}
-    # Split folders contain slices.
+    # Split folders contain slices, and segmentation folders contain labels.
     may_hold_volumes = not split_of_folder(folder) and not is_segmentation_folder(folder.name)
     volumes = [file for file in files if is_volume(file) and not is_segmentation(Path(file.name))]
     if may_hold_volumes and volumes:
@@ -166,7 +166,7 @@ def _recognise(folder: Path, subfolders: list[Path], files: list[Path]) -> list[
 
 
 def is_volume(path: Path) -> bool:
-    """Return whether a file is named like a HipMRI volume: with a case and a week but no slice."""
+    """Return whether a file's name has a case and a week but no slice, as HipMRI's volumes do."""
     match = HIPMRI_NAME.match(stem_of(path))
     return bool(match and match["week"] and not match["slice"])
 
@@ -183,10 +183,10 @@ def _volumes_source(folder: Path, files: list[Path]) -> Source:
 
 
 def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Split volumes by case, as HipMRI's 2D version is split.
+    """Split volumes by their HipMRI case, as in the 2D version.
 
     Raises:
-        DataError: if a volume is not of a HipMRI case, or has a name without a case.
+        DataError: if the name of a volume has no case, or the case is not one of HipMRI's.
     """
     splits: dict[str, list[Path]] = {split: [] for split in SPLITS}
     others = []
@@ -208,7 +208,7 @@ def splits_from_cases(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 
 def _split_of_volume(path: Path) -> str | None:
-    """Return the split of a HipMRI volume by the number of its case, or None if it has none."""
+    """Return the split that the case of a HipMRI volume belongs to, or None."""
     match = HIPMRI_NAME.match(stem_of(path))
     for split, cases in HIPMRI_CASES.items():
         if match and int(match["number"]) in cases:
@@ -219,12 +219,12 @@ def _split_of_volume(path: Path) -> str | None:
 def _finish(
     sources: list[Source], root: Path, level: str, volumes: list[Source] | None = None
 ) -> Source:
-    """Return the only data set that was found, with its subjects and notes filled in.
+    """Return the only data set, completed with its subjects and notes.
 
     Args:
         sources: the data sets that were found.
         root: the folder that the user gave.
-        level: where the data sets are relative to `root`, such as "one level below".
+        level: position of the data sets relative to `root`, such as "one level below".
         volumes: HipMRI's volumes in the same folder, which are not used.
 
     Raises:
@@ -253,7 +253,7 @@ def _finish(
 
 
 def describe_layout(root: Path) -> list[str]:
-    """Return lines on what a folder and its subfolders contain, for an error message."""
+    """Describe the content of a folder and its subfolders, as lines for an error message."""
     lines = []
     with contextlib.suppress(OSError):  # the message lists unreadable folders already
         subfolders, files = list_folder(root)

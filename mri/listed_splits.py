@@ -1,9 +1,9 @@
-"""Splits that are listed: in a table of the user, or in the manifest of an earlier run.
+"""Split files as listed in a table of the user, or in the manifest of an earlier run.
 
     splits = splits_from_table(files, subjects, root, Path("splits.csv"))     # --split splits.csv
     splits = RecordedSplits(manifest, root).split(files, subjects)            # a run's config.json
 
-Both lists may come from another platform, so paths are compared by `mri.files.path_key`.
+The table or manifest may come from another platform, so paths are compared by `mri.files.path_key`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ DELIMITERS = ",;\t"  # the one that occurs most often in the first line is used
 def splits_from_table(
     files: list[Path], subjects: dict[Path, str], root: Path, table: Path
 ) -> Splits:
-    """Split files by a CSV file with a column `split`, and a column `subject` or `file`.
+    """Split files by a CSV file that has a column `split`, and a column `subject` or `file`.
 
-    Paths in the column `file` are relative to the root. Scans that are not listed are left out.
+    Paths in the column `file` are absolute or relative to `root`. Scans that are not listed are
+    left out.
 
     Args:
         files: all scans.
@@ -68,7 +69,7 @@ def splits_from_table(
         if name:
             matches = files_of_path.get(_table_path_key(name, root), [])
         else:
-            named = subject_of(Path(subject)) or ""  # "sub-A_ses-1" names the subject A
+            named = subject_of(Path(subject)) or ""  # the subject of "sub-A_ses-1" is A
             keys = (_subject_key(subject), _subject_key(named))
             matches = files_of_subject.get(keys[0]) or files_of_subject.get(keys[1], [])
         if not split or not matches:
@@ -93,13 +94,14 @@ def splits_from_table(
 
 
 def read_table(table: Path) -> list[tuple[int, dict[str, str]]]:
-    """Read a table with a header, as programs for spreadsheets write it.
+    """Read a table with a header, as spreadsheet programs write it.
 
     Columns are separated by commas, semicolons or tabs. The text is UTF-8 or UTF-16 with a byte
     order mark, else Windows-1252. Spaces around cells and empty rows are ignored.
 
     Returns:
-        The number and the cells of each row; columns have the names in COLUMN_NAMES if possible.
+        The line number and the cells {column: text} of each row. Columns are renamed as in
+        COLUMN_NAMES; other columns keep their names in lower case.
 
     Raises:
         DataError: if the table cannot be read.
@@ -141,12 +143,12 @@ def _decode(data: bytes) -> str:
 
 
 def _subject_key(subject: str) -> str:
-    """Return a key of a subject that is equal with and without BIDS's prefix `sub-`."""
+    """Return a key for comparing subjects, without BIDS's prefix `sub-`."""
     return re.sub("^sub-", "", printable(nfc(subject)), flags=re.I)
 
 
 def _table_path_key(name: str, root: Path) -> str:
-    """Return the key of a path in a table, which is relative to the root, or absolute."""
+    """Return the `path_key`, relative to `root`, of a relative or absolute path in a table."""
     path = os.path.normpath(path_key(name))
     if os.path.isabs(path):
         path = os.path.relpath(path, root)
@@ -160,14 +162,14 @@ class RecordedSplits:
     """The splits that an earlier run recorded in its manifest (see `mri.splits.to_manifest`)."""
 
     def __init__(self, manifest: Manifest, root: Path):
-        """Read a manifest of any platform and version.
+        """Read a manifest, which may come from another platform or an earlier version.
 
         Args:
-            manifest: the splits, with paths relative to the folder of the run's data.
-            root: the folder of the scans now.
+            manifest: the splits, with paths relative to the data folder of the run.
+            root: the present folder of the scans.
         """
         self.root = root
-        # path -> split -> subject; with very few subjects, a file may be in several splits
+        # Path -> split -> subject. With fewer than three subjects, a file may be in several splits.
         self.recorded: dict[str, dict[str, str]] = {}
         for split, subjects in manifest.items():
             for subject, names in subjects.items():
@@ -179,7 +181,7 @@ class RecordedSplits:
         return self._key(file) in self.recorded
 
     def subjects(self, files: list[Path]) -> dict[Path, str]:
-        """Return the subjects of the files that are recorded."""
+        """Return {file: subject} for the files that are recorded."""
         subjects = {}
         for file in files:
             splits = self.recorded.get(self._key(file))
@@ -190,15 +192,13 @@ class RecordedSplits:
     def split(
         self, files: list[Path], subjects: dict[Path, str], include_new_subjects: bool = True
     ) -> Splits:
-        """Split files as recorded.
-
-        Files that are not recorded are left out. With `include_new_subjects`, they are instead put
-        into both validation and test, unless they may belong to a training subject.
+        """Assign files to the splits that were recorded for them.
 
         Args:
             files: all scans.
             subjects: file -> its subject, by `find_subjects`.
-            include_new_subjects: whether files that are not recorded are used.
+            include_new_subjects: whether to put files that are not recorded into both validation
+                and test, unless they may belong to a training subject. If false, they are left out.
         """
         training_subjects = self._training_subjects(files, subjects)
         splits: Splits = {split: [] for split in SPLITS}
@@ -214,7 +214,7 @@ class RecordedSplits:
         return splits
 
     def notes(self, files: list[Path]) -> list[str]:
-        """Return a warning if recorded files are missing; a note if all of them are."""
+        """Return a warning if some of the recorded files are missing, and a note if all are."""
         missing = sorted(self.recorded.keys() - {self._key(file) for file in files})
         if not missing:
             return []
@@ -230,9 +230,14 @@ class RecordedSplits:
         ]
 
     def _training_subjects(self, files: list[Path], subjects: dict[Path, str]) -> set[str]:
-        """Return the recorded training subjects, and also their names by the rules of this version.
+        """Return the training subjects, as recorded and as this version would name them.
 
-        Earlier versions took "A_ses-1" for the subject of the folder sub-A_ses-1.
+        The names can differ: for the folder sub-A_ses-1, earlier versions recorded "A_ses-1"
+        instead of "A".
+
+        Args:
+            files: all scans.
+            subjects: file -> its subject, by `find_subjects`.
         """
         names = set()
         for key, splits in self.recorded.items():
@@ -244,4 +249,5 @@ class RecordedSplits:
         return names - {None}
 
     def _key(self, file: Path) -> str:
+        """Return the `path_key` of a file relative to `root`."""
         return path_key(file.relative_to(self.root))

@@ -1,4 +1,4 @@
-"""Messages about a split: errors for missing or unusable files, and notes on the slices.
+"""Write messages about a split: errors for missing or unusable files, and notes on the slices.
 
 `records` and `bad` are the tables of slices and of unusable files (see mri/cache.py).
 """
@@ -71,15 +71,15 @@ def describe_split(
     records: np.ndarray,
     bad: np.ndarray,
 ) -> list[str]:
-    """Describe what the user should know about a split.
+    """Return notes on a split for the user.
 
     Args:
         source: the files of each split.
         split: "train", "validate" or "test".
-        preprocessing: how the files became slices.
-        stems: N names, one per slice.
+        preprocessing: the settings that turned files into slices.
+        stems: N file names without endings, one per slice.
         records: (N,) table of the slices.
-        bad: table of the unusable files.
+        bad: (M,) table of the M unusable files.
 
     Returns:
         Lines on unusable files, slices taken from volumes, slices that are cropped or resized, and

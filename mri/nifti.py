@@ -3,9 +3,9 @@
     scan = read_scan("scan.nii.gz", axis="coronal")   # scan.planes: (N, rows, columns)
     content = scan.to_bytes(reconstructed_planes)     # a .nii.gz with the same shape and geometry
 
-Files are read in mri/nifti_file.py; affines, units, and the planes that a volume is cut into are in
-mri/geometry.py. ValueError is raised for a file that cannot be used; mri/nifti_file.py describes
-the message.
+mri/nifti_file.py reads files. mri/geometry.py interprets affines and units, and cuts volumes into
+planes. ValueError is raised for a file that cannot be used. Its message follows the rules in
+mri/nifti_file.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
     "planes_shape", "read_header", "read_nifti", "read_scan", "stored_planes",
 ]  # fmt: skip
 
-MAX_PIXELS = 1 << 24  # per slice: 4,096 x 4,096
+MAX_PIXELS = 1 << 24  # per slice of a 2D file: 4,096 x 4,096
 MIN_SIDE = 8  # smallest side of a slice, in pixels
 MAX_INTENSITY = 1e30  # means and standard deviations are stored as float32
 
@@ -51,7 +51,7 @@ MAX_INTENSITY = 1e30  # means and standard deviations are stored as float32
 def stored_planes(
     header: nib.Nifti1Header, data: bytes | mmap.mmap, dimensions: int | None, axis: str | int
 ) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Return the unscaled planes of a file, and a function that scales planes.
+    """Return the unscaled planes of a file, and the function that scales them.
 
     Args:
         header: the file's header.
@@ -109,7 +109,7 @@ def stored_planes(
 
 
 def fill_nan(image: np.ndarray, nan_value: float | None) -> np.ndarray:
-    """Return an array in which NaN is replaced by a value; None: as it is."""
+    """Replace NaN by `nan_value` in an array of any shape; if it is None, change nothing."""
     if nan_value is None or image.dtype.kind != "f":
         return image
     return np.where(np.isnan(image), image.dtype.type(nan_value), image)
@@ -142,12 +142,12 @@ def check_intensities(image: np.ndarray, unit: str) -> None:
 
 @dataclass(frozen=True)
 class Scan:
-    """The planes of a file, and what is needed to write other planes with its geometry."""
+    """The planes of a file, and the geometry with which other planes can be written."""
 
     planes: np.ndarray  # (N, rows, columns), in the scanner's intensities; N is 1 for a 2D file
     header: nib.Nifti1Header  # shape and geometry of the file (see `geometry_header`)
     dtype: np.dtype  # for `to_bytes`: the file's if its voxels are unscaled integers, else float32
-    cut: Cut
+    cut: Cut  # mapping from the stored axes to planes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ class Scan:
         return rows, columns
 
     def to_bytes(self, planes: np.ndarray, dtype: np.dtype | None = None) -> bytes:
-        """Return the content of a `.nii.gz` file with other planes in the geometry of this scan.
+        """Encode other planes as the content of a `.nii.gz` file with the geometry of this scan.
 
         Args:
             planes: (N, rows, columns), the shape of this scan's planes.
@@ -223,6 +223,7 @@ def read_scan(
 
 
 def _describe_large_scan(path: Path, shape: tuple[int, ...]) -> str:
+    """Return the error for a scan with too many voxels, with a command that splits it."""
     last = max(1, MAX_VOXELS // math.prod(shape[:2]))
     code = (
         f"import nibabel as nib; nib.load({str(path)!r}).slicer[:, :, :{last}]"
@@ -235,7 +236,7 @@ def _describe_large_scan(path: Path, shape: tuple[int, ...]) -> str:
 
 
 def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
-    """Return the content of a `.nii.gz` file in mm. The header is new and has no patient data.
+    """Encode voxels as the content of a `.nii.gz` file, with a new header without patient data.
 
     Args:
         voxels: array of any shape and real data type.

@@ -32,25 +32,25 @@ import numpy as np
 
 from mri.geometry import format_shape
 
-MAX_VOXELS = 1 << 27  # in memory, or in one plane: 512 x 512 x 512
+MAX_VOXELS = 1 << 27  # maximum in memory, and in one plane: 512 x 512 x 512
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_MAX_GZIP_RATIO = 1032  # the best that deflate can achieve
+_MAX_GZIP_RATIO = 1032  # the best compression ratio of deflate
 _GZIP_CHUNK = 1 << 16  # compressed bytes that are read at a time
 _GZIP_END = 1 << 16  # bytes that are unpacked after the voxels, to verify the checksum
 _HEADER_BYTES = 540  # a NIfTI-2 header; a NIfTI-1 header has 348 bytes
 
-_SILENT_LOGGER = logging.Logger("nifti", logging.CRITICAL)  # for odd but harmless header fields
+_SILENT_LOGGER = logging.Logger("nifti", logging.CRITICAL)  # ignores harmless header defects
 
 
 def read_nifti(path: str | Path) -> tuple[nib.Nifti1Header, bytes | mmap.mmap]:
     """Read the header and the uncompressed bytes of a NIfTI file.
 
-    Gzip files are recognised by their content, not by their name. At most 64 kB more are unpacked
-    than the header specifies. Bytes after the gzip stream are ignored.
+    Gzip files are recognised by their content, not by their name. At most 64 KiB beyond the size
+    that the header specifies are unpacked. Bytes after the gzip stream are ignored.
 
     Returns:
-        The header; and the content, which is memory-mapped if it has more than MAX_VOXELS voxels.
+        The header, and the bytes, which are memory-mapped if there are more than MAX_VOXELS voxels.
 
     Raises:
         ValueError: if the file is not a complete NIfTI file (see the top of this file), or if it
@@ -121,9 +121,9 @@ def _unpack(file: BinaryIO, size: int, verify: bool = False) -> bytes:
 
     Args:
         file: the open file.
-        size: number of bytes to unpack; fewer are returned if the intact streams have fewer.
-        verify: whether to unpack up to _GZIP_END further bytes of the current stream, so that its
-            checksum is verified.
+        size: number of bytes to unpack; fewer are returned if the intact streams are shorter.
+        verify: whether to unpack up to _GZIP_END further bytes, so that the checksum at the end of
+            the stream is verified.
 
     Raises:
         ValueError: if the first stream is incomplete or damaged.
@@ -147,12 +147,12 @@ def _unpack(file: BinaryIO, size: int, verify: bool = False) -> bytes:
 
 
 def _unpack_stream(file: BinaryIO, packed: bytes, limit: int) -> tuple[bytes, bytes]:
-    """Unpack one gzip stream, but at most `limit` bytes.
+    """Unpack one gzip stream, or its first `limit` bytes.
 
     Args:
         file: the open file.
-        packed: bytes that were already read from the file, with which the stream starts.
-        limit: largest number of bytes to unpack.
+        packed: the start of the stream, which was already read from the file.
+        limit: maximum number of bytes to unpack.
 
     Returns:
         The unpacked bytes, and the bytes that were read after the end of the stream.
@@ -160,7 +160,7 @@ def _unpack_stream(file: BinaryIO, packed: bytes, limit: int) -> tuple[bytes, by
     Raises:
         EOFError or zlib.error: if the stream is incomplete or damaged.
     """
-    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # gzip, whose checksum zlib verifies
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: gzip format, with checksum verification
     parts = []
     num_bytes = 0
     while not stream.eof and num_bytes < limit:
@@ -175,6 +175,7 @@ def _unpack_stream(file: BinaryIO, packed: bytes, limit: int) -> tuple[bytes, by
 
 
 def _describe_large_gzip(path: Path, shape: tuple[int, ...]) -> str:
+    """Return the error for a gzip file with too many voxels, with the command to unpack it."""
     name = shlex.quote(str(path))
     command = f"gunzip {name}"
     if path.suffix != ".gz":
@@ -193,10 +194,10 @@ def _file_size(path: str | Path) -> int:
 
 
 def _parse_header(start: bytes) -> nib.Nifti1Header:
-    """Parse a header from the first bytes of a file, without its extensions, and check its fields.
+    """Parse the header in the first bytes of a file, without its extensions, and check its fields.
 
     Raises:
-        ValueError: if this is not the header of a NIfTI file with at least one real voxel.
+        ValueError: if this is not a NIfTI header, or it does not specify one real number per voxel.
     """
     header_sizes = [int.from_bytes(start[:4], byteorder) for byteorder in ("little", "big")]
     header_class = nib.Nifti2Header if 540 in header_sizes else nib.Nifti1Header
@@ -225,11 +226,12 @@ def _parse_header(start: bytes) -> nib.Nifti1Header:
 
 
 def _voxel_bytes(header: nib.Nifti1Header) -> int:
+    """Return the size of all voxels in bytes."""
     return math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
 
 
 def pack(voxels: np.ndarray, header: nib.Nifti1Header) -> bytes:
-    """Return the content of a `.nii.gz` file with these voxels and the geometry of a header."""
+    """Encode voxels as the content of a `.nii.gz` file with the geometry of a header."""
     header = header.copy()
     header.set_data_dtype(voxels.dtype)
     header.set_slope_inter(1, 0)

@@ -1,4 +1,4 @@
-"""Make sample data: a procedural phantom of the male pelvis, as NIfTI slices in HipMRI's layout.
+"""Simulate sample data: a phantom of the male pelvis, as NIfTI slices in HipMRI's layout.
 
     python -m mri.phantom                     # sample_data/: 12 + 2 + 2 volumes of 20 slices each
     python -m mri.phantom --out full_size --volumes 191 11 9 --slices 60       # the size of HipMRI
@@ -6,10 +6,10 @@
 
 HipMRI may not be redistributed, so this module simulates pelves with the same geometry and
 contrast. An atlas defines the shapes in millimetres. Its axes are x to the right, y to anterior and
-z to superior, where x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are
-warped slightly for each case and week, filled with texture, shaded as by surface coils, and given
-Rician noise. The phantom shows that the code works and is useful for comparing settings, but no
-result on it says anything about patients.
+z to superior. x = 0 is the midline, y = 0 the middle plane and z = 0 column 0. The shapes are
+warped slightly for each case and week, filled with texture, shaded as if by surface coils, and
+given Rician noise. The phantom shows that the code works, and is useful for comparing settings.
+Results on it say nothing about patients.
 
 A volume depends only on (seed, case, week), not on the number of workers or on other volumes.
 """
@@ -31,18 +31,18 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-ROWS = 256  # of a HipMRI slice
-COLUMNS = 128
+ROWS = 256  # rows of a HipMRI slice
+COLUMNS = 128  # columns of most HipMRI slices
 WIDE_COLUMNS = 144  # of the few wider slices in HipMRI
 PLANES = 60  # coronal slices of each volume in HipMRI's 2D version
 # mm between rows (to the right), columns (to superior) and planes (to anterior)
 SPACING = (1.68, 1.56, 1.68)
-# The cases of HipMRI's splits
+# The cases in each of HipMRI's splits.
 CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
 BACKGROUND, BODY, BONE, BLADDER, RECTUM, PROSTATE = range(6)
 MAX_WORKERS = 61  # Windows cannot wait for more than 61 processes
 
-# Names of the random streams. The patient's streams are the same in every week.
+# Names of the random streams. The streams of a patient are the same in every week.
 PATIENT_STREAMS = ("patient", "patient warp", "texture", "fibres", "vessels")
 STREAMS = (*PATIENT_STREAMS, "scan", "scan warp", "outline", "bowel", "shading", "noise")
 
@@ -55,7 +55,7 @@ HEAD_RADIUS = 22.5  # mm
 # The atlas. Of paired structures, only the right one (x > 0) is listed.
 # fmt: off
 # Muscles: points (x, y, z) of the axis in mm; radii in mm at both ends, before swelling; factors
-# that multiply the coordinates, where a factor below 1 widens the muscle into a sheet.
+# that multiply the coordinates. A factor below 1 widens the muscle into a sheet.
 MUSCLES = {
     "obturator internus": ([(71, 20, 96), (64, -28, 74)], (6, 7), (1, 0.8, 0.4)),
     "obturator externus": ([(32, 30, 62), (92, -8, 66)], (11, 9), (1, 1, 1)),
@@ -139,25 +139,25 @@ class PhantomScan:
 
         rng = self.random("patient")
         self.size = rng.uniform(0.95, 1.05)  # relative size of the whole body
-        self.fat = rng.uniform(10, 22)  # mm under the skin of the hips
-        self.muscle = rng.uniform(5.5, 9)  # mm that muscles swell beyond the atlas
+        self.fat = rng.uniform(10, 22)  # thickness under the skin of the hips, in mm
+        self.muscle = rng.uniform(5.5, 9)  # swelling of muscles beyond the atlas, in mm
         self.prostate = rng.uniform(0.88, 1.22)  # linear size, relative
-        self.perineum = rng.uniform(14, 34)  # mm: the height at which the thighs separate
+        self.perineum = rng.uniform(14, 34)  # z at which the thighs separate, in mm
         self.coils = [rng.uniform(0.7, 1.5), rng.uniform(0.1, 0.6)]  # gain at the skin of each side
         rng.shuffle(self.coils)
 
         rng = self.random("scan")
         self.bladder = rng.uniform(0.78, 1.22)  # linear size, relative
         self.rectum = rng.uniform(0.8, 1.35)  # radius, relative
-        self.gas = rng.uniform(0.1, 0.9)  # fraction of the rectum that gas fills
-        self.shift = rng.normal(0, (3, 3, 4))  # mm: position of the patient
-        self.roll = rng.normal(0, 0.02)  # radians, in the coronal plane
+        self.gas = rng.uniform(0.1, 0.9)  # fraction of the rectum that is filled with gas
+        self.shift = rng.normal(0, (3, 3, 4))  # position of the patient in x, y and z, in mm
+        self.roll = rng.normal(0, 0.02)  # rotation in the coronal plane, in radians
         # Standard deviation of the noise in the real and imaginary channels; urine has signal 0.8.
         self.sigma = rng.uniform(0.0025, 0.005)
         self.scale = rng.uniform(250, 900)  # stored value of a signal of 1
 
         self.planes = plane_numbers(slices)
-        # Positions of rows, columns and planes in mm. A wider slice shows more at both ends.
+        # Positions of rows, columns and planes in mm. A wider slice extends further at both ends.
         self.axes = (
             (np.arange(ROWS) - (ROWS - 1) / 2) * SPACING[0],
             (np.arange(columns) - (columns - COLUMNS) / 2) * SPACING[1],
@@ -229,7 +229,7 @@ class PhantomScan:
             self._ranges.append((axis, coordinate.min(others), coordinate.max(others)))
 
     def box(self, low, high, margin: float = 6.0) -> tuple[slice, ...]:
-        """Return the index ranges that contain all atlas points from `low` to `high`.
+        """Return the index ranges of a box of voxels that contains all points from `low` to `high`.
 
         Args:
             low: (3,) smallest x, y and z in mm.
@@ -244,7 +244,7 @@ class PhantomScan:
         return tuple(box)
 
     def capsule(self, start, end, radii, stretch=(1, 1, 1)) -> Shape:
-        """Return a rod with round ends, as the signed distance to its surface (negative inside).
+        """Return a rod with round ends, as signed distances to its surface in mm (negative inside).
 
         Args:
             start: (3,) x, y, z of one end of the axis, in mm.
@@ -262,7 +262,7 @@ class PhantomScan:
         return box, to_axis - (float(radii[0]) + t * float(radii[1] - radii[0]))
 
     def ellipsoid(self, centre, semi_axes) -> Shape:
-        """Return an ellipsoid, as the signed distance to its surface (accurate near the surface).
+        """Return an ellipsoid, as signed distances to its surface in mm (approximate far from it).
 
         Args:
             centre: (3,) x, y, z in mm.
@@ -276,12 +276,12 @@ class PhantomScan:
         return box, k1 * (k1 - 1) / np.maximum(k2, 1e-4)
 
     def empty_distance(self) -> np.ndarray:
-        """Return the distance field of a group that has no shapes yet, as input for `merge`."""
+        """Return the distance field of a group without shapes, to be passed to `merge`."""
         return np.full(self.x.shape, FAR)
 
 
 def plane_numbers(slices: int) -> np.ndarray:
-    """Return (slices,) plane numbers, from 0 to 59, of evenly spread slices."""
+    """Return the plane numbers, 0 to 59, of evenly spaced slices: (slices,)."""
     return (np.arange(slices) * PLANES + PLANES // 2) // slices
 
 
@@ -289,12 +289,12 @@ def plane_numbers(slices: int) -> np.ndarray:
 
 
 def mirror(points, side: int) -> list[np.ndarray]:
-    """Return atlas points on the right (`side` is 1) or mirrored to the left (`side` is -1)."""
+    """Return atlas points unchanged if `side` is 1 (right), mirrored to the left if it is -1."""
     return [np.array(point, dtype=np.float32) * (side, 1, 1) for point in points]
 
 
 def coverage(distance: np.ndarray, edge: float = 1.7) -> np.ndarray:
-    """Return the fraction of each voxel that a shape covers; its soft edge is `edge` mm wide."""
+    """Return the fraction of each voxel that a shape covers; the soft edge is `edge` mm wide."""
     return np.clip(0.5 - distance * (1 / edge), 0, 1)
 
 
@@ -305,7 +305,7 @@ def paint(image: np.ndarray, box, distance: np.ndarray, signal, edge: float = 1.
 
 
 def merge(group: np.ndarray, shape: Shape, blend: float = 6.0) -> None:
-    """Merge a shape into the distance field of a group, in place; blend over `blend` mm."""
+    """Merge a shape into the distance field of a group in place, with a fillet of `blend` mm."""
     box, distance = shape
     part = group[box]
     overlap = np.maximum(blend - np.abs(part - distance), 0)
@@ -320,7 +320,7 @@ def sheets(noise: np.ndarray, width: float) -> np.ndarray:
 
 # ---------------------------------------------------------------- tissues
 
-# Each `paint_` function paints one kind of tissue in place, over the tissues painted before.
+# Each `paint_` function paints one tissue in place, over the tissues that were painted before.
 
 
 def body_depth(scan: PhantomScan) -> np.ndarray:
@@ -385,7 +385,7 @@ def paint_bowel(image: np.ndarray, scan: PhantomScan) -> None:
 def nearest_muscle(
     scan: PhantomScan,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Find the muscle that is nearest to each voxel; a muscle may have several segments.
+    """Find the muscle segment that is nearest to each voxel; a muscle has one or more segments.
 
     Returns:
         Three arrays of the scan's shape: the distance to the nearest segment in mm, the additional
@@ -417,7 +417,7 @@ def fibre_noise(scan: PhantomScan, mask: np.ndarray, directions: np.ndarray) -> 
 
     Args:
         scan: the scan.
-        mask: bool of the scan's shape, true in n voxels.
+        mask: bool (256, columns, slices), true in n voxels.
         directions: (3, n), direction of the fibres in each of these voxels.
 
     Returns:
@@ -439,7 +439,7 @@ def fibre_noise(scan: PhantomScan, mask: np.ndarray, directions: np.ndarray) -> 
 
 
 def paint_muscles(image: np.ndarray, scan: PhantomScan, depth: np.ndarray, fat: np.ndarray) -> None:
-    """Paint dark muscles with bright streaks; they swell until only seams of fat separate them."""
+    """Paint dark muscles with bright streaks, swollen until only seams of fat separate them."""
     distance, gap, index, directions = nearest_muscle(scan)
     amount = coverage(distance + 1.2 * scan.rough - scan.muscle, 2.5)
     amount *= coverage(1.2 + 0.9 * scan.rough - gap, 2.6) * coverage(fat + 2 - depth, 3)
@@ -470,7 +470,7 @@ def paint_tubes(image: np.ndarray, scan: PhantomScan) -> None:
 
 
 def bone_distances(scan: PhantomScan) -> list[np.ndarray]:
-    """Return the signed distances in mm to femora, hip bones and sacrum, with gaps at joints."""
+    """Return signed distances in mm to the femora, the hip bones and the sacrum, in this order."""
     femur = scan.empty_distance()
     hip = scan.empty_distance()
     sacrum = scan.empty_distance()
@@ -498,7 +498,7 @@ def bone_distances(scan: PhantomScan) -> list[np.ndarray]:
 
 
 def paint_bones(image: np.ndarray, scan: PhantomScan) -> np.ndarray:
-    """Paint black cortex, light mottled marrow and grey cartilage; return the mask of bone."""
+    """Paint black cortex, light mottled marrow and grey cartilage; return the mask of all bones."""
     mask = np.zeros(image.shape, dtype=bool)
     marrow = 0.32 * (1 + 0.08 * scan.coarse + 0.13 * scan.medium + 0.15 * scan.fine)
     unevenness = 1 + 0.3 * scan.coarse
@@ -617,7 +617,7 @@ def make_volume(
     seed: int = 0,
     noise: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Simulate the slices of one scan, evenly spread over the 60 planes of its volume.
+    """Simulate the slices of one scan, evenly spaced over the 60 planes of its volume.
 
     Args:
         case: number of the patient.
@@ -625,7 +625,7 @@ def make_volume(
         slices: number of slices, 1 to 60.
         columns: 128 or 144.
         seed: a different seed gives different patients.
-        noise: if false, return the same scan without noise, on the same intensity scale.
+        noise: whether to add noise; without it, the scan and its intensity scale are the same.
 
     Returns:
         The image (int16) and the labels (uint8), both (256, columns, slices), from back to front.
@@ -692,7 +692,7 @@ def write_volume(root: Path, slices: int, seed: int, volume: Volume) -> None:
 
 
 def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
-    """Write a slice as a compressed NIfTI file; it contains no date, so it is reproducible."""
+    """Write a slice as a compressed NIfTI file without a date, so that it is reproducible."""
     nifti = nib.Nifti1Image(np.ascontiguousarray(pixels), affine)
     nifti.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=4, mtime=0))
@@ -729,7 +729,7 @@ def write_phantom(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a phantom data set; its folder gets its final name only when the set is complete.
+    """Write a phantom data set. Its folder gets its final name only when the set is complete.
 
     Args:
         out: folder to create.
@@ -763,7 +763,7 @@ def write_phantom(
         if workers == 1:
             list(bar(map(write, plans)))
         else:
-            # Spawned, not forked: the caller may have threads (torch) that do not survive a fork.
+            # Spawn, do not fork: the caller may have threads (torch) that do not survive a fork.
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 list(bar(pool.map(write, plans)))
         check_request(out, volumes, slices, seed)  # another process may have made `out`

@@ -1,4 +1,4 @@
-"""Preprocessing: turn the planes of a file into slices of one size, and slices into z-scores.
+"""Turn the planes of a file into slices of one size, and slices into z-scores.
 
     preprocessing = Preprocessing.resolve(source, size=None, axis="axial")   # once per run
     for plane, image in read_planes(path, preprocessing):                    # (rows, columns) each
@@ -37,11 +37,11 @@ class Preprocessing:
     The settings are part of the cache's name, so changing any of them creates a new cache.
     """
 
-    form: str  # kind of files: "2D", "3D" or "scans" (see `mri.files.Source`)
+    form: str  # type of data: "2D", "3D" or "scans" (see `mri.files.Source`)
     size: tuple[int, int] = SIZE  # (rows, columns) of every slice
     fit: str = "resize"  # how slices get this size: "resize", "crop" or "trim" (see `crop_box`)
     axis: str | int = "coronal"  # axis along which volumes are cut (see `nifti.stored_planes`)
-    planes: int = 1  # maximum number of slices per volume; they are taken from its centre
+    planes: int = 1  # maximum number of slices per volume, taken from its centre
     nan_value: float | None = None  # the value that replaces NaN in images; None: NaN is an error
 
     @property
@@ -66,7 +66,7 @@ class Preprocessing:
             size: (rows, columns) (default: 256 x 128; for scans, the most common size).
             fit: "resize", "crop" or "trim" (default: "resize"; for scans, "trim").
             axis: "coronal", "sagittal", "axial", or a stored axis 0, 1, 2 (default: "coronal").
-            planes: largest number of slices per volume (default: 60 for HipMRI, all for scans).
+            planes: maximum number of slices per volume (default: 60 for HipMRI, all for scans).
             nan_value: the value that replaces NaN (default: NaN is an error).
 
         Raises:
@@ -98,7 +98,7 @@ def parse_axis(axis: str | int) -> str | int:
 
 
 def read_planes(path: Path, preprocessing: Preprocessing) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield `(plane, image)` for the central slices of a file, except for empty slices of scans.
+    """Yield `(plane, image)` for the central slices of a file; skip the empty slices of scans.
 
     Yields:
         The index of the slice in its volume, and its intensities, (rows, columns) before fitting.
@@ -133,7 +133,7 @@ def _stored_planes(path: Path, preprocessing: Preprocessing):
 
 
 def _sample_planes(planes: np.ndarray) -> np.ndarray:
-    """Return 32 to 63 planes, evenly spaced; of planes too large for memory, a regular grid."""
+    """Return 32 to 63 evenly spaced planes, or all if fewer; subsample pixels of large planes."""
     planes = planes[:: max(1, len(planes) // 32)]
     step = math.ceil(math.sqrt(planes.size / nifti.MAX_VOXELS))
     return planes[:, ::step, ::step]
@@ -146,8 +146,9 @@ def background_threshold(planes: np.ndarray) -> float:
         planes: (N, rows, columns), the scan or a sample of its planes.
 
     Returns:
-        p1 + 0.1 (p99 - p1), where p1 and p99 are percentiles of all pixels; or -inf if there is a
-        single plane, or if pixels are not finite (`encoding.encode_slice` reports these).
+        p1 + 0.1 (p99 - p1), where p1 and p99 are the 1st and 99th percentiles of all pixels; -inf
+        if there is a single plane, or if pixels are not finite. `encoding.encode_slice` reports
+        such pixels.
     """
     low, high = np.percentile(planes, (1, 99))
     if len(planes) == 1 or not np.isfinite(low + high):
@@ -156,7 +157,7 @@ def background_threshold(planes: np.ndarray) -> float:
 
 
 def is_empty(image: np.ndarray, threshold: float) -> bool:
-    """Return whether fewer than 5 % of the pixels of a slice are above the scan's threshold."""
+    """Return whether fewer than 5 % of a slice's pixels exceed the `background_threshold`."""
     return bool((image > threshold).mean() < 0.05)
 
 
@@ -169,8 +170,8 @@ def crop_box(shape: Sequence[int], fit: str, size: tuple[int, int]) -> tuple[int
     Args:
         shape: (rows, columns) of the slice.
         fit: "resize" keeps the whole slice. "crop" keeps the largest central part with the
-            proportions of `size`. "trim" keeps the central part of exactly `size` if this cuts off
-            at most a tenth of each side, and otherwise the whole slice.
+            proportions of `size`. "trim" keeps the central part of exactly `size` if that removes
+            at most a tenth of each side; otherwise, it keeps the whole slice.
         size: (rows, columns) of the result.
 
     Returns:
@@ -209,7 +210,7 @@ def fit_slice(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
 def resize(
     images: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear"
 ) -> torch.Tensor:
-    """Resize images (..., rows, columns) with torchvision, without aliasing.
+    """Resize images (..., rows, columns) by antialiased interpolation.
 
     Args:
         images: slices or segmentations.
@@ -224,6 +225,7 @@ def resize(
 
 
 def _crop(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
+    """Crop an image (rows, columns) to its `crop_box`."""
     top, left, height, width = crop_box(image.shape, fit, size)
     return image[top : top + height, left : left + width]
 
@@ -231,8 +233,8 @@ def _crop(image: np.ndarray, fit: str, size: tuple[int, int]) -> np.ndarray:
 def usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
     """Return the most common slice size in a sample of the files, rounded to multiples of 16.
 
-    A side is rounded down if that removes at most a tenth of it, which "trim" then crops off.
-    Otherwise it is rounded to the nearest multiple.
+    A side is rounded down if that removes at most a tenth of it; "trim" then crops the slices.
+    Otherwise, it is rounded to the nearest multiple.
 
     Args:
         files: slices or volumes.
@@ -253,6 +255,7 @@ def usual_size(files: list[Path], axis: str | int) -> tuple[int, int]:
 
 
 def _round_side(side: int) -> int:
+    """Round a side in pixels to a multiple of 16 (see `usual_size`)."""
     below = side // 16 * 16
     if side - below <= side // 10:
         return below
@@ -260,7 +263,7 @@ def _round_side(side: int) -> int:
 
 
 def _sample(files: list[Path]) -> list[Path]:
-    """Return about 50 of the files, evenly spaced."""
+    """Return at most 50 evenly spaced files."""
     return files[:: math.ceil(len(files) / 50)]
 
 
@@ -270,8 +273,9 @@ def _sample(files: list[Path]) -> list[Path]:
 def is_constant(low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
     """Return whether slices have a single value, apart from the rounding errors of resizing.
 
-    The result does not depend on the unit. Ranges that a float32 cannot represent count as a single
-    value, because standard deviations are stored as float32.
+    The tolerance is relative, so the result does not depend on the unit of intensity. A range below
+    the smallest normal float32 also counts as a single value, because standard deviations are
+    stored as float32.
 
     Args:
         low, high: smallest and largest value of each slice, in float64.
@@ -302,11 +306,11 @@ def floor_std(std: np.ndarray, constant: np.ndarray) -> np.ndarray:
 def read_segmentation(
     path: Path, image: Path, planes: Sequence[int], preprocessing: Preprocessing
 ) -> torch.Tensor:
-    """Read slices of a segmentation and fit them like its image, but by nearest neighbour.
+    """Read slices of a segmentation, and fit them like those of the image, by nearest neighbour.
 
     Args:
         path: the segmentation.
-        image: its image, which has the same shape.
+        image: the segmented image, which has the same shape.
         planes: indices of the N slices to read.
         preprocessing: the settings with which the image was read.
 
@@ -353,7 +357,7 @@ def slice_affine(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def median_spacing(files: list[Path], preprocessing: Preprocessing) -> list[float] | None:
-    """Return the median spacing of rows and of columns over a sample of the files.
+    """Return the median spacing of rows and of columns, in mm, over a sample of the files.
 
     Files with an unusable affine are skipped, although their pixels may be usable.
 

@@ -1,4 +1,4 @@
-"""Segmentations: recognise them by name or header, and read their labels.
+"""Recognise segmentations by their name or header, and read their labels.
 
     is_segmentation(Path("labelsTr/prostate_01.nii.gz"))     # True, because of the folder
     is_segmentation(Path("sub-01_desc-brain_mask.nii.gz"))   # True, because of the name
@@ -26,13 +26,14 @@ from mri.files import HIPMRI_NAME, NIFTI_NAME
 
 LABEL_INTENTS = (1002, 1003)  # NIFTI_INTENT_LABEL and NIFTI_INTENT_NEURONAME
 
-# Before "seg", "mask" and "label" without punctuation: "brainmask", "aseg" (FreeSurfer), "dseg" and
+# Prefixes of "seg", "mask" and "label" within a word: "brainmask", "aseg" (FreeSurfer), "dseg" and
 # "probseg" (BIDS), "pveseg" and "firstseg" (FSL).
 _PREFIXES = (
     "a|d|prob|pve|first|synth|auto|manual|gt|brain|head|body|skull|organ|tissue|lesion|tumou?r|"
     "prostate|heart|liver|kidney|lung|vessel|bone"
 )
-# Whole words, in lower case. Digits may follow ("seg35") or, for the long words, precede ("p0seg").
+# Whole words that mark a segmentation, in lower case. Digits may follow ("seg35"); most words may
+# also have a prefix that ends with a digit ("p0seg").
 _WORD = re.compile(
     rf"(?:.*\d)?(?:(?:{_PREFIXES})?(?:segs?|segmentations?|masks?|labels?)|segmask|segmented|msks?|"
     r"labelmaps?|groundtruths?|truth|annots?|annotations?|contours?|delineations?|rtstruct|"
@@ -40,19 +41,21 @@ _WORD = re.compile(
 )
 _GROUND_TRUTH = re.compile(r"ground[\W_]*truth", re.I)
 _NEGATIONS = {"no", "non", "not", "without", "un"}
-# Words for which a folder's name may stand although it has other words: "prostate_masks".
+# Words that mark a folder of segmentations as the first or last word of its name: "prostate_masks".
 _FOLDER_WORD = re.compile(
     rf"(?:{_PREFIXES})?(?:segs|segmentations|masks|labels)|labelmaps|annotations|contours|"
     "delineations|parcellations|groundtruths?"
 )
-_FOLDER_LAST_WORD = re.compile(rf"(?:{_PREFIXES})?(?:seg|mask)|gt")  # "prostate_mask"
+# Words that do so only as the last word: "prostate_mask".
+_FOLDER_LAST_WORD = re.compile(rf"(?:{_PREFIXES})?(?:seg|mask)|gt")
+# Other words that the name of a folder of segmentations may contain: "labelsTr", "seg_train".
 _FOLDER_QUALIFIER = re.compile(
     "tr|ts|va|te|train|training|val|valid|validate|validation|test|testing|all|auto|automatic|"
     "manual|expert|reader|binary|final|corrected|anon|semantic|keras|slices|data|files|maps?|nii|"
     "nifti|.",
 )
 _IMAGE_WORDS = {"image", "images", "img", "imgs", "imaging", "scan", "scans"}
-_BIDS_LABELS = re.compile(r"(?:^|(?<=_))(?:sub|ses)-[A-Za-z0-9]+")  # names of people and sessions
+_BIDS_LABELS = re.compile(r"(?:^|(?<=_))(?:sub|ses)-[A-Za-z0-9]+")  # subjects and sessions
 
 
 # ---------------------------------------------------------------- names
@@ -62,11 +65,11 @@ def is_segmentation(path: Path) -> bool:
     """Return whether the name of a file, or of a folder in its path, marks it as a segmentation.
 
     Args:
-        path: path relative to the folder that is searched, whose own name should not count.
+        path: path relative to the folder that is searched, whose own name is not examined.
     """
     if _is_segmentation_file(path.name):
         return True
-    for folder in path.parents:  # from the inside, so that images/ below prostate_masks/ counts
+    for folder in path.parents:  # innermost first: prostate_masks/images/ contains images
         if NIFTI_NAME.search(folder.name):  # a folder `x.nii.gz` counts as the file inside it
             if _is_segmentation_file(folder.name):
                 return True
@@ -79,16 +82,18 @@ def is_segmentation(path: Path) -> bool:
 
 
 def _is_segmentation_file(name: str) -> bool:
+    """Return whether a file name marks a segmentation."""
     words = _words(NIFTI_NAME.sub("", name))
     return "semantic" in words or _has_segmentation_word(words)
 
 
 @functools.lru_cache(1024)  # called for each file
 def is_segmentation_folder(name: str) -> bool:
-    """Return whether a folder is named as if it contained only segmentations.
+    """Return whether a folder's name says that it contains only segmentations.
 
-    Folder names often describe a whole data set ("brain_tumor_segmentation"), so more is required
-    than a single word: "labelsTr", "seg_train", "prostate_masks".
+    Names of whole data sets often contain such a word, too ("brain_tumor_segmentation"). The word
+    must therefore be a plural or the last word ("prostate_masks", "prostate_mask"), or all other
+    words must be qualifiers ("labelsTr", "seg_train").
     """
     words = _words(name)
     if not _has_segmentation_word(words) or _is_image_folder(name):
@@ -105,10 +110,12 @@ def is_segmentation_folder(name: str) -> bool:
 
 @functools.lru_cache(1024)
 def _is_image_folder(name: str) -> bool:
+    """Return whether a folder's name says that it contains images."""
     return not _IMAGE_WORDS.isdisjoint(_words(name))
 
 
 def _has_segmentation_word(words: list[str]) -> bool:
+    """Return whether a word marks a segmentation and does not follow a negation."""
     for previous, word in zip(["", *words], words, strict=False):
         if _WORD.fullmatch(word) and previous not in _NEGATIONS:
             return True
@@ -116,7 +123,7 @@ def _has_segmentation_word(words: list[str]) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of a name in lower case: "p0_brainMask" has "p0", "brain" and "mask"."""
+    """Split a name into words in lower case: "p0_brainMask" -> ["p0", "brain", "mask"]."""
     name = _BIDS_LABELS.sub("", _GROUND_TRUTH.sub("groundtruth", name))
     words = []
     for part in re.findall(r"[^\W_]+", name):
@@ -132,8 +139,8 @@ def _words(name: str) -> list[str]:
 def has_label_intent(path: Path) -> bool:
     """Return whether the header of a NIfTI file marks it as a label map, by its intent code.
 
-    Only the start of the file is read (thousands of files per second). Files with HipMRI's own
-    names are not opened. For files that cannot be read, return False; decoding will report them.
+    Only the start of the file is read (thousands of files per second). Files with HipMRI's names
+    are not opened. If a file cannot be read, the result is False; decoding will report the file.
     """
     match = HIPMRI_NAME.match(NIFTI_NAME.sub("", path.name))
     if match and match["week"]:
@@ -170,17 +177,17 @@ def read_labels(
 
     Args:
         path: the segmentation.
-        shape: (N, rows, columns) of the planes of its image.
-        axis, dimensions: how its image is cut into planes (see `nifti.stored_planes`).
+        shape: (N, rows, columns) of the planes of the segmented image.
+        axis, dimensions: how the image is cut into planes (see `nifti.stored_planes`).
         planes: indices of the M planes to read; None for all of them.
 
     Returns:
-        (M, rows, columns) uint8. Values are rounded: labels that were saved with a scale factor
-        come back as 2.9999999993.
+        (M, rows, columns) uint8. Values are rounded, because a label that was saved with a scale
+        factor may be read as 2.9999999993.
 
     Raises:
-        ValueError: if the file cannot be used, has another shape than its image, or if a value is
-            not a whole number from 0 to 255 (`mri.nifti` describes the message).
+        ValueError: if the file cannot be used, its shape differs from that of its image, or a value
+            is not a whole number from 0 to 255 (`mri.nifti_file` describes the message).
     """
     header, data = nifti.read_nifti(path)
     stored, scale = nifti.stored_planes(header, data, dimensions, axis)
@@ -194,7 +201,9 @@ def read_labels(
     distance = np.abs(values - labels).max(initial=0)
     if distance > 0.05:  # scaling to 8 bits shifts labels by less; interpolation, by more
         example = values.flat[np.abs(values - labels).argmax()]
-        raise ValueError(f"has values that are not whole, such as {example:.4g}")
+        raise ValueError(
+            f"has values that are not whole, such as {example:.4g}; expected labels from 0 to 255"
+        )
     low, high = labels.min(initial=0), labels.max(initial=0)
     if low < 0 or high > 255:
         raise ValueError(f"has labels from {low:,.0f} to {high:,.0f}, expected 0 to 255")

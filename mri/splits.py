@@ -1,13 +1,13 @@
 """Find the data and divide it into splits: HipMRI's own splits, or other scans split by subject.
 
-    path, line = find_data(args.data)      # --data, else $HIPMRI_DATA; None: sample data
+    path, line = find_data(args.data)      # --data, else $HIPMRI_DATA; else None (sample data)
     source = find_source(path)             # HipMRI, or 2D slices in train/ validate/ test/
     source = find_source(path, "axial")    # any folder of scans
 
 Without an axis, `find_source` uses HipMRI's splits (listed in mri/hipmri.py) or the user's split
-folders. With an axis, it splits scans in two steps: each file gets a subject, and one of four
-policies assigns files to splits. Two of them, which use a table or the manifest of a run, are in
-mri/listed_splits.py; the other two are functions `splits_from_...` below.
+folders. With an axis, it splits scans in two steps. First, each file gets a subject. Then one of
+four policies assigns files to splits: a table, the manifest of a run (both in
+mri/listed_splits.py), split folders, or fractions of the subjects (both in this file).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ TRAIN_PAIRS = (("train", "validate"), ("train", "test"))
 
 
 def find_data(data: str | Path | None, run: str | Path | None = None) -> tuple[Path | None, str]:
-    """Return the data path (None: the sample data), and a line that says where it comes from.
+    """Return the data path (None: the sample data), and a line to print about its origin.
 
     Args:
         data: the value of --data; if it is None, $HIPMRI_DATA is used.
         run: folder of the run whose config.json has recorded `data`; None if the user typed it.
 
     Raises:
-        DataError: if the path does not exist; a typo must not lead to training on the sample.
+        DataError: if the path does not exist. A typo must not select the sample data.
     """
     name, origin = data, f"{run}/config.json" if run else "--data"
     if data is None:
@@ -89,7 +89,7 @@ def find_source(
     if split is not None or subject_pattern is not None:
         raise DataError(
             "--split or --subjects is given without --axis; both apply only to folders of scans. "
-            "Add --axis coronal, sagittal or axial, or leave them out."
+            "Add --axis coronal, sagittal or axial, or omit --split and --subjects."
         )
     return find_hipmri(root)
 
@@ -107,16 +107,17 @@ def find_scans(
 ) -> Source:
     """Find all NIfTI volumes and slices at any depth of a folder, and split them by subject.
 
-    The first of these policies that applies determines the splits: the manifest; the table or the
-    fractions of `split`; folders that are named after splits; the default fractions.
+    The first of these policies that applies determines the splits: the manifest; the table or
+    fractions in `split`; folders that are named after splits; the default fractions.
 
     Args:
         root: the folder, or a single file.
         split: the value of --split: three fractions of the subjects, or the path of a CSV file.
         seed: seed of the random order in which subjects are divided into fractions.
-        subject_pattern: regular expression that finds the subject in a path (see `subject_of`).
-        manifest: the splits of an earlier run, as `to_manifest` returned them.
-        include_new_subjects: whether files that the manifest does not list are put into validation
+        subject_pattern: regular expression that extracts the subject from a path (see
+            `subject_of`).
+        manifest: the splits of an earlier run, from `to_manifest`.
+        include_new_subjects: whether to put files that the manifest does not list into validation
             and test, unless they may belong to a training subject. If false, they are left out.
 
     Raises:
@@ -151,9 +152,9 @@ def find_scans(
 
 
 def to_manifest(source: Source) -> Manifest:
-    """Return the splits and subjects of the scans, for a later `find_scans(manifest=...)`.
+    """Return the manifest of the scans, from which `find_scans` restores their splits.
 
-    The paths are those of `path_key`, so that the manifest can be used on any platform.
+    Paths are converted by `path_key`, so that the manifest can be used on any platform.
     """
     manifest: Manifest = {}
     for split, files in source.splits.items():
@@ -166,7 +167,8 @@ def to_manifest(source: Source) -> Manifest:
 def _list_scans(root: Path, recorded: RecordedSplits) -> tuple[list[Path], list[str]]:
     """Return the scans in natural order, and notes on other files.
 
-    If `root` is a file, it is the only scan. Files that an earlier run recorded are always scans.
+    If `root` is a file, it is the only scan. Files that an earlier run recorded always count as
+    scans.
 
     Raises:
         DataError: if there are no scans.
@@ -194,7 +196,7 @@ def _notes_on_scans(files: list[Path], subjects: dict[Path, str], root: Path) ->
 def _notes_on_fractions(
     files: list[Path], subjects: dict[Path, str], unnamed: list[Path]
 ) -> list[str]:
-    """Return notes on scans without a subject, on unused splits of HipMRI, and on few subjects."""
+    """Return notes on unnamed subjects, on HipMRI's splits (unused), and on too few subjects."""
     notes = []
     for note in note_on_unnamed(unnamed, subjects, "scan(s)"):
         notes.append(f"{note} (--subjects changes this)")
@@ -220,7 +222,7 @@ def splits_from_folders(files: list[Path], root: Path) -> Splits:
     """Split files by the split folders that contain them.
 
     Raises:
-        DataError: if a file is in no such folder.
+        DataError: if a file is not in a split folder.
     """
     splits: Splits = {split: [] for split in SPLITS}
     outside = []
@@ -234,19 +236,19 @@ def splits_from_folders(files: list[Path], root: Path) -> Splits:
         raise DataError(
             f"{len(outside)} scan(s) in {root} are not in a folder that is named after a split:\n"
             f"{format_listing(outside, most=5)}\n"
-            "Move them elsewhere, or use --split, with 0.8 0.1 0.1 or a CSV file."
+            "Move them elsewhere, or use --split with fractions (0.8 0.1 0.1) or a CSV file."
         )
     return splits
 
 
 def _has_split_folders(files: list[Path], root: Path) -> bool:
-    """Return whether folders are named after at least two splits."""
+    """Return whether the files are in folders of at least two splits."""
     splits = {split_of_path(file.relative_to(root)) for file in files}
     return len(splits - {None}) >= 2
 
 
 def parse_fractions(split: Sequence[str] | None) -> list[float]:
-    """Return the fractions of train, validate and test from the value of --split, or the default.
+    """Parse --split as the fractions of train, validate and test; None: the default fractions.
 
     Raises:
         DataError: if they are not three fractions that add up to 1.
@@ -294,7 +296,7 @@ def splits_from_fractions(
 
 
 def _count_held_out(num_subjects: int, fractions: Sequence[float]) -> list[int]:
-    """Return the numbers of validation and test subjects; leave at least one for training."""
+    """Return the numbers of validation and test subjects, leaving at least one for training."""
     counts = [max(1, round(part * num_subjects)) if part else 0 for part in fractions[1:]]
     while sum(counts) >= num_subjects:
         counts[counts.index(max(counts))] -= 1

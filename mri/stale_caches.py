@@ -1,11 +1,12 @@
-"""Delete caches of decoded slices that are no longer needed, so that their number is limited.
+"""Delete caches of decoded slices that are no longer needed, to bound their number.
 
 When mri/cache.py builds a cache, the other caches of the same split and data set are examined:
 
-- For 2D and 3D data, whose folders determine the split, the new cache replaces all others.
+- For 2D slices and HipMRI's volumes, each folder has only one way to be split. The new cache
+  replaces all others.
 - A folder of scans can be split in several ways (--seed, --split, --subjects), so its caches
-  coexist. A cache is deleted if one of its files has changed or disappeared since. If more than
-  MAX_CACHES are left, those that were not used for the longest time are deleted.
+  coexist. A cache is deleted if one of its files has since changed or disappeared. If more than
+  MAX_CACHES are left, the least recently used ones are deleted.
 
 Caches of other data folders, preprocessing settings or formats are not deleted.
 """
@@ -21,17 +22,18 @@ from pathlib import Path
 
 from mri.files import Source
 
-MAX_CACHES = 10  # of one split of a folder of scans; enough for ten seeds or folds
+MAX_CACHES = 10  # per split of a folder of scans; enough for ten seeds or folds
 SECONDS_PER_DAY = 86400
 
 
 def file_states(root: Path, files: list[Path]) -> list[bytes]:
-    """Return a record of each file: `<name relative to the root>\\0<size> <time>\\n`."""
+    """Return a record of each file: `<path relative to root>\\0<bytes> <modification time>\\n`."""
     root_length = len(str(root)) + 1
     return [_file_state(path, path[root_length:]) for path in map(str, files)]
 
 
 def _file_state(path: str, name: str) -> bytes:
+    """Return the record of a file (see `file_states`)."""
     try:
         status = os.stat(path)  # not Path.stat: a split may have 10,000 files
         state = f"{status.st_size} {status.st_mtime_ns}"
@@ -46,11 +48,11 @@ def delete_caches(
     """Delete caches that are not needed (see the top of this file), and remains of killed runs.
 
     The caller must hold the lock of these caches. Only folders whose names start with the prefix
-    are deleted; temporary ones after a day.
+    are deleted. Temporary folders, which killed runs leave behind, are deleted after a day.
 
     Args:
         root: folder of all caches.
-        prefix: part of the name that all caches of this split and data set have in common.
+        prefix: start of the names of all caches of this split and data set.
         current: the cache that has just been built.
         source: the files of each split.
         states: the records of the files in `current` (see `file_states`).
@@ -82,7 +84,7 @@ def _is_up_to_date(cache: Path, root: Path, states: set[bytes]) -> bool:
     Args:
         cache: folder of the cache.
         root: folder of the data.
-        states: present records of some of its files, which are not examined again.
+        states: up-to-date records; files with these records are not examined again.
     """
     try:
         content = (cache / "files").read_bytes()

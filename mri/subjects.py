@@ -1,10 +1,10 @@
-"""Subjects: the patient or volunteer that a file belongs to, determined from its path.
+"""Determine the subject (patient or volunteer) that each file belongs to, from its path.
 
     subject_of(Path("sub-07/ses-1/T2w.nii.gz"))        # "07"
     subject_of(Path("case_004_week_0_slice_3.nii"))    # "004"
 
-All forms of data take their subjects from `find_subjects`. In tables and confidence intervals, each
-subject is one case.
+`find_subjects` determines the subjects of all data: 2D slices, HipMRI's volumes and scans. Tables
+and confidence intervals call each subject a case.
 
 No subject should be in both training and test; `report_splits` warns if one is.
 """
@@ -42,7 +42,7 @@ SLICE_NUMBER = re.compile(r"[ _-]slice[ _-]?\d+$", re.I)
 def subject_of(path: Path, subject_pattern: str | None = None, root: Path = Path()) -> str | None:
     """Return the subject that a path names, or None if it names none.
 
-    Without a pattern, the subject is taken from the first of these that the path contains:
+    Without a pattern, the subject is taken from the first of these that is in the path:
 
     - BIDS's `sub-<name>`, in a folder or else in the file name. In a folder, the name ends at `_`;
       in a file name, it ends at the first character that is not a letter or a digit;
@@ -51,12 +51,12 @@ def subject_of(path: Path, subject_pattern: str | None = None, root: Path = Path
 
     Args:
         path: path of a file, relative to the data folder.
-        subject_pattern: regular expression to search for in the path; the subject is its first
-            group, or the whole match if it has no group.
+        subject_pattern: regular expression to search for in the path. The subject is the match of
+            its first group, or the whole match if it has no group.
         root: the data folder, which may be one of nnU-Net's folders.
 
     Returns:
-        The subject, printable and in Unicode's form NFC, so that it is the same on all platforms.
+        The subject, printable and normalised to NFC, so that it is the same on all platforms.
     """
     if subject_pattern:
         match = re.search(nfc(subject_pattern), nfc(path.as_posix()))
@@ -87,9 +87,9 @@ def subject_of(path: Path, subject_pattern: str | None = None, root: Path = Path
 def find_subjects(
     files: list[Path], root: Path, subject_pattern: str | None = None
 ) -> tuple[dict[Path, str], list[Path]]:
-    """Return the subject of each file, and the files whose paths name no subject.
+    """Return the subject of each file, and a list of the files whose paths name no subject.
 
-    The subjects of the unnamed files are guessed (see `subjects_from_layout`).
+    The subjects of the listed files are guessed by `subjects_from_layout`.
 
     Raises:
         DataError: if the pattern is not a regular expression.
@@ -114,11 +114,12 @@ def find_subjects(
 def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
     """Guess the subjects of files whose paths name no subject.
 
-    A file in a subfolder belongs to the subject that the subfolder is named after. Any other file
-    counts as a subject of its own, except that slices `x_slice_1` and `x_slice_2`, nnU-Net's
-    channels `x_0000` and `x_0001`, and sequences `x_T1` and `x_T2` of several `x`, belong to the
-    subject `x`. Folders that are named after splits or contain folders that are, or that contain
-    all of the files, do not count as subfolders.
+    If a file is in a subfolder, the name of the outermost subfolder is its subject. Folders do not
+    count as subfolders if they are split folders, contain split folders, or contain all files.
+
+    Any other file is a subject of its own, unless the names of several files mark them as parts of
+    one subject `x`: slices (`x_slice_1`, `x_slice_2`), nnU-Net's channels (`x_0000`, `x_0001`), or
+    sequences that several subjects have (`x_T1`, `x_T2`).
     """
     subjects = {}
     loose = []
@@ -141,9 +142,10 @@ def subjects_from_layout(files: list[Path], root: Path) -> dict[Path, str]:
 
 
 def _are_channels(stems: list[str]) -> bool:
-    """Return whether names end with nnU-Net's channels: at least two cases with the same channels.
+    """Return whether the names end with nnU-Net's channel numbers.
 
-    The numbers of a single series, IMG_0000 to IMG_0099, may be subjects.
+    There must be at least two cases, all with the same channels. The numbers of a single series,
+    such as IMG_0000 to IMG_0099, may be subjects.
     """
     channels: dict[str, set[str]] = {}
     for stem in stems:
@@ -156,9 +158,9 @@ def _are_channels(stems: list[str]) -> bool:
 
 
 def _shared_last_words(stems: list[str]) -> set[str]:
-    """Return the last words that tell apart the scans of a subject, such as "t1" and "t2".
+    """Return the last words that distinguish the scans of a subject, such as "t1" and "t2".
 
-    These are the last words of at least two names that each have several of them.
+    A last word counts if at least two subjects have it, and each of these also has another one.
     """
     words_of: dict[str, set[str]] = {}
     for stem in stems:
@@ -175,9 +177,9 @@ def _shared_last_words(stems: list[str]) -> set[str]:
 def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, ...]]:
     """Return the parts of each path that may name its subject.
 
-    Split folders and folders that all files share are left out. If there are several splits, so are
-    the folders that contain the split folders: in `site/train/p1.nii`, the site is not a subject.
-    A file inside a folder called `x.nii.gz` counts as the file `x.nii.gz`.
+    Split folders, and folders that contain all files, are left out. If there are several splits,
+    the folders above the split folders are left out, too: in `site/train/p1.nii`, the site is not a
+    subject. A file inside a folder called `x.nii.gz` counts as the file `x.nii.gz`.
     """
     splits = {split_of_path(file.relative_to(root)) for file in files} - {None}
     parts_of: dict[Path, tuple[str, ...]] = {}
@@ -197,7 +199,7 @@ def _distinctive_parts(files: list[Path], root: Path) -> dict[Path, tuple[str, .
 
 
 def note_on_unnamed(unnamed: list[Path], subjects: dict[Path, str], unit: str) -> list[str]:
-    """Return a note on files whose paths name no subject, as a list; empty if there are none."""
+    """Return a list with a note on files whose paths name no subject; [] if there are none."""
     if not unnamed or len(subjects) == 1:
         return []
     names = {subjects[file] for file in unnamed}
@@ -209,7 +211,7 @@ def note_on_unnamed(unnamed: list[Path], subjects: dict[Path, str], unit: str) -
 
 
 def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) -> None:
-    """Check that `subjects_from_layout` cannot mistake one subject for two.
+    """Check that `subjects_from_layout` cannot split one subject into two.
 
     Two layouts are accepted: all files in one folder, or one file in each folder. In both, each
     file counts as a subject. In other layouts, a folder could be a subject, a sequence or a site,
@@ -217,11 +219,11 @@ def check_guesses(unnamed: list[Path], root: Path, subject_pattern: str | None) 
 
     Args:
         unnamed: the files whose paths name no subject.
-        root: the folder of the data.
-        subject_pattern: the value of --subjects, which did not match these files.
+        root: the data folder.
+        subject_pattern: the value of --subjects, which does not match these files.
 
     Raises:
-        DataError: if the layout is ambiguous, or if a pattern is given and does not match a file.
+        DataError: if the layout is ambiguous, or a pattern is given that does not match all files.
     """
     if unnamed and subject_pattern:
         names = format_listing([str(file.relative_to(root)) for file in unnamed], most=5)
@@ -261,12 +263,12 @@ def report_splits(
     Args:
         splits: split -> its files.
         subjects: file -> its subject.
-        unit: plural noun for the files, such as "slices".
+        unit: name of the files in the notes, such as "slices".
         pairs: splits that must not share subjects.
 
     Returns:
-        "train 6, validate 2, test 2 slices", followed by warnings for each pair of splits that
-        shares subjects or files.
+        A line such as "train 6, validate 2, test 2 slices", followed by warnings for each pair of
+        splits that shares subjects or files.
     """
     counts = ", ".join(f"{split} {len(files):,}" for split, files in splits.items())
     notes = [f"{counts or 'no'} {unit}"]
@@ -295,6 +297,7 @@ def _files_in_both(one: list[Path], other: list[Path]) -> list[tuple[Path, Path]
     folders = {file.parent: real_path(file.parent) for file in (*one, *other)}
 
     def target(file: Path) -> Path:
+        """Resolve the links in a path; each folder is resolved only once."""
         return real_path(file) if file.is_symlink() else folders[file.parent] / file.name
 
     paths = {target(file): file for file in one}

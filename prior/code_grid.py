@@ -1,4 +1,4 @@
-"""One grid of codes for `prior.model`: its causal convolutions and its logits."""
+"""Model one grid of codes for `prior.model`: causal convolutions and logits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ class CausalConv2d(nn.Conv2d):
         channels: number of input channels.
         out_channels: number of output channels.
         kernel_size: number of rows and columns of the kernel; must be odd.
-        itself: whether an output also depends on the input at its own position (mask B) or not
-            (mask A).
+        itself: whether an output depends on the input at its own position (mask B; else mask A).
     """
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int, itself: bool):
@@ -49,13 +48,13 @@ class CausalConv2d(nn.Conv2d):
 
 
 class CodeGrid(nn.Module):
-    """One grid of codes of `CodePrior`: the layers before and after the transformer.
+    """The layers of `CodePrior` for one grid of codes, before and after the transformer.
 
     Causal convolutions compute the local features of each code from nearby earlier codes. The
     transformer has one position per segment, which consists of SEGMENT consecutive codes of a row.
-    The transformer's input at a position is the local features of the segment's first code, and its
-    output is the context of all codes in the segment. Both the inputs and the logits are computed
-    with the codebook's embeddings, so similar codes tend to have similar logits.
+    Its input at a position is the local features of the segment's first code. Its output is the
+    context of all codes in the segment. Both the inputs and the logits are computed with the
+    codebook's embeddings, so similar codes tend to have similar logits.
 
     Do not rename attributes that hold parameters or buffers, because checkpoints contain the names.
 
@@ -66,7 +65,7 @@ class CodeGrid(nn.Module):
         coarse_shape: (K, D) of the next coarser grid, in which each code covers 2 x 2 codes of this
             grid; None for the coarsest grid.
         bias_per_place: whether the output biases depend on the row, the column and the part of the
-            volume; otherwise, they depend on the code of the coarser grid.
+            volume. If not, they depend on the code of the coarser grid.
         channels: C, width of the transformer.
         dropout: dropout probability.
         num_layers: number of 3 x 3 convolutions.
@@ -139,9 +138,9 @@ class CodeGrid(nn.Module):
     def init_bias_from_counts(self, codes: Tensor, coarse: Tensor | None, position: Tensor) -> None:
         """Set the output biases so that, before training, predictions are the training frequencies.
 
-        With `bias_per_place`, codes are counted in the 3 x 3 neighbourhood of each place, and
+        With `bias_per_place`, codes are counted in the 3 x 3 neighbourhood of each grid position,
         separately for each part of the volume. Otherwise, codes are counted for each coarse code
-        and each of the four places that the coarse code covers.
+        and each of the four positions that the coarse code covers.
 
         Args:
             codes: codes of the training slices, (N, height, width).
@@ -163,7 +162,7 @@ class CodeGrid(nn.Module):
         nn.init.zeros_(self.last[1].bias)
 
     def _count_per_place(self, codes: Tensor, position: Tensor) -> Tensor:
-        """Count codes by part of the volume and 3 x 3 neighbourhood: (PARTS + 1, h * w, K)."""
+        """Count codes per part of the volume and 3 x 3 neighbourhood: (PARTS + 1, h * w, K)."""
         counts = torch.zeros_like(self.bias)
         parts = self.part(position)
         for batch, part in zip(codes.split(64), parts.split(64), strict=True):
@@ -174,7 +173,7 @@ class CodeGrid(nn.Module):
         return counts
 
     def _count_per_coarse_code(self, codes: Tensor, coarse: Tensor | None) -> Tensor:
-        """Count codes by coarse code and by place in the 2 x 2 block: (coarse codes, 4, K)."""
+        """Count codes per coarse code and position in its 2 x 2 block: (coarse codes, 4, K)."""
         counts = torch.zeros_like(self.bias)
         if coarse is None:
             coarse = torch.zeros_like(codes[:, ::2, ::2])
@@ -204,7 +203,11 @@ class CodeGrid(nn.Module):
         return F.avg_pool2d(self.brightness[codes][:, None], 2)[:, 0]
 
     def quantise_brightness(self, brightness: Tensor) -> Tensor:
-        """Return the codes (int64) nearest in brightness; `self.brightness` must be ascending."""
+        """Return the index (int64) of the nearest value in `self.brightness`, which must ascend.
+
+        Args:
+            brightness: a tensor of any shape, which is also the shape of the result.
+        """
         borders = (self.brightness[1:] + self.brightness[:-1]) / 2
         return torch.bucketize(brightness, borders)
 
@@ -216,7 +219,7 @@ class CodeGrid(nn.Module):
         return (self.rows + self.columns).flatten(0, 1)
 
     def features(self, codes: Tensor, context: Tensor) -> Tensor:
-        """Compute the local features of each code from the codes before it.
+        """Compute the local features of each code from nearby earlier codes.
 
         Args:
             codes: (B, height, width).
@@ -248,8 +251,8 @@ class CodeGrid(nn.Module):
             coarse: codes of the next coarser grid, (B, height/2, width/2); None if there is none.
             position, view: (B,), as for `CodePrior.forward`.
         """
-        # Use F.embedding, not indexing: the backward pass of indexing sums in a varying order, so
-        # that a resumed run would differ from an uninterrupted run.
+        # Use F.embedding: the backward pass of indexing sums in a varying order, so a resumed run
+        # would differ from an uninterrupted run.
         if self.bias_per_place:
             table = F.embedding(self.part(position), self.bias.flatten(1))
             table = table.view(-1, self.height, self.width, len(self.embedding))

@@ -1,4 +1,4 @@
-"""The codes that the prior is trained on, and their compressed size without a prior."""
+"""Encode a split as codes for the prior, and measure their compressed size without a prior."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MIRRORS = ((), (-2,), (-1,), (-2, -1))
 
 @dataclass(frozen=True, eq=False)
 class CodeDataset:
-    """The codes of a split's slices and of their mirror images, made by `encode_split`."""
+    """The codes of a split's slices and of their mirror images (see `encode_split`)."""
 
     codes: Tensor  # (N, V, h, w) int32; V is the number of views (see MIRRORS)
     positions: Tensor  # (N,), positions of the slices in their volumes, 0 to 1; NaN if unknown
-    brightness: Tensor  # (K,), mean brightness of the pixels that each code stands for
+    brightness: Tensor  # (K,), mean brightness of the pixels that each code represents
     names: Sequence[SliceName]  # names of the N slices
     spacing: Sequence[float] | None = None  # mm between rows and between columns, if known
 
@@ -50,9 +50,10 @@ def encode_split(
 ) -> CodeDataset:
     """Encode all slices of a split, each in several views.
 
-    To compute the brightness of a code, the z-scored pixels that it stands for are averaged at each
-    place where the code occurs. The brightness is the mean of asinh(average) over these places. On
-    a linear scale, fat and bladder would take up most of the range; asinh grows like a logarithm.
+    To compute the brightness of a code, the z-scored pixels that it represents are averaged at each
+    position where the code occurs. The brightness is the mean of asinh(average) over these
+    positions. On a linear scale, fat and bladder would occupy most of the range; asinh compresses
+    large values like a logarithm.
 
     Args:
         model: the VQ-VAE; it must have only one codebook.
@@ -83,7 +84,7 @@ def encode_split(
 
 
 def hash_codebook(model: VQVAE) -> str:
-    """Return a hash of the codebook, 16 hexadecimal digits."""
+    """Return a hash of the codebook, as 16 hexadecimal digits."""
     embedding = model.vector_quantization.embedding.weight.detach().cpu()
     return hashlib.sha256(embedding.numpy().tobytes()).hexdigest()[:16]
 

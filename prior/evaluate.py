@@ -12,7 +12,7 @@ from tqdm import tqdm
 from prior import realism
 from prior.sampling import Sampler
 
-NUM_SUBSETS = 5  # random subsets over which each distance is averaged
+NUM_SUBSETS = 5  # number of random subsets over which each distance is averaged
 
 
 def evaluate_samples(
@@ -24,10 +24,10 @@ def evaluate_samples(
     slices that are decoded from independently sampled codes.
 
     Args:
-        sampler: provides the VQ-VAE, the device and the seed.
+        sampler: the VQ-VAE, the device and the seed.
         sampled: the sampled slices, (count, 1, H, W).
         images: "train", "validate" and "test" -> real slices of that split, (N, 1, H, W).
-        cases: case of each training slice.
+        cases: N names, the case of each training slice.
 
     Returns:
         Entries of evaluation.json:

@@ -1,4 +1,4 @@
-"""The prior: an autoregressive model of the codes of a VQ-VAE.
+"""Model the codes of a VQ-VAE autoregressively, and sample from the model (the prior).
 
 prior = CodePrior(num_embeddings=512, embedding_dim=64, height=64, width=32)
 prior.initialize(embedding, brightness, codes, position)
@@ -65,11 +65,11 @@ class CausalBlock(nn.Module):
 class CodePrior(nn.Module):
     """A causal transformer over grids of codes, coarse to fine.
 
-    The last grid holds the codes. The grids before it are outlines. An outline has half the height
-    and width of the next grid and holds the quantised mean brightness of the next grid's 2 x 2
-    blocks. It fixes the layout of a slice in few steps. As outlines are functions of the codes,
-    -ln p(outlines) - ln p(codes | outlines) is an upper bound on -ln p(codes). Results report this
-    bound. Each grid is conditioned on the whole previous grid, as in VQ-VAE-2 (arXiv 1906.00446).
+    The last grid contains the codes. The grids before it are outlines. An outline has half the
+    height and width of the next grid, and contains the quantised mean brightness of its 2 x 2
+    blocks. It fixes the layout of a slice in few steps. Each grid is conditioned on the whole
+    previous grid, as in VQ-VAE-2 (arXiv 1906.00446). Outlines are functions of the codes. Results
+    report -ln p(outlines) - ln p(codes | outlines), an upper bound on -ln p(codes).
 
     Args:
         num_embeddings: K, number of codes of the VQ-VAE.
@@ -87,8 +87,8 @@ class CodePrior(nn.Module):
         ValueError: if the height, the width or the channels are not divisible as required.
     """
 
-    NUM_VIEWS = 4  # a slice as it is, and its mirror images (see `prior.codes.MIRRORS`)
-    FREQUENCIES = 4  # number of sines, and of cosines, that encode the position in the volume
+    NUM_VIEWS = 4  # the slice and its three mirror images (see `prior.codes.MIRRORS`)
+    FREQUENCIES = 4  # number of sines and of cosines that encode the position in the volume
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class CodePrior(nn.Module):
 
         Args:
             embedding: the codebook, (K, D).
-            brightness: mean brightness of the pixels that each code stands for, (K,).
+            brightness: mean brightness of the pixels that each code represents, (K,).
             codes: codes of the training slices, (N, h, w).
             position: positions of the slices, (N,), as for `forward`.
             generator: random generator for k-means.
@@ -264,14 +264,13 @@ class CodePrior(nn.Module):
         choose: Callable[[int, Tensor, int, int], Tensor],
         progress: Callable = iter,
     ) -> Tensor:
-        """Choose all codes in order, each given the codes before it; requires eval mode.
+        """Choose all codes in order, each given the codes before it, in eval mode.
 
-        `sample` is based on this method. An entropy coder passes a different `choose`.
+        `sample` calls this method. An entropy coder passes a different `choose`.
 
         Args:
             position, view: (B,), as for `forward`.
-            choose: function of the grid's index, the logits (B, K), and the code's row and column;
-                it must return the chosen codes, (B,).
+            choose: function (index of the grid, logits (B, K), row, column) -> chosen codes (B,).
             progress: a function such as tqdm, which wraps the range of steps.
 
         Returns:
@@ -346,7 +345,7 @@ class CodePrior(nn.Module):
         prefix_rows: int = 0,
         progress: Callable = iter,
     ) -> Tensor:
-        """Sample codes, (B, h, w); the same generator state and arguments give the same codes.
+        """Sample codes, (B, h, w), reproducibly for the same generator state and arguments.
 
         Args:
             position, view: (B,), as for `forward`.

@@ -11,7 +11,7 @@ A sample is flagged as a possible copy if its distance to the nearest training s
 threshold. The threshold is the 1st percentile of the same distance for held-out slices, which are
 reconstructions of validation and test slices. About 1 % of the samples are flagged by chance;
 a fraction well above 1 % suggests that the prior repeats its training slices. There are two
-searches, both over four views of each slice (as it is, mirrored along either axis, and along both):
+searches, both over four views of each slice (unchanged, mirrored along one axis, or along both):
 
 - `nearest_pixels` searches over shifts of up to 8 pixels in steps of 2, along both axes;
 - `nearest_features` searches over shifts of -8, 0 and 8 pixels, along both axes.
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from prior.codes import MIRRORS
 
-SHIFT = 8  # pixels; the largest shift in the search for copies
+SHIFT = 8  # maximum shift in the search for copies, in pixels
 
 
 # ---------------------------------------------------------------- copies
@@ -230,7 +230,7 @@ class Features(nn.Module):
 
 
 def _normalise_filters(filters: Tensor) -> Tensor:
-    """Normalise each of N filters (N, ...) to mean 0, to ignore constant areas, and to norm 1."""
+    """Normalise filters (N, C, h, w) to mean 0, so that they ignore constant areas, and norm 1."""
     filters = filters - filters.flatten(1).mean(1).view(-1, 1, 1, 1)
     return filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
@@ -304,15 +304,17 @@ def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tenso
 
 
 def _random_subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Return at most `size` random rows of features (N, F)."""
     return features[torch.randperm(len(features), generator=generator)[:size]]
 
 
 def _mean_and_spread(values: list[float]) -> dict[str, float]:
+    """Return the mean of values, and half their range."""
     return {"mean": float(np.mean(values)), "spread": (max(values) - min(values)) / 2}
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """Estimate the squared maximum mean discrepancy between x (N, F) and y (M, F); N, M > 1.
+    """Estimate the squared maximum mean discrepancy of x (N, F) and y (M, F), where N, M > 1.
 
     The estimate is unbiased (Gretton et al. 2012, equation 3), so its mean is 0 for equal
     distributions. The kernel is (x.y / F + 1)^3, as in arXiv 1801.01401.
@@ -340,8 +342,8 @@ def main_directions(x: Tensor, most: int = 64) -> Tensor:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Compute the Frechet distance between normal distributions fitted to x (N, d) and y (M, d).
 
-    See Dowson and Landau 1982. The result is biased upwards for small N, so compare results only if
-    they have the same N.
+    See Dowson and Landau 1982. The result is biased upwards for small N and M, so compare only
+    results of equal sizes.
     """
     x = x.double()
     y = y.double()

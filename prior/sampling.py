@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modules import VQVAE
 from prior.model import CodePrior
 
-BATCH_SIZE = 40  # slices sampled at a time; larger batches need more memory
+BATCH_SIZE = 40  # number of slices that are sampled at a time, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SamplingOptions:
     seed: int = 0
 
     def __str__(self) -> str:
-        """Return a description of the options for headings and tables."""
+        """Describe the options, for headings and tables."""
         text = f"temperature {self.temperature:g}"
         if self.top_k:
             text += f", top-k {self.top_k}"

@@ -1,4 +1,4 @@
-"""The adversarial loss of `--gan`: a patch discriminator, and the adaptive weight of VQGAN."""
+"""Compute the adversarial loss of `--gan`: a patch discriminator with VQGAN's adaptive weight."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def adversarial_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the adversarial losses of a batch, and their adaptive weight.
 
-    The adaptive weight scales the gradient of the generator's loss, but not the returned value.
-    With respect to the reconstruction, the norm of the scaled gradient is `gan_weight` times the
-    norm of the reconstruction loss's gradient. The weight is limited to 1e4 `gan_weight`. VQGAN
-    (arXiv 2012.09841, equation 7) compares the gradients at the generator's last layer instead.
+    The adaptive weight scales the gradient of the generator's loss, but not its returned value. It
+    makes the norm of this gradient `gan_weight` times that of the reconstruction loss's gradient,
+    both with respect to the reconstruction. VQGAN (arXiv 2012.09841, equation 7) compares the
+    gradients at the generator's last layer instead. The weight is at most 1e4 `gan_weight`.
 
     Args:
-        discriminator: the discriminator; only its own loss trains it.
+        discriminator: the discriminator, which only its own loss trains.
         images: (B, 1, H, W).
-        reconstruction: (B, 1, H, W), through which gradients reach the generator's parameters.
-        reconstruction_loss: a function of the reconstruction and the images.
+        reconstruction: (B, 1, H, W), attached to the generator's graph.
+        reconstruction_loss: function (reconstruction, images) -> scalar.
         gan_weight: ratio of the gradients' norms, adversarial loss to reconstruction loss.
 
     Returns:

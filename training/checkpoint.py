@@ -1,10 +1,10 @@
 """Read and write checkpoints.
 
 A checkpoint is a dictionary of tensors and plain values: "format", "model_args" (arguments of the
-model's class), "model" (the model's state) and, if a run wrote it, the progress of the training.
+model's class), "model" (the model's state) and, if a run wrote it, the progress of training.
 
-Checkpoints are shared, so reading one must neither run code nor exhaust the memory. Each check
-below names the attack that it stops.
+Checkpoints are shared between users, so reading one must neither run code nor exhaust the memory.
+The comment at each check below names the attack that it stops.
 """
 
 from __future__ import annotations
@@ -53,16 +53,18 @@ def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(_describe_failure(path, error)) from None
     if is_compressed:
         raise CheckpointError(
-            f"{path} is compressed; expected an uncompressed file, as train.py writes it"
+            f"{path} is compressed; expected the uncompressed file that train.py writes"
         )
     if not isinstance(checkpoint, dict) or not {"format", "model_args", "model"} <= set(checkpoint):
         raise CheckpointError(
-            f"{path} is not a checkpoint of this project: it lacks format, model_args or model"
+            f"{path} is not a checkpoint of this project (it lacks format, model_args or model); "
+            "use the best.pt or last.pt of a run"
         )
     number = checkpoint["format"]
     if not isinstance(number, int) or not 1 <= number <= CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {number!r}; this version reads 1 to {CHECKPOINT_FORMAT}"
+            f"{path} has checkpoint format {number!r}; expected 1 to {CHECKPOINT_FORMAT}. Use the "
+            "version of this project that wrote it"
         )
     if isinstance(checkpoint["model"], dict):
         checkpoint["model"] = rename_codebooks(checkpoint["model"])
@@ -72,8 +74,8 @@ def read_checkpoint(path: Path | str, device: str | torch.device = "cpu") -> dic
 def _is_compressed(path: Path | str) -> bool:
     """Return whether any record of a checkpoint's zip file is compressed.
 
-    Attack: a small file that unpacks to a thousand times its size. A file that is not a zip file,
-    such as one in torch's older formats, raises an exception.
+    Attack: a small file that unpacks to a thousand times its size. If the file is not a zip file,
+    as in torch's older formats, an exception is raised.
     """
     with zipfile.ZipFile(path) as archive:
         return any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
@@ -120,7 +122,7 @@ def load_model(
     """Return the model of a checkpoint, in eval mode.
 
     Args:
-        cls: class of the model, called with the checkpoint's "model_args".
+        cls: class of the model, which is called with the checkpoint's "model_args".
         path: file of the checkpoint.
         device: the device to load the model to.
 
@@ -149,7 +151,8 @@ def load_model(
     ) as error:
         # Arguments or tensors of an unexpected type or size can raise any of these.
         raise CheckpointError(
-            f"{path} does not fit this version's {cls.__name__}: {first_line(error)}"
+            f"{path} does not fit this version's {cls.__name__} ({first_line(error)}); use the "
+            "version that wrote it, or train again"
         ) from None
     return model.to(device).eval()
 
@@ -181,4 +184,5 @@ def _check_sizes(arguments: dict, state: dict[str, Tensor]) -> None:
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Return {name: shape} of a model's state."""
     return {name: tensor.shape for name, tensor in state.items()}

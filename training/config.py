@@ -1,4 +1,4 @@
-"""The configuration of a training run: one typed field per flag, with its help text and bounds.
+"""Configure a training run: one typed field per flag, with its help text and bounds.
 
     config = TrainConfig()                                  # the `tuned` recipe
     config = TrainConfig(**DOCUMENT, epochs=50)             # the source document's recipe
@@ -80,7 +80,7 @@ class RunConfig:
     def to_json(self) -> dict:
         """Return the arguments for config.json, with absolute paths of folders.
 
-        A relative path would be another folder if a later command is run in another folder.
+        A later command may run in another folder, where relative paths would be wrong.
         """
         arguments = dict(vars(self))
         for field in dataclasses.fields(self):
@@ -100,8 +100,8 @@ class TrainConfig(RunConfig):
     # Data
     axis: str | None = _data(
         None,
-        "read --data as a folder of scans of any kind, and cut volumes along this axis: an "
-        "anatomical name, or the number of a stored axis",
+        "read --data as a folder of any scans, and cut volumes along this axis: an anatomical "
+        "name, or the number of a stored axis",
         choices=("coronal", "sagittal", "axial", "0", "1", "2"),
     )
     split: list[str] | None = _data(
@@ -225,7 +225,7 @@ class TrainConfig(RunConfig):
     )
 
 
-# The fields whose values in the `document` recipe are not the defaults. The recipe departs from the
+# The fields in which the `document` recipe differs from the defaults. The recipe departs from the
 # source document in one point: the codebook is initialised from data (`codebook_init`).
 DOCUMENT = {
     "recipe": "document",
@@ -245,7 +245,7 @@ DOCUMENT = {
 
 
 def parse_train_flags(argv: list[str] | None, description: str | None) -> dict:
-    """Return the flags of train.py that were typed; `--help` shows the values of both recipes."""
+    """Return only the flags of train.py that were typed; `--help` shows both recipes."""
     flags = parse_flags(TrainConfig, argv, description, alternatives=(RECIPE_GROUP, DOCUMENT))
     if len(flags.get("split", ())) == 1:  # a CSV file, which --resume must find from any folder
         flags["split"] = [str(Path(flags["split"][0]).resolve())]
@@ -253,19 +253,23 @@ def parse_train_flags(argv: list[str] | None, description: str | None) -> dict:
 
 
 def resolve_config(flags: dict) -> TrainConfig:
-    """Return the configuration; flags override the recipe, which overrides the defaults."""
+    """Build the configuration; flags override the recipe, which overrides the defaults."""
     values = dict(flags)
     if flags.get("recipe") == "document":
         values = DOCUMENT | flags
     if values.get("codebook") == "gradient" and "restart_below" not in flags:
         values["restart_below"] = 0.0  # a gradient codebook has no usage counts
     if values.get("gan") and values.get("compile") is None:
-        values["compile"] = False  # the computation changes at `gan_start`
+        values["compile"] = False  # the training step changes at `gan_start`
     return TrainConfig(**values)
 
 
 def check_config(config: TrainConfig, world_size: int) -> None:
-    """Reject invalid values before any work is done.
+    """Check all values, and how they combine, before any work is done.
+
+    Args:
+        config: the configuration.
+        world_size: number of processes.
 
     Raises:
         UserError: if a value is invalid.
@@ -291,13 +295,14 @@ def check_config(config: TrainConfig, world_size: int) -> None:
 
 
 def _is_slice_size(size: list[int], stride: int) -> bool:
+    """Return whether `size` is two integers of at least 16 that are divisible by the stride."""
     return len(size) == 2 and all(
         type(side) is int and side >= 16 and side % stride == 0 for side in size
     )
 
 
 def check_processes(config, world_size: int) -> None:
-    """Check the flags that depend on the number of processes; raise UserError if one is wrong."""
+    """Check the flags that the number of processes restricts; raise UserError if one is invalid."""
     if config.batch_size % world_size:
         raise UserError(
             f"--batch-size is {config.batch_size}; expected a multiple of the {world_size} "

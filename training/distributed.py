@@ -1,4 +1,4 @@
-"""Data-parallel training: several processes of one run, started by torchrun on one machine.
+"""Communicate between the processes of a data-parallel run, started by torchrun on one machine.
 
     with distributed.session():
         if distributed.get_rank() == 0: ...
@@ -49,9 +49,10 @@ def session() -> Iterator[None]:
         if not is_lost_process(error):
             raise
         raise LostProcessError(
-            f"another process of this run has ended or hangs ({first_line(error)})"
+            f"another process of this run has ended or hangs ({first_line(error)}); run the "
+            "command again"
         ) from None
-    if starts_group:  # after an error, this is skipped: it could wait forever
+    if starts_group:  # not reached after an error, when it could wait forever
         dist.destroy_process_group()
 
 
@@ -99,7 +100,8 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def _barrier() -> None:
-    all_reduce_sum(torch.zeros(1))  # on the CPU; with NCCL, dist.barrier() would use a GPU
+    """Wait for all processes. Unlike `dist.barrier`, do not use a GPU if NCCL is available."""
+    all_reduce_sum(torch.zeros(1))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Guards: a lock of a run's folder, stop signals, and the state of the process around a script."""
+"""Lock a run's folder, collect stop signals, and restore the state of the caller's process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from filelock import Timeout
 import utils
 from utils import CUBLAS_VARIABLE, UserError
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # schedulers send the last one before pre-emption
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # schedulers send SIGUSR1 before pre-emption
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def collect_stop_signals(numbers: list[int]) -> Iterator[None]:
     """Append the number of each stop signal to `numbers` instead of ending the process.
 
     After a first signal, Ctrl-C raises KeyboardInterrupt at once. Previous handlers are restored at
-    the end. Outside the main thread, where Python allows no handlers, signals are left alone.
+    the end. Outside the main thread, where Python allows no handlers, nothing is changed.
     """
 
     def handle(number: int, frame) -> None:
@@ -64,15 +64,15 @@ def collect_stop_signals(numbers: list[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """Restore at the end what a script changes in its process, so that any program can call main().
+    """Restore global state at the end of the block, so that any program can call a script's main().
 
-    Restored are signal handlers, torch's random generators (CPU and CUDA), its choice of
-    deterministic algorithms with the variable that cuBLAS needs, and the current GPU. docs/data.md
-    lists what remains.
+    The block restores signal handlers, torch's random generators (CPU and CUDA), the setting of
+    `torch.use_deterministic_algorithms`, cuBLAS's environment variable and the current GPU.
+    docs/data.md lists the state that it does not restore.
 
-    During the block, SIGTERM raises SystemExit, unless the caller has a handler for it, so that
-    unfinished files are deleted, torch has its defaults (see `_use_torch_defaults`), and float32 is
-    computed without TF32.
+    During the block, torch has its defaults (see `_use_torch_defaults`) but computes float32
+    without TF32. Unless the caller handles SIGTERM, it raises SystemExit, so that unfinished files
+    are deleted.
     """
     workspace = os.environ.get(CUBLAS_VARIABLE)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -86,7 +86,7 @@ def preserve_process_state() -> Iterator[None]:
             stack.enter_context(_use_torch_defaults())
             stack.enter_context(utils.full_float32())
             stack.enter_context(torch.random.fork_rng(gpus))
-            if sys.stderr is None:  # as in programs without a console; progress bars need a file
+            if sys.stderr is None:  # in programs without a console; progress bars need a file
                 null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stderr(null))
             if _handles_signals() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -102,16 +102,16 @@ def preserve_process_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _use_torch_defaults() -> Iterator[None]:
-    """Create tensors as float32 on the CPU, and record gradients, regardless of the caller.
+    """Create tensors as float32 on the CPU, and record gradients, despite the caller's settings.
 
-    A notebook may have called `torch.set_default_dtype` or `torch.set_default_device`, or call
-    main() inside `torch.no_grad()` or `torch.inference_mode()`.
+    A notebook may have called `torch.set_default_dtype` or `torch.set_default_device`. It may also
+    call main() inside `torch.no_grad()` or `torch.inference_mode()`.
     """
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if torch.empty(0).device.type != "cpu":  # the context slows down every call of torch
+        if torch.empty(0).device.type != "cpu":  # the context would slow down every call of torch
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
@@ -120,6 +120,7 @@ def _use_torch_defaults() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restore_signal_handlers() -> Iterator[None]:
+    """Restore all signal handlers at the end of the block."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -136,4 +137,5 @@ def _handles_signals() -> bool:
 
 
 def _exit(number: int, frame) -> None:
+    """Handle a signal: raise SystemExit with the exit status that shells use for the signal."""
     sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""Configuration dataclasses whose fields are also command-line flags.
+"""Turn the fields of configuration dataclasses into command-line flags.
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -45,8 +45,8 @@ def option(
         choices: allowed values.
         nargs, metavar: as for argparse's `add_argument`.
         negatable: for a bool, whether the flag `--no-<name>` also exists.
-        resumable: whether the flag may be changed with `--resume`. Changing any other flag would
-            make it a different run.
+        resumable: whether the flag may change when the run is resumed. Changing any other flag
+            would make it a different run.
     """
     metadata = {
         "help": help,
@@ -123,7 +123,7 @@ def _argparse_options(field: dataclasses.Field, hint) -> dict:
 
 
 def _types(hint) -> list:
-    """Return the members of a union without None: "int | None" -> [int]."""
+    """Return the member types of a union, except None: int | None -> [int]."""
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return [member for member in members if member is not type(None)]
 
@@ -139,8 +139,8 @@ def check_types(config_class: type, values: dict, path: Path) -> None:
     for name, value in values.items():
         if not _has_type(value, hints[name]):
             raise UserError(
-                f"{path} has {name} {value!r:.80}; expected a value such as {defaults[name]!r}, as "
-                "train.py writes"
+                f"{path} has {name} {value!r:.80}; expected a value such as {defaults[name]!r}. "
+                "Restore the file that train.py wrote"
             )
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of a run, and an estimate of the remaining time."""
+"""Show the progress bar of a run, and estimate the remaining time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tqdm import tqdm
 from training.distributed import get_rank
 from training.totals import EpochTotals
 
-WARN_AFTER_STEPS = 20
-SLOW_SECONDS = 2 * 3600
+WARN_AFTER_STEPS = 20  # steps before the remaining time is estimated
+SLOW_SECONDS = 2 * 3600  # remaining time from which a warning is printed
 
 
 class ProgressBar:
@@ -59,18 +59,19 @@ class ProgressBar:
         return bool(self._bar.update(examples))
 
     def seconds_per_step(self) -> float:
-        """Return the mean duration of a step, without the first step unless it is the only one."""
+        """Return the mean duration of a step in seconds; exclude the first step if possible."""
         if self._timed_steps < 2:
             return self._last_step_end - self._start
         return (self._last_step_end - self._first_step_end) / (self._timed_steps - 1)
 
     def seconds_left(self, seconds_per_validation: float = 0.0) -> float:
-        """Return the expected duration of the rest of the run, at the speed so far."""
+        """Return the expected duration of the rest of the run in seconds, at the speed so far."""
         steps_left = self.epochs * self.steps_per_epoch - self.steps_done
         epochs_left = self.epochs - self.steps_done // self.steps_per_epoch
         return steps_left * self.seconds_per_step() + epochs_left * seconds_per_validation
 
     def _warn_if_slow(self) -> None:
+        """Print a warning if the rest of the run will take hours."""
         seconds = self.seconds_left()
         if seconds < SLOW_SECONDS:
             return
@@ -83,7 +84,13 @@ class ProgressBar:
         )
 
     def show(self, totals: EpochTotals, num_shown: int, best: dict[str, float]) -> None:
-        """Show the loss (the sum of the first `num_shown` means), skipped steps and best score."""
+        """Show the loss, the number of skipped steps and the best scores.
+
+        Args:
+            totals: the totals of the epoch so far.
+            num_shown: number of losses; the sum of their means is shown as the loss.
+            best: name -> best score.
+        """
         *losses, examples, skipped, last_skipped = totals.to_tensor().tolist()
         postfix = {"loss": f"{sum(losses[:num_shown]) / max(examples, 1):.4f}"}
         if skipped:

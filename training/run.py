@@ -1,11 +1,11 @@
-"""A run: its folder, lock, signals, history and checkpoints. The training loop is in the script.
+"""Manage a run's folder, lock, signals, history and checkpoints; scripts have the training loop.
 
     run = Run(folder=folder, config=config, modules={"model": model}, optimizer=optimizer, ...)
     if checkpoint:
         run.restore(checkpoint)
     with run:                                     # locks the folder, traps signals
         for epoch in run.epochs():
-            for step in run.steps(train):         # the steps that this epoch still lacks
+            for step in run.steps(train):         # the remaining steps of this epoch
                 ...                               # losses, backward, optimizer.step()
                 run.record_step(losses, finite)
                 if run.should_stop():             # after SIGINT, SIGTERM or SIGUSR1
@@ -14,12 +14,12 @@
             run.save("last.pt")
 
 How a killed run is resumed: last.pt is replaced atomically at the end of every epoch and, after a
-signal, at the end of the current step (during validation: after the next epoch's first step). A
-process that is killed outright writes nothing, so everything since last.pt is repeated. `--resume`
-reads last.pt (`training.run_folder.open_run`), `restore` loads weights, optimizer and counters from
-it, and `steps` continues with the next step. Without a last.pt, the run starts from the beginning.
-All randomness depends on the seed and the number of the step, so the final weights are those of an
-uninterrupted run.
+signal, at the end of the current step (during validation: after the next epoch's first step). After
+SIGKILL, everything since last.pt is repeated. `--resume` reads last.pt
+(`training.run_folder.open_run`), `restore` loads weights, optimizer and counters from it, and
+`steps` continues with the next step. Without a last.pt, the run starts from the beginning. All
+randomness depends only on the seed, the step number and the rank, so the final weights are those of
+an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -55,37 +55,37 @@ class Run:
     """A run's folder and progress."""
 
     folder: Path  # where rank 0 writes checkpoints and tables
-    config: RunConfig  # of the script; it must also have epochs and batch_size
-    device: torch.device  # where batches are needed
-    precision: str  # of the convolutions, for config.json
+    config: RunConfig  # the script's configuration, which must also have epochs and batch_size
+    device: torch.device  # device to which batches are copied
+    precision: str  # precision of convolutions and matrix products, for config.json
     modules: dict[str, nn.Module]  # "model", and other modules to train
-    optimizer: torch.optim.Optimizer  # of all modules
-    num_examples: int  # in the training set
+    optimizer: torch.optim.Optimizer  # optimizer of all modules
+    num_examples: int  # size of the training set
     losses: tuple[str, ...]  # names of the recorded losses, which are columns of metrics.csv
     num_shown: int  # `train_loss` is the sum of the first `num_shown` losses
     best_column: str  # validation column that determines the best epoch
     best: float  # best value of `best_column` so far; initially, the worst possible value
     fingerprint: str  # hashes of the data; a run can only be resumed on the same data
-    info: dict  # further content of config.json
-    extra_state: dict = field(default_factory=dict)  # further content of checkpoints
+    info: dict  # further entries of config.json
+    extra_state: dict = field(default_factory=dict)  # further entries of checkpoints
     resume_command: str  # printed when the run is interrupted
 
-    # Progress, as checkpoints contain it
+    # Progress, which checkpoints contain
     epochs_done: int = 0
-    steps_done: int = 0  # of the current epoch
-    seconds: float = 0.0  # of the current epoch
+    steps_done: int = 0  # steps of the current epoch
+    seconds: float = 0.0  # duration of the current epoch so far
     history: list[dict] = field(default_factory=list)  # rows of metrics.csv
 
     def __post_init__(self):
         self.steps_per_epoch = math.ceil(self.num_examples / self.config.batch_size)
         self.total_steps = self.config.epochs * self.steps_per_epoch
         self.totals = EpochTotals(len(self.losses), self.device)
-        self._signals: list[int] = []  # received since the start
+        self._signals: list[int] = []  # stop signals received so far
 
     # ------------------------------------------------ folder, lock and signals
 
     def __enter__(self) -> Run:
-        """Lock the folder, write config.json, and let signals end the run after the current step.
+        """Lock the folder, write config.json, and collect stop signals for `should_stop`.
 
         A dry run does none of this.
 
@@ -146,10 +146,10 @@ class Run:
             )
 
     def should_stop(self) -> bool:
-        """Return whether any process received a signal; all processes must call this.
+        """Return whether any process received a stop signal; all processes must call this.
 
         Raises:
-            UserError: if there is a signal but the loss of a step was not finite; nothing is saved.
+            UserError: after a signal, if the loss of a step was not finite; nothing is saved.
         """
         received = distributed.all_reduce_sum(torch.tensor(len(self._signals)))
         if received:
@@ -157,7 +157,7 @@ class Run:
         return bool(received)
 
     def stop(self) -> int:
-        """Save last.pt after a signal and return the exit code, 128 + the signal's number."""
+        """Save last.pt after a signal, and return the exit code, 128 + the signal's number."""
         self.save("last.pt")
         self._bar.close()
         print(f"stopped in epoch {self.epochs_done + 1}; to resume:\n    {self.resume_command}")
@@ -167,16 +167,16 @@ class Run:
     # ------------------------------------------------ epochs and steps
 
     def epochs(self) -> Iterator[int]:
-        """Yield the numbers of the epochs that are left, from 1."""
+        """Yield the numbers of the remaining epochs, which are counted from 1."""
         while self.epochs_done < self.config.epochs:
             epoch = self.epochs_done + 1
             self._bar.start_epoch(epoch)
             yield epoch
 
     def steps(self, data) -> Iterator[Step]:
-        """Yield the steps that the current epoch still lacks; in a dry run, only the first few.
+        """Yield the remaining steps of the current epoch; in a dry run, only the first few.
 
-        Before each step, torch's generator is seeded from the seed, the step's number and the rank.
+        Before each step, torch's generator is seeded from the seed, the step number and the rank.
 
         Args:
             data: the training set, with `len`, `names` and `batches(groups, device)`.
@@ -209,26 +209,26 @@ class Run:
 
         Args:
             losses: (n,) losses on the device, in the order of `Run.losses`.
-            finite: () bool, false if the optimizer has skipped the step because of its gradients.
+            finite: () bool, false if non-finite gradients made the optimizer skip the step.
 
         Raises:
-            UserError: if the loss of a step was not finite. Each check waits for the device, so
-                losses are checked only when the progress bar is redrawn (a few times per second)
-                and at the end of the epoch.
+            UserError: if the loss of a step was not finite. A check waits for the device, so losses
+                are checked only when the progress bar is redrawn (a few times per second) and at
+                the end of the epoch.
         """
         number, examples, batch_size = self._current
         self.totals.add(losses.detach(), finite, examples, number + 1)
         self.steps_done += 1
         self.seconds = time.perf_counter() - self._start
         if self.config.dry_run:
-            finite.item()  # waits for the device, so that the time is right
+            finite.item()  # waits for the device, so that the measured time is correct
         if self._bar.update(batch_size):
             best = {f"best_{self.best_column}": self.best} if self.history else {}
             self._bar.show(self.totals, self.num_shown, best)
             self._check_losses()
 
     def describe_plan(self) -> str:
-        """Return a line with epochs, steps, device and precision."""
+        """Return a line with the epochs, steps, device and precision of the run."""
         steps_left = self.total_steps - self.epochs_done * self.steps_per_epoch - self.steps_done
         device = environment.describe_device(self.device, get_world_size())
         return (
@@ -238,7 +238,7 @@ class Run:
         )
 
     def print_expected_time(self, seconds_per_validation: float) -> None:
-        """Print how long the rest of the run will take, at the end of a dry run."""
+        """Print the expected duration of the rest of the run, at the end of a dry run."""
         minutes = math.ceil(self._bar.seconds_left(seconds_per_validation) / 60)
         self._bar.close()
         print(
@@ -247,7 +247,7 @@ class Run:
         )
 
     def _check_losses(self) -> None:
-        """Raise UserError, with the names of its slices, if the loss of a step was not finite."""
+        """Raise UserError if the loss of a step was not finite; the error names its slices."""
         step = int(self.totals.nonfinite_step)
         if step == 0:
             return
@@ -266,7 +266,7 @@ class Run:
         """End the epoch and return its row of metrics.csv.
 
         Args:
-            scores: validation columns, including "val_loss" and `best_column`; equal on all ranks.
+            scores: validation columns, the same on all ranks, with "val_loss" and `best_column`.
 
         Raises:
             UserError: if no step had finite gradients, or the validation loss is not finite.
@@ -303,7 +303,7 @@ class Run:
         return row
 
     def is_plot_epoch(self, epoch: int) -> bool:
-        """Return whether rank 0 should plot: after the first and last epoch, and at intervals."""
+        """Return whether to plot: on rank 0, after the first and last epoch and at intervals."""
         at_interval = epoch % self.config.plot_every == 0
         return get_rank() == 0 and (epoch in (1, self.config.epochs) or at_interval)
 
@@ -316,8 +316,8 @@ class Run:
     def save(self, name: str) -> None:
         """Write a checkpoint; all processes must call this.
 
-        The state of random generators is not saved, as every step is seeded. There is no scheduler
-        to save, as the learning rate is a function of the step.
+        The state of random generators is not saved, because every step is seeded. There is no
+        scheduler to save, because the learning rate is a function of the step number.
         """
         checkpoint = {
             "format": CHECKPOINT_FORMAT,
@@ -346,7 +346,7 @@ class Run:
         """Continue from a checkpoint of this run.
 
         Raises:
-            UserError: if it belongs to another version, data set or model, or is corrupt.
+            UserError: if the checkpoint is corrupt, or is of another version, data set or model.
         """
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise UserError(
@@ -360,8 +360,8 @@ class Run:
             )
         if checkpoint["model_args"] != self.modules["model"].arguments:
             raise UserError(
-                f"{self.folder} was created by another version, whose recipe made another model; "
-                "start a new run"
+                f"{self.folder} was created by another version, whose recipe made a different "
+                "model; start a new run"
             )
         try:
             self._load(checkpoint)
@@ -395,6 +395,6 @@ class Run:
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
-    """Return the shuffled indices of an epoch, (N,), which depend on seed and epoch only."""
+    """Return the shuffled indices of an epoch, (N,), which depend only on the seed and epoch."""
     generator = torch.Generator().manual_seed(seed * SEED_STRIDE + epoch)
     return torch.randperm(num_examples, generator=generator)

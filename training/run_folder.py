@@ -1,4 +1,4 @@
-"""Run folders: start a run, find a run to resume, and load the data that a run was trained on.
+"""Start a run, find a run to resume, and load the data that a run was trained on.
 
 folder, config, checkpoint = open_run(flags)                 # train.py
 run = newest_run(Path("runs"))                               # predict.py and others
@@ -26,14 +26,14 @@ from utils import CheckpointError, DataError, UserError
 
 
 def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
-    """Return folder, configuration and checkpoint of the run that the flags of train.py select.
+    """Choose the folder of a new run, or find the run to resume, by the flags of train.py.
 
     Args:
         flags: only the flags that were typed (see `training.config.parse_train_flags`).
 
     Returns:
-        The folder, the configuration, and the checkpoint to continue from. The checkpoint is None
-        if the run starts at the first step.
+        The run's folder, its configuration, and the checkpoint to continue from. The checkpoint is
+        None if the run starts at the first step.
 
     Raises:
         UserError: if a new run's folder exists or is unsuitable, or there is no run to resume.
@@ -50,10 +50,10 @@ def open_run(flags: dict) -> tuple[Path, TrainConfig, dict | None]:
 
 
 def resumed_arguments(folder: Path, config_class: type, flags: dict) -> dict:
-    """Return the arguments of a run that is resumed: its saved arguments, overridden by the flags.
+    """Return the arguments of a resumed run: its saved arguments, overridden by the typed flags.
 
     Raises:
-        UserError: if the folder contains no run, or a flag would make it a different run.
+        UserError: if the folder contains no run, or if a flag that cannot change has a new value.
     """
     if not (folder / "config.json").exists():
         raise UserError(
@@ -82,12 +82,18 @@ def last_checkpoint(folder: Path) -> dict | None:
         return None
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint.get("epochs_done"), int):
-        raise CheckpointError(f"{path} lacks the number of finished epochs; start a new run")
+        raise CheckpointError(
+            f"{path} lacks epochs_done, the number of finished epochs; start a new run"
+        )
     return checkpoint
 
 
 def unfinished_checkpoint(folder: Path, epochs: int) -> dict | None:
-    """Return `last_checkpoint`; raise UserError if the run has finished all epochs."""
+    """Return the checkpoint last.pt (see `last_checkpoint`) of a run that is to be resumed.
+
+    Raises:
+        UserError: if the run has already finished `epochs` epochs.
+    """
     checkpoint = last_checkpoint(folder)
     if checkpoint and checkpoint["epochs_done"] >= epochs:
         raise UserError(
@@ -98,7 +104,11 @@ def unfinished_checkpoint(folder: Path, epochs: int) -> dict | None:
 
 
 def newest_unfinished_run(runs_dir: Path) -> Path:
-    """Return the folder with the newest config.json among runs that have not finished."""
+    """Return the folder of the unfinished run with the newest config.json.
+
+    Raises:
+        UserError: if there is none.
+    """
     runs = find_runs(runs_dir)
     runs.sort(key=lambda run: (run / "config.json").stat().st_mtime, reverse=True)
     for folder in runs:
@@ -147,7 +157,7 @@ def load_training_data(
                 )
             )
         except DataError as error:
-            errors[str(error)] = None  # dict keys are unique; both errors may be the same
+            errors[str(error)] = None  # both splits may raise the same error; list it once
     if errors:
         raise DataError("\n".join(errors))
     train_slices, val_slices = slices
@@ -156,7 +166,7 @@ def load_training_data(
     if val_slices.constant.all():
         raise UserError(
             f"all {len(val_slices)} validation slices are constant, so no best checkpoint can be "
-            "selected"
+            "selected; use other validation data"
         )
     return train_slices, val_slices
 
@@ -185,12 +195,12 @@ def newest_run(runs_dir: Path, file: str = "best.pt", missing: str = "") -> Path
 
 
 def read_config(run: Path) -> TrainConfig:
-    """Return the configuration of a run that this or an earlier version of train.py made."""
+    """Return the configuration of a run of this or an earlier version of train.py."""
     return resolve_config(read_arguments(run, TrainConfig))
 
 
 def read_arguments(folder: Path, config_class: type) -> dict:
-    """Return the arguments in a run's config.json, without those that this version no longer has.
+    """Return the arguments in a run's config.json; ignore those that this version does not have.
 
     Raises:
         UserError: if the file is missing or corrupt, or an argument has the wrong type.
@@ -199,8 +209,8 @@ def read_arguments(folder: Path, config_class: type) -> dict:
     arguments = utils.read_json(path).get("arguments", {})
     if not isinstance(arguments, dict):
         raise UserError(
-            f"{path} has arguments of type {type(arguments).__name__}; expected the file that "
-            "train.py writes"
+            f"{path} has arguments of type {type(arguments).__name__}, expected dict; restore the "
+            "file that train.py wrote"
         )
     fields = {field.name for field in dataclasses.fields(config_class)}
     arguments = {name: value for name, value in arguments.items() if name in fields}
@@ -209,10 +219,13 @@ def read_arguments(folder: Path, config_class: type) -> dict:
 
 
 def read_preprocessing(run: Path, source: Source) -> Preprocessing:
-    """Return the preprocessing of a run, adapted if `source` has another form (2D, 3D or scans).
+    """Return the preprocessing of a run.
+
+    If `source` has another form (2D, 3D or scans) than the run's data, the preprocessing is
+    resolved for this form, with the run's size, fit, axis, planes and `nan_value`.
 
     Raises:
-        UserError: if the preprocessing in config.json is not as train.py writes it.
+        UserError: if the preprocessing in config.json is not in the format that train.py writes.
     """
     config = read_config(run)
     stored = utils.read_json(run / "config.json").get("preprocessing")
@@ -229,7 +242,8 @@ def read_preprocessing(run: Path, source: Source) -> Preprocessing:
         valid = False
     if not valid:
         raise UserError(
-            f"{run / 'config.json'} has preprocessing {stored!r:.80}; expected what train.py writes"
+            f"{run / 'config.json'} has invalid preprocessing {stored!r:.80}; restore the file "
+            "that train.py wrote"
         )
     if preprocessing.form == source.form:
         return preprocessing
@@ -244,7 +258,7 @@ def read_preprocessing(run: Path, source: Source) -> Preprocessing:
 
 
 def read_manifest(run: Path) -> dict[str, dict[str, list[str]]] | None:
-    """Return the scans of each split, {split: {subject: [path]}}; None if none are recorded.
+    """Return a run's manifest, {split: {subject: [path]}}, or None if it has none.
 
     Raises:
         UserError: if the manifest is not in the format of `mri.splits.to_manifest`.
@@ -253,11 +267,13 @@ def read_manifest(run: Path) -> dict[str, dict[str, list[str]]] | None:
     if manifest is None or _is_manifest(manifest):
         return manifest
     raise UserError(
-        f"{run / 'config.json'} has scans {manifest!r:.80}; expected what train.py writes"
+        f"{run / 'config.json'} has invalid scans {manifest!r:.80}; restore the file that train.py "
+        "wrote"
     )
 
 
 def _is_manifest(value: object) -> bool:
+    """Return whether a value has the type {split: {subject: [path]}}."""
     if not isinstance(value, dict) or not value.keys() <= set(SPLITS):
         return False
     for subjects in value.values():
@@ -270,9 +286,9 @@ def _is_manifest(value: object) -> bool:
 
 
 def training_files(run: Path) -> FileSet | None:
-    """Return the resolved paths of a run's training files; None if its data cannot be found.
+    """Return the resolved paths of a run's training files, or None if its data cannot be found.
 
-    Copies of these files elsewhere are recognised by `FileSet.has_copy`.
+    `FileSet.has_copy` also recognises copies of these files elsewhere.
     """
     try:
         config = read_config(run)
@@ -304,9 +320,9 @@ def load_run_data(
         run: folder of the run.
         split: "train", "validate" or "test".
         data: folder of the data (default: the data of the run).
-        cache_dir: folder of the cache (default: as in the run).
-        skip_bad_files: skip unusable files, even if the run did not.
-        data_run: folder of another run whose config.json has recorded `data`; None if it was typed.
+        cache_dir: folder of the cache (default: that of the run).
+        skip_bad_files: whether to skip unusable files, even if the run did not.
+        data_run: folder of another run whose config.json names `data`; None if the user typed it.
 
     Returns:
         The slices, and the folder that contains their files.

@@ -1,7 +1,7 @@
-"""Names of run folders: reserve one for a new run, and find the runs in a folder.
+"""Choose and reserve the folder of a new run, and find existing runs.
 
-Runs may be in subfolders of the folder of all runs, such as runs/exp/seed0 (`--name exp/seed0`),
-but not inside another run.
+All runs are in one folder (--runs-dir). A run may be in a subfolder, such as runs/exp/seed0
+(`--name exp/seed0`), but not inside another run.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from training.config import TrainConfig
 from utils import UserError
 
 RUN_FILES = ("config.json", "best.pt", "last.pt")  # a folder with any of these is a run
-PRIOR = "prior"  # the folder that train_prior.py creates in a run, which is not a run itself
+PRIOR = "prior"  # folder that train_prior.py creates in a run; it does not count as a run
 
 # ---------------------------------------------------------------- a new run
 
 
 def new_run_folder(config: TrainConfig) -> Path:
-    """Return the folder of a new run: `--name`, or the current time and the recipe.
+    """Return the folder of a new run, named by `--name` or by the current time and the recipe.
 
-    Another run that started in the same second may have the latter (see `reserve_folder`).
+    Without `--name`, runs that start in the same second get the same name; `reserve_folder` then
+    appends a number.
 
     Raises:
-        UserError: if the folder contains a run already, or could not be found again later.
+        UserError: if the folder already contains a run, or if `find_runs` could not find it there.
     """
     runs_dir = Path(config.runs_dir)
     name = config.name
@@ -50,7 +51,9 @@ def new_run_folder(config: TrainConfig) -> Path:
                 f"--name {name} is inside the run {parent}; choose a --name outside of it"
             )
     if PRIOR in parts[1:]:
-        raise UserError(f"--name is {name}; choose one without {PRIOR}, a name of train_prior.py")
+        raise UserError(
+            f"--name is {name}; choose one without {PRIOR}, which is reserved for train_prior.py"
+        )
     for file in RUN_FILES:
         for run in find_runs(folder, file)[:1]:
             raise UserError(f"{folder} contains other runs, such as {run}; choose another --name")
@@ -59,9 +62,9 @@ def new_run_folder(config: TrainConfig) -> Path:
 
 @contextlib.contextmanager
 def reserve_folder(folder: Path, numbered: bool) -> Iterator[Path]:
-    """Create a folder for the duration of the block; delete it at the end if it is still empty.
+    """Create a folder at the start of the block, and delete it at the end if it is still empty.
 
-    It is still empty if a run failed before its training started.
+    The folder of a run that failed before its training started is empty.
 
     Args:
         folder: the folder to create.
@@ -90,6 +93,7 @@ def reserve_folder(folder: Path, numbered: bool) -> Iterator[Path]:
 
 
 def _create_numbered(folder: Path) -> Path:
+    """Create a folder, or the first of folder_2, folder_3 and so on that does not exist."""
     for number in itertools.count(1):
         candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
         with contextlib.suppress(FileExistsError):
@@ -101,7 +105,7 @@ def _create_numbered(folder: Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder contains a run."""
+    """Return whether a folder is a run, that is, contains one of RUN_FILES."""
     return any((folder / name).exists() for name in RUN_FILES)
 
 
@@ -120,7 +124,7 @@ def find_runs(runs_dir: Path, file: str = "config.json") -> list[Path]:
     while pending:
         for folder in _subfolders(pending.pop()):
             target = os.path.realpath(folder)
-            if target in visited:  # a link to a folder that contains it would never end
+            if target in visited:  # following a link to a parent folder would never end
                 continue
             visited.add(target)
             if folder.name == PRIOR and folder.parent != runs_dir:
@@ -145,10 +149,11 @@ def resolve_run(path: str | Path) -> Path:
     """Return the folder of the run that `--run` names.
 
     Args:
-        path: the folder; its best.pt, last.pt or config.json; or its prior or the prior's files.
+        path: the run's folder, its best.pt, last.pt or config.json, its folder prior/, or one of
+            these files in prior/.
 
     Raises:
-        UserError: if the path is another file.
+        UserError: if the path is any other file.
     """
     folder = Path(path).expanduser()
     if folder.name in RUN_FILES and not folder.is_dir():  # even if it does not exist (yet)

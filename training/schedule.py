@@ -1,4 +1,4 @@
-"""The learning rate schedule of a run."""
+"""Compute and set the learning rate of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def learning_rate(config, step: int, total_steps: int) -> float:
     Args:
         config: a configuration with the attributes `learning_rate` (the peak), `warmup` (the
             fraction of the steps in which the rate rises linearly to the peak) and `schedule`
-            ("constant" or "cosine"). The cosine would reach 0 one step after the last step.
+            ("constant" or "cosine"). The cosine reaches 0 one step after the last step.
         step: number of the step, 0 to total_steps - 1.
         total_steps: number of steps of the whole run.
     """

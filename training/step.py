@@ -1,4 +1,4 @@
-"""Parts of a training step that both training scripts use."""
+"""Clip gradients, skip steps and compile the losses, for both training scripts."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from utils import first_line
 
 
 class Step(NamedTuple):
-    """One training step."""
+    """One training step: its number, and this process's part of the batch."""
 
-    number: int  # within the run, counted from 0
+    number: int  # number within the run, counted from 0
     progress: float  # fraction of the run's steps before this one
     batch: Tensor | tuple[Tensor, ...]  # this process's part of the batch, on the device
-    size: int  # examples in `batch`; 0 if the whole batch has too few for this process
-    # Factor for this process's mean loss, so that averaging over the processes weights all examples
-    # of the batch equally.
+    size: int  # number of examples in `batch`; may be 0 if there are fewer than processes
+    # Factor for this process's mean loss. It makes the average over the processes weight all
+    # examples of the batch equally.
     weight: float
     is_full: bool  # whether the whole batch has `batch_size` examples; the last may have fewer
 
 
 def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
-    """Clip each module's gradient to `max_norm` (0: no clipping).
+    """Clip the gradient norm of each module to `max_norm` (0: no clipping).
 
     Returns:
         A bool tensor, (), true if all gradients are finite. It stays on the device, so that the
-            host does not wait for it.
+        host does not wait for it.
     """
     norms = []
     for module in modules:
@@ -88,7 +88,7 @@ def compile_with_fallback(function: Callable, device: torch.device) -> Callable:
                 results = active(*arguments)
                 losses = results[0] if isinstance(results, tuple) else results
                 losses.sum().backward()  # backward is compiled when it first runs
-            except Exception as error:  # compilers fail in many ways
+            except Exception as error:  # compilers raise many types of exceptions
                 tqdm.write(
                     "warning: the training step cannot be compiled here and runs uncompiled: "
                     f"{first_line(error)}"
@@ -109,6 +109,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 
 def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Restore the states that `_random_states` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -1,4 +1,4 @@
-"""Sums over the steps of an epoch."""
+"""Sum losses, examples and skipped steps over an epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ class EpochTotals:
         self.nonfinite_step = torch.zeros((), device=device)
 
     def add(self, losses: Tensor, finite: Tensor, examples: int, step: int) -> None:
-        """Add the losses (n,) of a step; `finite`, (), is true if all its gradients were finite."""
+        """Add a step.
+
+        Args:
+            losses: (n,) mean losses over this process's examples.
+            finite: () bool, true if all gradients were finite.
+            examples: number of this process's examples.
+            step: number of the step within the run, counted from 1.
+        """
         self.losses += (losses * examples).masked_fill(~finite, 0)
         self.examples += finite * examples
         self.skipped += ~finite
@@ -30,12 +37,12 @@ class EpochTotals:
         self.nonfinite_step.masked_fill_(first, step)
 
     def to_tensor(self) -> Tensor:
-        """Return this process's totals (n + 3,): losses, examples, skipped and last_skipped."""
+        """Return this process's totals, (n + 3,): n losses, examples, skipped and last_skipped."""
         steps = torch.stack([self.examples, self.skipped, self.last_skipped])
         return torch.cat([self.losses, steps])
 
     def over_processes(self) -> Tensor:
-        """Return the totals of all processes, on the CPU and in the order of `to_tensor`."""
+        """Combine the totals of all processes, (n + 3,), on the CPU in the order of `to_tensor`."""
         own = self.to_tensor()
         summed = distributed.all_reduce_sum(own[:-2])
         return torch.cat([summed, own[-2:].cpu()])  # not summed: all processes skip the same steps
@@ -46,7 +53,7 @@ class EpochTotals:
             raise ValueError(
                 f"the checkpoint has {len(values)} epoch totals; expected {len(self.losses) + 3}"
             )
-        if get_rank() == 0:  # other ranks continue from 0, as the totals are summed
+        if get_rank() == 0:  # other ranks continue from 0, because the totals are summed
             self.losses.copy_(values[:-3])
             self.examples.copy_(values[-3])
         self.skipped.copy_(values[-2])

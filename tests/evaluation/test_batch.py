@@ -116,7 +116,7 @@ def test_long_names_are_shortened_and_unique(
     assert all(len(os.fsencode(name)) <= 199 for name in short)
     assert sum(name.startswith("x" * 190 + "_") for name in short) == 2
     assert len(list(out.glob("*_codes.npz"))) == 3
-    assert "the outputs of 3 files have a number or a shorter name" in capsys.readouterr().out
+    assert "the outputs of 3 files have a numbered or shortened name" in capsys.readouterr().out
     before = contents(out, "*")
     reconstruct_path(tmp_path / "in", "--error-map --export-codes")
     assert contents(out, "*").keys() == before.keys()

@@ -62,7 +62,7 @@ def test_transforms_and_units_stay(tmp_path, noise, reconstruct_path, capsys):
     image.header.set_xyzt_units("micron")
     image.to_filename(tmp_path / "x.nii")
     first = reconstruct_path(tmp_path / "x.nii", "--export-codes")
-    assert "its voxels are 0.00 x 0.00 mm" in capsys.readouterr().out
+    assert "its pixels are 0.00 x 0.00 mm" in capsys.readouterr().out
     again = reconstruct_path(first, "--from-codes", "again")
     for folder in (first, again):
         result = nib.load(folder / "x_reconstruction.nii.gz")
@@ -192,7 +192,7 @@ def test_unusual_voxel_sizes_are_reported(tmp_path, write_nifti, noise, reconstr
     assert "warning" not in capsys.readouterr().out
     affine = np.diag([0.5, 1, 0.5, 1])
     reconstruct_path(write_nifti(tmp_path / "fine.nii.gz", noise((30, 9, 30)), affine))
-    expected = "0.50 x 0.50 mm in the slice, but those of the training slices are about 1.70 x"
+    expected = "0.50 x 0.50 mm, but those of the training slices are about 1.70 x"
     assert expected in capsys.readouterr().out
 
 

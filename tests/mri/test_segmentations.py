@@ -207,7 +207,7 @@ def test_labels_of_every_data_type_keep_their_values(tmp_path, dtype):
         (-1, "has labels from -1 to 0, expected 0 to 255"),
         (np.nan, "has NaN or infinite values"),
         (np.inf, "has NaN or infinite values"),
-        (1.37, "has values that are not whole, such as 1.37"),
+        (1.37, "has values that are not whole, such as 1.37; expected labels from 0 to 255"),
     ],
 )
 def test_values_that_are_not_labels_are_refused(tmp_path, write_nifti, value, message):

@@ -106,7 +106,7 @@ def test_a_checkpoint_must_count_its_epochs(run_copy):
     assert last_checkpoint(run_copy.parent) is None
     path = run_copy / "last.pt"
     torch.save(read_checkpoint(path) | {"epochs_done": None}, path)
-    with pytest.raises(CheckpointError, match="lacks the number of finished epochs"):
+    with pytest.raises(CheckpointError, match="lacks epochs_done, the number of finished epochs"):
         last_checkpoint(run_copy)
     path.write_bytes(b"corrupt")
     with pytest.raises(CheckpointError, match=r"last\.pt"):
@@ -154,7 +154,7 @@ def test_the_newest_run_is_that_of_the_newest_file(tmp_path):
 def test_a_preprocessing_that_train_py_would_not_write_is_an_error(run_copy, blobs, stored):
     path = run_copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocessing": stored}))
-    with pytest.raises(UserError, match=r"has preprocessing .*what train\.py writes"):
+    with pytest.raises(UserError, match=r"has invalid preprocessing .*that train\.py wrote"):
         read_preprocessing(run_copy, find_source(blobs))
 
 
@@ -183,7 +183,7 @@ def test_the_value_for_nan_is_read_from_the_config(run_copy, blobs):
         assert read_preprocessing(run_copy, other).nan_value == -5
     config["preprocessing"]["nan_value"] = "-5"
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"has preprocessing .*what train\.py writes"):
+    with pytest.raises(UserError, match=r"has invalid preprocessing .*that train\.py wrote"):
         read_preprocessing(run_copy, source)
 
 
@@ -192,7 +192,7 @@ def test_the_value_for_nan_is_read_from_the_config(run_copy, blobs):
 )
 def test_a_manifest_that_train_py_would_not_write_is_an_error(tmp_path, scans):
     write_config(tmp_path, {}, scans=scans)
-    with pytest.raises(UserError, match=r"has scans .*what train\.py writes"):
+    with pytest.raises(UserError, match=r"has invalid scans .*that train\.py wrote"):
         read_manifest(tmp_path)
 
 

@@ -105,7 +105,7 @@ def test_a_run_inside_another_run_is_refused(tmp_path):
     for name, message in (
         ("exp/a/b", "--name exp/a/b is inside the run .*exp/a;"),
         ("exp", "exp contains other runs, such as .*exp/a;"),
-        ("new/prior", "choose one without prior, a name of train_prior"),
+        ("new/prior", "choose one without prior, which is reserved for train_prior"),
     ):
         with pytest.raises(UserError, match=message):
             new_run_folder(TrainConfig(runs_dir=str(tmp_path), name=name))
