@@ -106,10 +106,10 @@ def _convs_beyond_stride_4(layer: type[nn.Module], channels: int, stride: int):
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of each vector's nearest embedding: (N, D), (K, D) -> (N,) int64."""
-    # argmin ||z - e||^2 = argmin (||e||^2 - 2 z.e). The blocks' distances fit into a CPU's cache.
-    norms = codebook.square().sum(1)  # (K,)
-    indices = [torch.addmm(norms, v, codebook.T, alpha=-2).argmin(1) for v in vectors.split(1024)]
-    return torch.cat(indices)
+    # argmin ||z - e||^2 = argmin (||e||^2 - 2 z.e). Splitting bounds the memory use.
+    norms, size = codebook.square().sum(1), 8192 if vectors.is_cuda else 1024  # for a CPU's cache
+    blocks = [vectors] if torch.onnx.is_in_onnx_export() else vectors.split(size)  # N is dynamic
+    return torch.cat([torch.addmm(norms, v, codebook.T, alpha=-2).argmin(1) for v in blocks])
 
 
 def sum_by_code(values: Tensor, indices: Tensor, num_codes: int) -> Tensor:
@@ -156,10 +156,10 @@ class VectorQuantizer(nn.Module):
     """Replace each vector by its nearest embedding (arXiv 1711.00937, equations 1 and 2).
 
     Distances are computed in float32, even under autocast: half precision would overflow.
-
     codebook: with "gradient", the codebook loss trains the embeddings (equation 3, second term);
         with "ema", each is the moving average of its vectors in all processes (appendix A.1).
-    decay: decay rate of the moving averages.
+        `update_codebook` must be called after each training step.
+    decay: decay rate of the averages.
     restart_below: with "ema", reinitialise codes below this fraction of the mean usage; 0: never.
     """
 

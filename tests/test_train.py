@@ -291,6 +291,27 @@ def test_a_compiled_step_equals_an_eager_step(small, codebook, capsys):
         torch.testing.assert_close(compiled_changes[name], changes[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_codebooks", [1, 2])
+def test_the_losses_of_tuned_are_one_graph(num_codebooks):
+    """A graph break would cost a GPU more time than the break's operations."""
+    config = resolve_config(parse_train_flags(["--num-codebooks", str(num_codebooks)], None))
+    names = train.inspect.signature(VQVAE).parameters
+    model = VQVAE(**{name: getattr(config, name) for name in names})
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compute(images):
+        return train.compute_losses(model, None, images, "bfloat16", config)
+
+    losses, quantized = torch.compile(compute, backend=backend)(torch.randn(2, 1, 32, 32))
+    losses.sum().backward()
+    assert len(graphs) == 1
+    assert quantized.indices.shape[:3] == (2, 8, 8)
+
+
 def test_a_step_in_bfloat16_is_close_to_one_in_float32(small):
     losses, gradients, _ = one_step([])
     other_losses, other_gradients, _ = one_step([], precision="bfloat16")

@@ -147,7 +147,7 @@ def test_manifest_restores_splits_and_subjects(tmp_path):
 )
 def test_malformed_manifests_are_refused(tmp_path, manifest):
     (tmp_path / "config.json").write_text(json.dumps({"scans": manifest}))
-    with pytest.raises(UserError, match="expected what train"):
+    with pytest.raises(UserError, match="has invalid scans"):
         read_manifest(tmp_path)
 
 

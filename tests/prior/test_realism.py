@@ -78,6 +78,7 @@ def reconstruct(reference):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        model.vector_quantization.update_codebook(quantized.vectors, quantized.indices)
     model.eval()
 
     @torch.no_grad()
