@@ -356,19 +356,22 @@ class CodePrior(nn.Module):
             progress: as for `decode`.
         """
         prefix_grids = self.to_grids(prefix) if prefix_rows else []
+        num_codes = sum(grid.height * grid.width for grid in self.grids)
+        # All draws are moved to the device at once, so that the host does not wait at each code.
+        draws = iter(torch.rand(num_codes, len(view), generator=generator).to(view.device))
 
         def choose(index: int, logits: Tensor, row: int, column: int) -> Tensor:
             rows_per_code = self.height // self.grids[index].height
             if row * rows_per_code < prefix_rows:
                 return prefix_grids[index][:, row, column]
-            return sample_codes(logits, generator, temperature, top_k, top_p)
+            return sample_codes(logits, next(draws), temperature, top_k, top_p)
 
         return self.decode(position, view, choose, progress)
 
 
 def sample_codes(
     logits: Tensor,
-    generator: torch.Generator,
+    draws: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -376,8 +379,8 @@ def sample_codes(
     """Sample one code from each row of logits: (B, K) -> (B,) int64.
 
     Args:
-        logits: the logits, on any device.
-        generator: random generator on the CPU.
+        logits: the logits.
+        draws: (B,) float32, uniformly distributed from 0 to 1, on the same device.
         temperature: number that divides the logits; at 0, the most likely code is always chosen.
         top_k: sample only from the `top_k` most likely codes; 0 means all.
         top_p: sample only from the smallest set of most likely codes whose total probability is at
@@ -385,12 +388,13 @@ def sample_codes(
     """
     if temperature == 0:
         return logits.argmax(1)
-    scaled = logits.cpu().double() / temperature
+    scaled = (logits if logits.device.type == "mps" else logits.double()) / temperature
     scaled, order = torch.sort(scaled, dim=1, descending=True, stable=True)
     probabilities = scaled.softmax(1)
     if top_k:
         probabilities[:, top_k:] = 0
-    probability_before = probabilities.cumsum(1) - probabilities
-    probabilities[probability_before >= top_p] = 0  # keeps the most likely code, as top_p > 0
-    ranks = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(1, ranks)[:, 0].to(logits.device)
+    probability_before = probabilities.cumsum(1) - probabilities  # 0 for the most likely code
+    cumulative = probabilities.masked_fill_(probability_before >= top_p, 0).cumsum(1)
+    ranks = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(1, keepdim=True)
+    ranks = ranks.clamp_max((probabilities > 0).sum(1, keepdim=True) - 1)  # a draw may round to 1
+    return order.gather(1, ranks)[:, 0]

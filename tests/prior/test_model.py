@@ -116,13 +116,18 @@ def test_samples_repeat_and_differ_with_the_seed(prior):
 def test_samples_of_one_code_have_the_requested_probabilities():
     logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(0))
 
+    draws = torch.rand(3000, generator=torch.Generator().manual_seed(0))
+
     def sample(**options):
-        return sample_codes(logits.expand(3000, 20), torch.Generator().manual_seed(0), **options)
+        return sample_codes(logits.expand(3000, 20), draws, **options)
 
     probabilities = logits.softmax(0)
     frequencies = torch.bincount(sample(), minlength=20) / 3000
     torch.testing.assert_close(frequencies, probabilities, atol=0.03, rtol=0)
     ranked = probabilities.argsort(descending=True)
+    for extreme in (0.0, 1.0):
+        (code,) = sample_codes(logits[None], torch.tensor([extreme]), top_k=3).tolist()
+        assert code == ranked[2 if extreme else 0]
     assert set(sample(top_k=3).tolist()) == set(ranked[:3].tolist())
     nucleus_size = int((probabilities[ranked].cumsum(0) < 0.6).sum()) + 1
     assert set(sample(top_p=0.6).tolist()) == set(ranked[:nucleus_size].tolist())
