@@ -54,10 +54,14 @@ def evaluate_samples(
         "drawn from the prior": sampled,
         "codes drawn independently": sampler.decode(independent),
     }
-    feature_sets = {name: features(image_set.to(device)) for name, image_set in image_sets.items()}
+    # Distances are computed in float64 on the CPU, because mps has no float64.
+    training_features = features(training.to(device)).cpu()
+    feature_sets = {
+        name: features(image_set.to(device)).cpu() for name, image_set in image_sets.items()
+    }
     half_sizes = [len(half) for pair in halves for half in pair]
     size = min(len(images["test"]), len(sampled), *half_sizes)
-    distances = realism.distance_table(feature_sets, features(training.to(device)), halves, size)
+    distances = realism.distance_table(feature_sets, training_features, halves, size)
 
     held_out = torch.cat([reconstructed["validate"], reconstructed["test"]])
     copies = realism.search_copies(

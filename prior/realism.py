@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.codes import MIRRORS
+from utils import full_float32
 
 SHIFT = 8  # maximum shift in the search for copies, in pixels
 
@@ -81,6 +82,8 @@ def search_copies(
     result = {}
     for name, searches in (("pixels", by_pixels), ("features", by_features)):
         (held_out_distance, _), (distance, nearest) = searches
+        held_out_distance = held_out_distance.cpu()
+        distance, nearest = distance.cpu(), nearest.cpu()
         threshold = held_out_distance.double().quantile(0.01).item()
         flagged = distance < threshold
         flagged_cases = Counter(cases[i] for i in nearest[flagged].tolist())
@@ -201,6 +204,7 @@ class Features(nn.Module):
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("std", torch.ones(num_features))
 
+    @full_float32()
     @torch.no_grad()
     def fit(self, images: Tensor) -> Features:
         """Standardise each feature by its mean and standard deviation over two or more images."""
@@ -209,6 +213,7 @@ class Features(nn.Module):
         self.std.copy_(raw.std(0).clamp_min(1e-3))
         return self
 
+    @full_float32()
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         batches = [(self.raw(batch) - self.mean) / self.std for batch in images.split(16)]

@@ -244,6 +244,21 @@ def test_convolutions_compute_in_bfloat16_if_configured(tmp_path, train_here, mo
     assert {value.dtype for value in read_weights(tmp_path / "runs/a").values()} == {torch.float32}
 
 
+def test_training_and_validation_compute_float32_without_tf32(train_here, at_step, monkeypatch):
+    settings, real = [], torch.backends.cudnn.allow_tf32
+    at_step({1}, lambda images: settings.append(torch.backends.cudnn.allow_tf32))
+    validate = train.validate
+
+    def record(*arguments):
+        settings.append(torch.backends.cudnn.allow_tf32)
+        return validate(*arguments)
+
+    monkeypatch.setattr(train, "validate", record)
+    assert train_here("--epochs 1 --name a") == 0
+    assert settings == [False, False]
+    assert torch.backends.cudnn.allow_tf32 == real
+
+
 def one_step(flags: list[str], compiled: bool = False, precision: str = "float32"):
     """Return losses, gradients and changes of weights of a step; only the arguments matter."""
     config = resolve_config(parse_train_flags([*flags, "--recipe", "document"], None))

@@ -84,6 +84,64 @@ def test_each_of_several_processes_has_a_gpu(monkeypatch):
         utils.pick_device("cuda:1", rank=0, world_size=2)
 
 
+def test_a_gpu_that_does_not_exist_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--device is cuda:7; expected cuda:0 to cuda:1"):
+        utils.pick_device("cuda:7")
+
+
+def test_several_processes_do_not_use_mps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.pick_device("auto") == torch.device("mps")
+    assert utils.pick_device("auto", rank=0, world_size=2) == torch.device("cpu")
+    with pytest.raises(UserError, match="--device is mps for 2 processes; expected cuda"):
+        utils.pick_device("mps", rank=0, world_size=2)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_precision_is_that_of_the_chosen_gpu(monkeypatch, current):
+    """Only the second of two GPUs computes in bfloat16, whichever of them is the current one."""
+    gpus = [current]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpus[-1])
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda gpu: gpus.append(torch.device(gpu).index if not isinstance(gpu, int) else gpu),
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpus[-1] == 1)
+    assert utils.pick_precision("auto", torch.device("cuda:1")) == "bfloat16"
+    assert utils.pick_precision("auto", torch.device("cuda:0")) == "float32"
+    assert gpus[-1] == current
+
+
+def tf32_settings() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def test_full_float32_is_a_block_or_a_decorator_and_restores_the_settings():
+    before = tf32_settings()
+    with utils.full_float32():
+        assert tf32_settings() == (False, False)
+    assert utils.full_float32()(tf32_settings)() == (False, False)
+    assert tf32_settings() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older versions of torch")
+def test_full_float32_accepts_settings_through_the_newer_api():
+    """After `fp32_precision` has been set, torch refuses to return `allow_tf32`."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = "ieee"
+        with utils.full_float32():
+            assert tf32_settings() == (False, False)
+        assert convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     ("feature", "expected"),
     [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")],

@@ -195,6 +195,25 @@ def test_a_single_process_needs_no_session():
         distributed.check_replicas(module.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "has_nccl", "backend"),
+    [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, False, "gloo")],
+)
+def test_gpu_tensors_are_exchanged_through_nccl_if_it_exists(
+    monkeypatch, has_gpu, has_nccl, backend
+):
+    """torch for Windows has no NCCL; gloo can exchange tensors of GPUs, too."""
+    backends = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", backends.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with distributed.session():
+        assert backends == [backend]
+
+
 def test_several_machines_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

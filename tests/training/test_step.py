@@ -57,6 +57,25 @@ def test_the_optimizer_skips_steps_that_are_not_finite():
     torch.testing.assert_close(module.weight.detach(), before - 0.1)
 
 
+class MpsFlag:
+    """A bool tensor on mps, whose fused optimizers ignore `found_inf`."""
+
+    device = torch.device("mps")
+
+    def __init__(self, value: bool):
+        self.value = value
+
+    def __bool__(self):
+        return self.value
+
+
+def test_on_mps_the_caller_skips_steps_that_are_not_finite():
+    module = module_with_gradient(1.0)
+    optimizer = torch.optim.Adam(module.parameters())
+    assert may_step(MpsFlag(True), optimizer)
+    assert not may_step(MpsFlag(False), optimizer)
+
+
 # ---------------------------------------------------------------- compilation
 
 
