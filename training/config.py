@@ -69,8 +69,8 @@ class RunConfig:
     )
     compile: bool | None = _run(
         None,
-        "compile the training step, which delays the start by about a minute (default: only on a "
-        "single CUDA GPU)",
+        "compile the training step, which delays the start by about a minute (default: only on "
+        "CUDA GPUs)",
         negatable=True,
         resumable=True,
     )
@@ -308,5 +308,3 @@ def check_processes(config, world_size: int) -> None:
             f"--batch-size is {config.batch_size}; expected a multiple of the {world_size} "
             "processes"
         )
-    if config.compile and world_size > 1:
-        raise UserError(f"--compile works with one process, not {world_size}; omit --compile")

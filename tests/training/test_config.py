@@ -127,9 +127,3 @@ def test_the_batch_size_must_be_divisible_by_the_number_of_processes():
     check_processes(TrainConfig(batch_size=16), 4)
     with pytest.raises(UserError, match="--batch-size is 16; expected a multiple of the 3 proc"):
         check_processes(TrainConfig(batch_size=16), 3)
-
-
-def test_several_processes_do_not_compile():
-    check_processes(TrainConfig(compile=True), 1)
-    with pytest.raises(UserError, match="--compile works with one process, not 2"):
-        check_processes(TrainConfig(compile=True), 2)
