@@ -256,12 +256,12 @@ def transfer(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def prefetch(read: Callable, groups: Iterable, depth: int = 3) -> Iterator:
-    """Yield `read(group)` for each group in order; a thread reads up to `depth` groups ahead."""
-    with ThreadPoolExecutor(1) as thread:
+def prefetch(read: Callable, groups: Iterable, depth: int = 3, threads: int = 1) -> Iterator:
+    """Yield `read(group)` for each group in order; threads read up to `depth` groups ahead."""
+    with ThreadPoolExecutor(threads) as pool:
         pending = deque()
         for group in groups:
-            pending.append(thread.submit(read, group))
+            pending.append(pool.submit(read, group))
             if len(pending) > depth:
                 yield pending.popleft().result()
         while pending:

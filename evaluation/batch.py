@@ -1,17 +1,19 @@
 """Reconstruct or decode a batch of files, and write scores.csv. A failed file does not stop it.
 
 Three things happen at the same time: a thread reads files, the model reconstructs groups of files
-(reconstruct_group.py), and another thread writes outputs and draws figures. Each step is at most
-two groups ahead of the next, which bounds the memory for waiting files.
+(reconstruct_group.py), and another thread writes outputs and draws figures. Each step is only a few
+groups ahead of the next, which bounds the memory for waiting files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from dataset import prefetch
@@ -33,6 +35,8 @@ from mri.files import printable
 from training.guards import collect_stop_signals
 from utils import DataError, UserError
 
+MANY_FILES = 64  # from this number on, a CPU reconstructs several groups at the same time
+MAX_GROUPS = 4  # largest number of these groups, which limits the memory
 MAX_READ_BYTES = 1 << 23  # a read task ends when its files exceed 8 MiB in total
 
 
@@ -142,11 +146,28 @@ class Batch:
     def _reconstruct_groups(
         self, load: Callable[[Path, str], LoadedFile], resize_to: tuple[int, int] | None
     ) -> Iterator[list[Result]]:
-        """Yield the results of each group of files until a stop signal arrives."""
-        for group in split_groups(self._load_files(load)):
-            if self._signals:
-                return
-            yield reconstruct_group(self.model, group, resize_to)
+        """Yield the results of each group of files until a stop signal arrives.
+
+        On a CPU, several groups of many files are reconstructed at the same time, each by few
+        cores, because more cores would often wait for each other.
+        """
+
+        def reconstruct(group: list[LoadedFile]) -> list[Result]:
+            return reconstruct_group(self.model, group, resize_to)
+
+        groups = split_groups(self._load_files(load))
+        groups = itertools.takewhile(lambda _: not self._signals, groups)
+        cores = torch.get_num_threads()
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        threads = min(cores, MAX_GROUPS) if on_cpu and len(self.inputs) >= MANY_FILES else 1
+        if threads == 1:
+            yield from map(reconstruct, groups)
+            return
+        torch.set_num_threads(cores // threads)  # of each thread
+        try:
+            yield from prefetch(reconstruct, groups, depth=threads, threads=threads)
+        finally:
+            torch.set_num_threads(cores)
 
     def _load_files(self, load: Callable[[Path, str], LoadedFile]) -> Iterator[LoadedFile]:
         """Yield the usable files; a thread reads them ahead. Record the errors of the others."""

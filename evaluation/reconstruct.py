@@ -29,13 +29,14 @@ from mri.segmentations import read_labels
 from training.checkpoint import load_model, read_checkpoint
 from training.run_folder import newest_run, training_files
 from training.run_names import find_runs, resolve_run
-from utils import DataError
+from utils import DataError, full_float32
 
 __all__ = ["decode_planes", "encode_planes", "reconstruct_files"]  # documented in docs/data.md
 
 PELVIS_MODEL = Path(__file__).parents[1] / "resources" / "pelvis.pt"
 
 
+@full_float32()
 def reconstruct_files(
     paths: Sequence[str | Path],
     out: Path,

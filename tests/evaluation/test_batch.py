@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from processes import finish, start, wait, wait_until
 
 import predict
 import utils
-from evaluation import codec, plots, reconstruct, reconstruct_group
+from evaluation import batch, codec, plots, reconstruct, reconstruct_group
 from evaluation.metrics import SCORE_NAMES
 from utils import UserError
 
@@ -348,3 +349,36 @@ def test_the_python_interface_needs_no_flags(tmp_path, write_inputs, untrained_r
     )
     assert files_in(tmp_path / "o") == ["scores.csv", "x.png", "x_reconstruction.nii.gz"]
     assert [row["file"] for row in read_scores(tmp_path / "o")] == ["x"]
+
+
+# ---------------------------------------------------------------- several groups at the same time
+
+
+def test_groups_at_the_same_time_give_the_same_results(
+    tmp_path, write_inputs, reconstruct_path, monkeypatch
+):
+    """A CPU reconstructs several groups at the same time if there are many files."""
+    inputs = write_inputs(*[f"{n:02}" for n in range(20)])
+    write_inputs("other", "another", shape=(16, 24))
+    alone = reconstruct_path(inputs, "--figures 0", "alone")
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(batch, "MANY_FILES", 2)
+    names = set()
+    real = batch.reconstruct_group
+
+    def record(*arguments):
+        names.add((threading.current_thread().name, torch.get_num_threads()))
+        return real(*arguments)
+
+    monkeypatch.setattr(batch, "reconstruct_group", record)
+    try:
+        torch.set_num_threads(2)
+        together = reconstruct_path(inputs, "--figures 0", "together")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert threading.main_thread().name not in {name for name, _ in names}
+    assert {count for _, count in names} == {1}
+    pattern = "*_reconstruction.nii.gz"
+    assert contents(together, pattern) == contents(alone, pattern)
+    assert (together / "scores.csv").read_bytes() == (alone / "scores.csv").read_bytes()
