@@ -1,39 +1,47 @@
-"""Train a prior over the codes of a trained VQ-VAE; `generate.py` samples new slices from it.
+"""Train a prior for a trained VQ-VAE; `generate.py` samples new slices from it.
 
     python train_prior.py                            # for the newest run of train.py
-    python train_prior.py --run runs/x --channels 512 --num-layers 12 --num-heads 8    # on a GPU
+    python train_prior.py --run runs/x --model causal    # a different model (see below)
     python train_prior.py --resume                   # continue an interrupted training
     torchrun --nproc-per-node 2 train_prior.py       # data-parallel, with two processes
 
-The run's training slices are encoded once, together with their mirror images. A causal transformer
-(`prior.model.CodePrior`) learns the probability of each code given the previous codes. Everything
-is saved in <run>/prior/: config.json, metrics.csv, best.pt (with the fewest validation bits),
-last.pt, metrics.json (compared with log2 K, entropy and gzip), bits_plot.png and plots/.
+The run's training slices are encoded once, together with mirror images. One of two models is
+trained on them:
+
+- flow (default): a rectified flow over the latents before quantisation (`prior.flow.FlowPrior`).
+- causal: a transformer that predicts each code from the previous codes (`prior.model.CodePrior`).
+
+Everything is saved in <run>/prior/: config.json, metrics.csv, best.pt (with the lowest velocity
+error, or the fewest bits, on the validation split), last.pt, metrics.json, the learning curves
+(velocity_plot.png or bits_plot.png) and plots/.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 import math
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import utils
 from evaluation import plots
 from modules import VQVAE
-from prior.codes import MIRRORS, CodeDataset, compressed_bits, encode_split, hash_codebook
-from prior.model import CodePrior
+from prior import causal_training, flow_training
+from prior.codes import hash_codebook
+from prior.config import (
+    PriorConfig,
+    check_prior_config,
+    parse_prior_flags,
+    resolve_prior_config,
+)
 from training import distributed, environment
 from training.checkpoint import load_model
-from training.config import RunConfig, check_processes
 from training.guards import preserve_process_state
-from training.options import check_bounds, option, parse_flags
 from training.run import Run
 from training.run_folder import (
     last_checkpoint,
@@ -44,60 +52,16 @@ from training.run_folder import (
 )
 from training.run_names import resolve_run
 from training.schedule import learning_rate, set_learning_rate
-from training.step import clip_gradients, compile_if_enabled, may_step
+from training.step import clip_gradients, compile_if_enabled, may_step, update_average
 from utils import UserError
 
-UNKNOWN_POSITION = 0.1  # fraction of training slices whose position is hidden
-_prior = partial(option, group="prior")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorConfig(RunConfig):
-    """The configuration of train_prior.py."""
-
-    run: str | None = option(
-        None,
-        "folder of the VQ-VAE's run (default: the newest run in --runs-dir)",
-        group="run",
-        metavar="DIR",
-        resumable=True,
-    )
-    epochs: int = _prior(30, "passes over the training split (default: 30)", low=1, resumable=True)
-    batch_size: int = _prior(2, "slices per step (default: 2)", low=1)
-    learning_rate: float = _prior(2e-3, "peak learning rate (default: 0.002)", low=0, high=1)
-    weight_decay: float = _prior(
-        0.05, "weight decay of all matrices (default: 0.05)", low=0, high=10
-    )
-    dropout: float = _prior(0.0, "fraction of dropped activations (default: 0)", low=0, high=0.99)
-    mirrored: float = _prior(
-        0.5, "fraction of training slices that are mirrored (default: 0.5)", low=0, high=1
-    )
-    num_grids: int = _prior(
-        2,
-        "number of grids: the codes, preceded by 0, 1 or 2 coarser outlines (default: 2)",
-        low=1,
-        high=3,
-    )
-    num_outlines: int = _prior(
-        32, "brightness levels of an outline (default: 32)", low=2, high=1024
-    )
-    channels: int = _prior(
-        128, "width of the transformer (default: 128; for thousands of slices, try 512)", low=1
-    )
-    num_layers: int = _prior(4, "layers of the transformer (default: 4; on a GPU, try 12)", low=1)
-    num_heads: int = _prior(4, "attention heads (default: 4; on a GPU, try 8)", low=1)
-
-    # Fixed values, which are not flags
-    warmup = 0.05
-    schedule = "cosine"
-    clip_grad_norm = 1.0
-
+MODELS = {"flow": flow_training, "causal": causal_training}
 
 # ---------------------------------------------------------------- a run from start to end
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags = parse_flags(PriorConfig, argv, __doc__)
+    flags = parse_prior_flags(argv, __doc__)
     with preserve_process_state(), distributed.session():
         return train(flags)
 
@@ -106,57 +70,54 @@ def train(flags: dict) -> int:
     """Train a prior as the flags specify, and return the exit code."""
     vqvae_run, config, checkpoint = open_prior(flags)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    check_bounds(config)
-    check_processes(config, world_size)
+    check_prior_config(config, flags, world_size)
     utils.set_deterministic(config.deterministic)
     device = utils.pick_device(config.device, rank, world_size)
     precision = utils.pick_precision(config.precision, device)
 
-    # Data: codes of the VQ-VAE
+    # Data
     vqvae = load_model(VQVAE, vqvae_run / "best.pt", device)
-    print(f"model: {vqvae_run / 'best.pt'}")
-    num_codebooks = vqvae.vector_quantization.num_codebooks
-    if num_codebooks > 1:
-        raise UserError(
-            f"{vqvae_run} has {num_codebooks} codebooks; a prior needs a run with --num-codebooks 1"
-        )
+    print(f"VQ-VAE: {vqvae_run / 'best.pt'}")
     options = {"data": config.data, "cache_dir": config.cache_dir}
     options["data_run"] = None if "data" in flags else vqvae_run / "prior"
     with distributed.rank_zero_first():
         train_slices, root = load_run_data(vqvae_run, "train", **options)
         val_slices, _ = load_run_data(vqvae_run, "validate", **options)
     config = replace(config, data=root)
-    train_codes = encode_split(vqvae, train_slices, MIRRORS)
-    val_codes = encode_split(vqvae, val_slices, MIRRORS[:1])
 
     # Model and optimizer
+    prior = MODELS[config.model]
     torch.manual_seed(config.seed)
-    model = make_prior(vqvae, train_codes, config).to(device)
+    model, train_data, val_data = prior.prepare(vqvae, train_slices, val_slices, config)
     optimizer = make_optimizer(model, config)
+    modules = {"model": model}
+    average = model  # the weights that are validated and saved as the model
+    if config.model == "flow":
+        average = copy.deepcopy(model)
+        modules = {"model": average, "trained": model}
 
-    def eager_losses(codes: Tensor, position: Tensor) -> Tensor:
-        return compute_losses(model, codes, position, precision, config)
+    def eager_losses(data: Tensor, position: Tensor) -> Tensor:
+        return prior.compute_losses(model, data, position, precision, config)
 
     full_batch_losses = compile_if_enabled(eager_losses, config, device)
 
     codebook_hash = hash_codebook(vqvae)  # not of codes, a few of which differ between devices
-    outline_blocks = [2**n for n in reversed(range(1, config.num_grids))]  # coarse to fine
-    losses = (*(f"train_outline_{block}" for block in outline_blocks), "train_codes")
+    losses = prior.loss_names(config)
     run = Run(
         folder=vqvae_run / "prior",
         config=config,
         device=device,
         precision=precision,
-        modules={"model": model},
+        modules=modules,
         optimizer=optimizer,
-        num_examples=len(train_codes),
+        num_examples=len(train_data),
         losses=losses,
         num_shown=len(losses),
-        best_column="val_bits",
+        best_column=prior.BEST_COLUMN,
         best=math.inf,
         fingerprint=f"{train_slices.fingerprint} {val_slices.fingerprint} {codebook_hash}",
         info={
-            "slices": {"train": len(train_codes), "validate": len(val_codes)},
+            "slices": {"train": len(train_data), "validate": len(val_data)},
             "vqvae": str((vqvae_run / "best.pt").resolve()),
         },
         resume_command=utils.format_command("train_prior.py", "--resume", "--run", vqvae_run),
@@ -168,15 +129,18 @@ def train(flags: dict) -> int:
                 "has changed since then; move the prior's folder to train a new one"
             )
         run.restore(checkpoint)
-    print_plan(run, train_codes, val_codes)
+    print(f"data: {len(train_data)} training and {len(val_data)} validation slices")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"prior: {config.model}, {num_parameters:,} parameters")
+    print(run.describe_plan())
 
     with run:
         for epoch in run.epochs():
-            for step in run.steps(train_codes):
+            for step in run.steps(train_data):
                 rate = learning_rate(config, step.number, run.total_steps)
                 set_learning_rate(optimizer, rate)
                 batch_losses = full_batch_losses if step.is_full else eager_losses
-                losses = batch_losses(*step.batch)  # (num_grids,), nats per code
+                losses = batch_losses(*step.batch)  # in the order of `prior.loss_names`
                 if step.size == 0:
                     losses = losses.nan_to_num()  # the means over an empty batch are NaN
 
@@ -186,37 +150,40 @@ def train(flags: dict) -> int:
                 finite = clip_gradients([model], config.clip_grad_norm)
                 if may_step(finite, optimizer):
                     optimizer.step()
+                if average is not model:
+                    update_average(average, model, step.number)
 
                 run.record_step(losses, finite)
                 if run.should_stop():
                     return run.stop()
 
             start = time.perf_counter()
-            scores = validate(model, val_codes, config, device)
+            scores = prior.validate(average, val_data, config, device)
             if config.dry_run:
                 run.print_expected_time(time.perf_counter() - start)
                 return 0
             row = run.end_epoch(scores)
             run.write(
-                f"epoch {epoch}: train loss {row['train_loss']:.4f}, validation "
-                f"{row['val_bits']:.4f} bits per code (outlines: {row['val_outline_bits']:.4f}), "
-                f"{row['seconds']:.1f} s"
+                f"epoch {epoch}: train loss {row['train_loss']:.4f}, "
+                f"{prior.describe_scores(scores)}, {row['seconds']:.1f} s"
             )
-            if scores["val_bits"] < run.best:
-                run.best = scores["val_bits"]
+            if scores[run.best_column] < run.best:
+                run.best = scores[run.best_column]
                 run.save("best.pt")
             if run.is_plot_epoch(epoch):
-                plot_epoch(run, model, vqvae, val_codes)
+                plot_epoch(run, prior, vqvae, val_data)
             run.write_history()
             run.save("last.pt")  # saved last: a run killed before this repeats the epoch
 
-    model.load_state_dict(load_model(CodePrior, run.folder / "best.pt").state_dict())
-    bits = {"prior": validate(model, val_codes, config, device)["val_bits"]}
+    average.load_state_dict(load_model(type(model), run.folder / "best.pt").state_dict())
+    scores = prior.validate(average, val_data, config, device)
     if rank == 0:
-        train_views, val_views = train_codes.codes[:, 0].long(), val_codes.codes[:, 0].long()
-        num_embeddings = vqvae.vector_quantization.num_embeddings
-        bits |= compressed_bits(train_views, val_views, num_embeddings)
-        write_metrics(run, bits, vqvae.stride)
+        content = {
+            "validation": prior.final_scores(scores, vqvae, train_data, val_data),
+            "slices": run.info["slices"],
+            "versions": environment.versions(),
+        }
+        utils.write_json(run.folder / "metrics.json", content)
         print(f"plots: {run.folder}; to generate new slices:")
         print("    " + utils.format_command("generate.py", "--run", vqvae_run))
     return 0
@@ -243,41 +210,19 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
             raise UserError(
                 f"{folder} exists; add --resume to continue it, or move it away to train another"
             )
-        return run, PriorConfig(**flags), None
-    config = PriorConfig(**resumed_arguments(folder, PriorConfig, flags))
+        return run, resolve_prior_config(flags), None
+    arguments = resumed_arguments(folder, PriorConfig, flags)
+    # The priors of earlier versions, whose config.json has no model, are causal.
+    config = resolve_prior_config({"model": "causal"} | arguments)
     if not (folder / "metrics.json").exists():  # may be missing after the last epoch
         return run, config, last_checkpoint(folder)
     return run, config, unfinished_checkpoint(folder, config.epochs)
 
 
-# ---------------------------------------------------------------- model, losses, optimizer
+# ---------------------------------------------------------------- optimizer, plots
 
 
-def make_prior(vqvae: VQVAE, train_codes: CodeDataset, config: PriorConfig) -> CodePrior:
-    """Return a prior for the VQ-VAE's codebook, initialised from the training codes.
-
-    Raises:
-        UserError: if the code grid or the codes do not fit the configuration.
-    """
-    quantizer = vqvae.vector_quantization
-    names = inspect.signature(CodePrior).parameters
-    arguments = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    shape = (quantizer.num_embeddings, quantizer.embedding_dim, *train_codes.codes.shape[-2:])
-    try:
-        model = CodePrior(*shape, **arguments)
-        model.initialize(
-            quantizer.embedding.weight.detach().cpu(),
-            train_codes.brightness,
-            train_codes.codes[:, 0].long(),
-            train_codes.positions,
-            torch.Generator().manual_seed(config.seed),
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return model
-
-
-def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: PriorConfig) -> torch.optim.Optimizer:
     """Return an AdamW optimizer with weight decay on all matrices, except biases that are 2D."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -290,110 +235,23 @@ def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def compute_losses(
-    model: CodePrior, codes: Tensor, position: Tensor, precision: str, config: PriorConfig
-) -> Tensor:
-    """Compute the mean -ln p per code of each grid, (num_grids,), for a random view of each slice.
-
-    All grids have the same weight: an outline has few codes, but they decide most of the layout.
-
-    Args:
-        model: the prior.
-        codes: codes of the V views of each slice (see MIRRORS), (B, V, h, w).
-        position: positions of the slices in their volumes, (B,), 0 to 1; NaN if unknown.
-        precision: data type of the matrix products, "float32" or "bfloat16".
-        config: the configuration, which includes the fraction of mirrored slices.
-    """
-    draws = torch.rand(3, len(codes), device=codes.device)
-    num_mirrored = len(MIRRORS) - 1
-    mirrored_view = 1 + (draws[1] * num_mirrored).long().clamp_max(num_mirrored - 1)
-    view = mirrored_view.masked_fill(draws[0] >= config.mirrored, 0)
-    position = position.masked_fill(draws[2] < UNKNOWN_POSITION, math.nan)
-    codes = codes[torch.arange(len(codes), device=codes.device), view]  # (B, h, w)
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return negative_log_likelihood(model, codes, position, view)
-
-
-def negative_log_likelihood(
-    model: CodePrior, codes: Tensor, position: Tensor, view: Tensor
-) -> Tensor:
-    """Compute the mean -ln p per code of each grid, (num_grids,), given the coarser grids."""
-    grids = model.to_grids(codes)
-    logits = model(grids, position, view)
-    losses = []
-    for grid_logits, grid in zip(logits, grids, strict=True):
-        losses.append(F.cross_entropy(grid_logits.flatten(0, 2), grid.flatten()))
-    return torch.stack(losses)
-
-
-# ---------------------------------------------------------------- validation, plots, results
-
-
 @torch.no_grad()
-def validate(
-    model: CodePrior, val_codes: CodeDataset, config: PriorConfig, device: torch.device
-) -> dict[str, float]:
-    """Compute the validation columns of metrics.csv in float32, from unmirrored slices.
-
-    Bits are per code of the VQ-VAE. "val_bits" includes the bits of outlines.
-    """
-    model.eval()
-    totals = torch.zeros(config.num_grids, device=device)
-    batches = torch.arange(len(val_codes)).split(config.batch_size)
-    batches = batches[distributed.get_rank() :: distributed.get_world_size()]
-    for codes, position in val_codes.batches(batches, device):
-        view = torch.zeros(len(codes), dtype=torch.long, device=device)
-        nats = negative_log_likelihood(model, codes[:, 0], position, view)
-        totals += nats * len(codes)
-    model.train()
-    nats = (distributed.all_reduce_sum(totals) / len(val_codes)).tolist()
-    bits = []
-    for n, value in zip(reversed(range(config.num_grids)), nats, strict=True):
-        bits.append(value * 4.0**-n / math.log(2))  # halved n times, a grid has 4^-n as many codes
-    return {"val_loss": sum(nats), "val_bits": sum(bits), "val_outline_bits": sum(bits[:-1])}
-
-
-@torch.no_grad()
-def plot_epoch(run: Run, model: CodePrior, vqvae: VQVAE, val_codes: CodeDataset) -> None:
+def plot_epoch(run: Run, prior: ModuleType, vqvae: VQVAE, val_data) -> None:
     """Plot the training curves, and four slices that are sampled with the same seed every time."""
     position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=run.device)
-    view = torch.zeros(4, dtype=torch.long, device=run.device)
-    model.eval()
-    codes = model.sample(position, view, torch.Generator().manual_seed(run.config.seed))
-    model.train()
+    titles = [f"position {value:.1f}" for value in position.tolist()]
+    if val_data.positions.isnan().all():
+        position = torch.full_like(position, math.nan)
+        titles = ["position unknown"] * 4
+    generator = torch.Generator().manual_seed(run.config.seed)
+    codes = prior.sample_codes(run.modules["model"], vqvae, position, generator)
     images = vqvae.decode_codes(codes).float().cpu()
     name = f"epoch_{run.epochs_done}"
     heading = f"{run.folder.parent.name}, sampled from the prior after epoch {run.epochs_done}"
-    titles = [f"position {value:.1f}" for value in position.tolist()]
     path = run.folder / "plots" / name / f"{name}_samples.png"
-    plots.plot_slices(path, images, titles, heading, spacing=val_codes.spacing)
-    plots.plot_curves(run.folder / "bits_plot.png", run.history, "val_bits", heading)
-
-
-def print_plan(run: Run, train_codes: CodeDataset, val_codes: CodeDataset) -> None:
-    print(
-        f"data: {len(train_codes)} training and {len(val_codes)} validation slices, "
-        f"{train_codes.codes[0, 0].numel()} codes each"
-    )
-    print(f"prior: {sum(p.numel() for p in run.modules['model'].parameters()):,} parameters")
-    print(run.describe_plan())
-
-
-def write_metrics(run: Run, bits: dict[str, float], stride: int) -> None:
-    """Print the bits per code and per pixel of the validation split; write them to metrics.json.
-
-    Args:
-        bits: name of a method -> bits per code.
-        stride: side of the square that one code covers, in pixels.
-    """
-    slices = run.info["slices"]
-    rows = {}
-    print(f"\nvalidation, {slices['validate']} slices{'bits per code':>26}{'bits per pixel':>18}")
-    for name, value in sorted(bits.items(), key=lambda item: item[1]):
-        rows[name] = {"bits_per_code": value, "bits_per_pixel": value / stride**2}
-        print(f"{name.replace('_', ' '):24}{value:26.3f}{value / stride**2:18.4f}")
-    content = {"validation": rows, "slices": slices, "versions": environment.versions()}
-    utils.write_json(run.folder / "metrics.json", content)
+    plots.plot_slices(path, images, titles, heading, spacing=val_data.spacing)
+    curves = run.folder / f"{run.best_column.removeprefix('val_')}_plot.png"
+    plots.plot_curves(curves, run.history, run.best_column, heading)
 
 
 if __name__ == "__main__":

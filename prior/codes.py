@@ -84,9 +84,12 @@ def encode_split(
 
 
 def hash_codebook(model: VQVAE) -> str:
-    """Return a hash of the codebook, as 16 hexadecimal digits."""
-    embedding = model.vector_quantization.embedding.weight.detach().cpu()
-    return hashlib.sha256(embedding.numpy().tobytes()).hexdigest()[:16]
+    """Return a hash of the codebook, or of all codebooks, as 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in model.vector_quantization.state_dict().items():
+        if name.endswith("embedding.weight"):
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[str, float]:

@@ -5,7 +5,8 @@
     flags = parse_train_flags(argv, __doc__)                # only the flags that were typed
     config = resolve_config(flags)                          # flags override the recipe
 
-`train.py` uses TrainConfig. `train_prior.py` defines its own PriorConfig in the same way.
+`train.py` uses TrainConfig. `prior.config` defines the PriorConfig of `train_prior.py` in the same
+way.
 """
 
 from __future__ import annotations

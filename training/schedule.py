@@ -13,7 +13,8 @@ def learning_rate(config, step: int, total_steps: int) -> float:
     Args:
         config: a configuration with the attributes `learning_rate` (the peak), `warmup` (the
             fraction of the steps in which the rate rises linearly to the peak) and `schedule`
-            ("constant" or "cosine"). The cosine reaches 0 one step after the last step.
+            ("constant"; "cosine"; or "linear", constant in the first third of the steps and then
+            falling linearly). Both falling rates reach 0 one step after the last step.
         step: number of the step, 0 to total_steps - 1.
         total_steps: number of steps of the whole run.
     """
@@ -23,6 +24,8 @@ def learning_rate(config, step: int, total_steps: int) -> float:
         return peak * (step + 1) / warmup_steps
     if config.schedule == "constant":
         return peak
+    if config.schedule == "linear":
+        return peak * min(1.0, 1.5 * (1 - step / total_steps))
     angle = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to almost pi
     return peak * 0.5 * (1 + math.cos(angle))
 

@@ -1,4 +1,4 @@
-"""Clip gradients, skip steps and compile the losses, for both training scripts."""
+"""Clip gradients, skip steps, average weights and compile the losses, for both scripts."""
 
 from __future__ import annotations
 
@@ -54,6 +54,23 @@ def may_step(finite: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         return bool(finite)
     optimizer.found_inf = (~finite).float()
     return True
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
+    """Update an exponential moving average of the weights after a step of the optimizer.
+
+    The decay increases from 0.1 to 0.999, so that the first weights are soon forgotten (as in
+    TensorFlow's ExponentialMovingAverage). The host does not wait for the device.
+
+    Args:
+        average: a copy of the model, whose weights are updated.
+        model: the model that is trained.
+        step: number of the step within the run, counted from 0.
+    """
+    decay = min(0.999, (1 + step) / (10 + step))
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
 
 
 def compile_if_enabled(function: Callable, config: RunConfig, device: torch.device) -> Callable:

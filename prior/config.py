@@ -1,0 +1,127 @@
+"""Configure the training of a prior: the flags of train_prior.py, and both models' defaults.
+
+flags = parse_prior_flags(argv, __doc__)         # only the flags that were typed
+config = resolve_prior_config(flags)             # flags override the defaults of the model
+check_prior_config(config, flags, world_size)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+from training.config import RunConfig, check_processes
+from training.options import check_bounds, flag_name, option, parse_flags
+from utils import UserError
+
+PRIOR_GROUP = "prior (defaults: flow | causal)"
+GROUPS_OF_MODELS = {"flow": "only with --model flow", "causal": "only with --model causal"}
+_prior = partial(option, group=PRIOR_GROUP)
+_flow = partial(option, group=GROUPS_OF_MODELS["flow"])
+_causal = partial(option, group=GROUPS_OF_MODELS["causal"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(RunConfig):
+    """The configuration of train_prior.py. The defaults are those of the flow."""
+
+    run: str | None = option(
+        None,
+        "folder of the VQ-VAE's run (default: the newest run in --runs-dir)",
+        group="run",
+        metavar="DIR",
+        resumable=True,
+    )
+    model: str = option(
+        "flow",
+        "rectified flow over latents, or causal transformer over codes (default: flow)",
+        group="run",
+        choices=("flow", "causal"),
+    )
+
+    # Both models
+    epochs: int = _prior(200, "passes over the training split", low=1, resumable=True)
+    batch_size: int = _prior(16, "slices per step", low=1)
+    learning_rate: float = _prior(1e-3, "peak learning rate of AdamW", low=0, high=1)
+    weight_decay: float = _prior(0.01, "weight decay of all matrices", low=0, high=10)
+    channels: int = _prior(
+        64,
+        "width of the network: of the U-Net at its finest grid, a multiple of 16; of the "
+        "transformer (on a GPU with thousands of slices, try 128 | 512)",
+        low=1,
+    )
+
+    # Flow
+    components: int = _flow(
+        8, "maximum number of principal components of the latents (default: 8)", low=1, high=1024
+    )
+
+    # Causal transformer
+    dropout: float = _causal(0.0, "fraction of dropped activations (default: 0)", low=0, high=0.99)
+    mirrored: float = _causal(
+        0.5, "fraction of training slices that are mirrored (default: 0.5)", low=0, high=1
+    )
+    num_grids: int = _causal(
+        2,
+        "number of grids: the codes, preceded by 0, 1 or 2 coarser outlines (default: 2)",
+        low=1,
+        high=3,
+    )
+    num_outlines: int = _causal(
+        32, "brightness levels of an outline (default: 32)", low=2, high=1024
+    )
+    num_layers: int = _causal(4, "layers of the transformer (default: 4; on a GPU, try 12)", low=1)
+    num_heads: int = _causal(4, "attention heads (default: 4; on a GPU, try 8)", low=1)
+
+    # Fixed values, which are not flags
+    warmup = 0.05
+    clip_grad_norm = 1.0
+    unknown_position = 0.1  # fraction of training slices whose position is hidden
+
+    @property
+    def schedule(self) -> str:
+        return "cosine" if self.model == "causal" else "linear"
+
+
+# The fields in which the defaults of the causal transformer differ from those of the flow.
+CAUSAL = {
+    "model": "causal",
+    "epochs": 30,
+    "batch_size": 2,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.05,
+    "channels": 128,
+}
+
+
+def parse_prior_flags(argv: list[str] | None, description: str | None) -> dict:
+    """Return only the flags of train_prior.py that were typed; `--help` shows both defaults."""
+    return parse_flags(PriorConfig, argv, description, alternatives=(PRIOR_GROUP, CAUSAL))
+
+
+def resolve_prior_config(flags: dict) -> PriorConfig:
+    """Build the configuration; flags override the defaults of the model."""
+    return PriorConfig(**(CAUSAL | flags if flags.get("model") == "causal" else flags))
+
+
+def check_prior_config(config: PriorConfig, flags: dict, world_size: int) -> None:
+    """Check all values, and that the typed flags apply to the model.
+
+    Args:
+        config: the configuration.
+        flags: only the flags that were typed.
+        world_size: number of processes.
+
+    Raises:
+        UserError: if a value is invalid, or a flag is for the other model.
+    """
+    check_bounds(config)
+    check_processes(config, world_size)
+    for field in dataclasses.fields(config):
+        for model, group in GROUPS_OF_MODELS.items():
+            if field.name in flags and field.metadata["group"] == group and model != config.model:
+                raise UserError(
+                    f"{flag_name(field.name)} does not apply to the {config.model} prior; omit it, "
+                    f"or train with --model {model}"
+                )
