@@ -46,7 +46,7 @@ drawings: .venv/dev        ## train on the sample with and without --gan, genera
 	$(BIN)/python predict.py --run $(GAN)
 	$(call copy_scores,sample_plain)
 	$(call copy_scores,sample_gan)
-	$(BIN)/python train_prior.py --run $(GAN)
+	$(BIN)/python train_prior.py --run $(GAN) --model causal
 	$(BIN)/python generate.py --run $(GAN) --evaluate
 	$(BIN)/python generate.py --run $(GAN) --temperature 0.8
 	$(BIN)/python generate.py --run $(GAN) --temperature 0.8 --complete $(TEST_SLICE)

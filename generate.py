@@ -1,7 +1,7 @@
 """Sample new slices from a trained prior, complete half a slice, or evaluate the samples.
 
     python generate.py                               # 16 slices, from the newest prior in runs/
-    python generate.py --count 64 --temperature 0.9 --position 0.5 --seed 1
+    python generate.py --count 64 --steps 50 --position 0.5 --seed 1
     python generate.py --complete slice.nii.gz       # sample the right half of a slice, 4 times
     python generate.py --evaluate                    # measure realism, search for copies
 
@@ -34,8 +34,7 @@ from modules import VQVAE
 from mri import nifti, preprocessing
 from mri.files import SPLITS
 from prior.evaluate import evaluate_samples, print_evaluation
-from prior.model import CodePrior
-from prior.sampling import Sampler, SamplingOptions
+from prior.sampling import Sampler, load_prior, make_sampler
 from training import environment
 from training.checkpoint import load_model
 from training.guards import preserve_process_state
@@ -106,28 +105,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "the number of training slices)",
     )
     flag(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="number that divides the logits; values below 1 make slices more typical and less "
-        "varied (default: 1)",
-    )
-    flag(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="number of most likely codes to sample from; 0: all (default: 0)",
-    )
-    flag(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="total probability of the most likely codes to sample from: the smallest such set "
-        "with at least P (default: 1)",
-    )
-    flag(
         "--position",
         type=float,
         metavar="X",
@@ -152,11 +129,43 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag("--out", metavar="DIR", help="output folder (default: <run>/generated)")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    flag = parser.add_argument_group("only if the prior is a flow").add_argument
+    flag("--steps", type=int, metavar="N", help="steps from noise to latents (default: 25)")
+    flag(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="weight of the position in the volume; values above 1 make slices more typical of "
+        "their position and less varied (default: 1)",
+    )
+    flag = parser.add_argument_group("only if the prior is causal").add_argument
+    flag(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="number that divides the logits; values below 1 make slices more typical and less "
+        "varied (default: 1)",
+    )
+    flag(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="number of most likely codes to sample from; 0: all (default: 0)",
+    )
+    flag(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="total probability of the most likely codes to sample from: the smallest such set "
+        "with at least P (default: 1)",
+    )
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError if a flag is out of range or flags cannot be combined."""
+    check_range("--steps", args.steps, 1, 1000)
+    check_range("--guidance", args.guidance, 0, 100)
     check_range("--temperature", args.temperature, 0, 100)
     check_range("--top-k", args.top_k, 0, ANY_POSITIVE)
     check_range("--top-p", args.top_p, 1e-9, 1)
@@ -187,21 +196,20 @@ def load_sampler(run: Path, args: argparse.Namespace) -> Sampler:
     """Load the VQ-VAE and the prior of a run.
 
     Raises:
-        UserError: if a checkpoint cannot be read, or the prior was trained for another VQ-VAE.
+        UserError: if a checkpoint cannot be read, the prior was trained for another VQ-VAE, or a
+            flag does not apply to the prior.
     """
     device = utils.pick_device(args.device)
     vqvae_path = run / "best.pt"
     prior_path = Path(args.prior) if args.prior else run / "prior" / "best.pt"
     vqvae = load_model(VQVAE, vqvae_path, device)
-    prior = load_model(CodePrior, prior_path, device)
-    if not prior.has_codebook(vqvae.vector_quantization.embedding.weight):
-        raise UserError(
-            f"{prior_path} was trained on the codes of a different model, not on those of "
-            f"{vqvae_path}; train the prior again"
-        )
+    prior = load_prior(prior_path, vqvae, device)
+    options = {}
+    for name in ("steps", "guidance", "temperature", "top_k", "top_p"):
+        options[name] = getattr(args, name)
+    sampler = make_sampler(vqvae, prior, device, args.seed, **options)
     print(f"models: {vqvae_path}, {prior_path}")
-    options = SamplingOptions(args.temperature, args.top_k, args.top_p, args.seed)
-    return Sampler(vqvae, prior, device, options)
+    return sampler
 
 
 # ---------------------------------------------------------------- sample
@@ -266,11 +274,8 @@ def complete(
     # The kept half must come first. If the right half is kept, the mirrored slice is completed.
     oriented = image.flip(-2) if view else image
     num_rows = image.shape[1] // 2
-    codes = sampler.encode(mirrored_half(oriented)[None])[0]
-    prior = sampler.prior
-    prefix_rows = prior.height // 2 // prior.block * prior.block
     positions = torch.full((count,), position)
-    completions = sampler.decode(sampler.sample(positions, view, codes, prefix_rows))
+    completions = sampler.decode(sampler.sample(positions, mirrored_half(oriented), view))
     masked = torch.full_like(oriented, float(oriented.min()))
     masked[:, :num_rows] = oriented[:, :num_rows]
     if view:

@@ -43,8 +43,9 @@ from mri import hipmri
 from mri.files import Source
 from mri.preprocessing import SIZE, Preprocessing
 from prior.model import CodePrior
+from prior.sampling import is_flow
 from training import environment
-from training.checkpoint import load_model
+from training.checkpoint import load_model, read_checkpoint
 from training.config import TrainConfig
 from training.run_folder import read_arguments
 from utils import UserError
@@ -202,15 +203,15 @@ def measure_run(
     }
     num_weights = sum(p.numel() for p in model.parameters())
     rates = {"fixed length": (model.bits_per_pixel, num_weights)}
-    if entropy_coded and (run / "prior" / "best.pt").exists():
+    if entropy_coded and has_causal_prior(run):
         prior = load_model(CodePrior, run / "prior" / "best.pt", device)
         num_weights += sum(p.numel() for p in prior.parameters())
         bits = coded_bits(prior, torch.cat(codes), run)
         rates["entropy-coded"] = (bits / PIXELS, num_weights)
     elif entropy_coded:
         print(
-            f"note: {run} has no prior/best.pt and is counted at fixed length only; train a prior "
-            "with train_prior.py"
+            f"note: {run} has no causal prior and is counted at fixed length only; train one with "
+            "train_prior.py --model causal"
         )
     rows = []
     for accounting, (rate, weights) in rates.items():
@@ -218,6 +219,12 @@ def measure_run(
         counts = {"accounting": accounting, "rate": rate, "bits_per_pixel": bits_per_pixel}
         rows.append(row | counts | {"weights": weights})
     return rows
+
+
+def has_causal_prior(run: Path) -> bool:
+    """Return whether a run has a prior that gives probabilities of codes."""
+    path = run / "prior" / "best.pt"
+    return path.exists() and not is_flow(read_checkpoint(path))
 
 
 def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:

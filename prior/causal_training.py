@@ -33,8 +33,8 @@ def prepare(
     num_codebooks = vqvae.vector_quantization.num_codebooks
     if num_codebooks > 1:
         raise UserError(
-            f"the run has {num_codebooks} codebooks; a causal prior needs a run with "
-            "--num-codebooks 1, a flow needs none"
+            f"the VQ-VAE has {num_codebooks} codebooks; a causal prior needs a run with "
+            "--num-codebooks 1, or omit --model causal to train a flow"
         )
     train = encode_split(vqvae, train_slices, MIRRORS)
     val = encode_split(vqvae, val_slices, MIRRORS[:1])

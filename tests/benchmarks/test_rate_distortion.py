@@ -119,7 +119,7 @@ def test_a_run_without_a_prior_is_counted_at_fixed_length(run, tmp_path, capsys)
     loaded = load_test_split(tmp_path / "data")
     rows = rate_distortion.measure_run(run, loaded, CPU, entropy_coded=True)
     assert [row["accounting"] for row in rows] == ["fixed length"]
-    assert "has no prior/best.pt and is counted at fixed length only" in capsys.readouterr().out
+    assert "has no causal prior and is counted at fixed length only" in capsys.readouterr().out
 
 
 def test_codes_that_are_decoded_incorrectly_are_an_error(run, monkeypatch):
