@@ -16,7 +16,10 @@ from training_runs import assert_same_tensors, read_rows, read_weights, rows_wit
 import train
 import train_prior
 from modules import VQVAE
+from prior import causal_training, flow_training
 from prior.codes import MIRRORS, encode_split
+from prior.config import PriorConfig
+from prior.flow import FlowPrior
 from prior.model import CodePrior
 from training.checkpoint import load_model, read_checkpoint
 from training.run_folder import load_run_data
@@ -24,9 +27,12 @@ from utils import CheckpointError, UserError
 
 COLUMNS = ["epoch", "step", "train_loss", "train_outline_2", "train_codes", "val_loss", "val_bits",
            "val_outline_bits", "lr", "seconds"]  # fmt: skip
+FLOW_COLUMNS = ["epoch", "step", "train_loss", "val_loss", "val_velocity", "lr", "seconds"]
 FLAGS = ["--device", "cpu", "--precision", "float32", "--batch-size", "4", "--learning-rate",
-         "5e-3", "--channels", "16", "--num-layers", "1", "--num-heads", "2"]  # fmt: skip
+         "5e-3", "--channels", "16"]  # fmt: skip
+CAUSAL_FLAGS = ["--model", "causal", "--num-layers", "1", "--num-heads", "2"]
 CPU = torch.device("cpu")
+both_models = pytest.mark.parametrize("model", ["flow", "causal"])
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +55,21 @@ def run(vqvae_runs, tmp_path, monkeypatch) -> Path:
     return tmp_path / "runs" / "a"
 
 
-def start(run: Path, flags: str) -> int:
-    return train_prior.main(["--run", str(run), *FLAGS, *flags.split()])
+def model_flags(model: str) -> list[str]:
+    """Return the flags of a small prior that trains in seconds."""
+    return [*FLAGS, *CAUSAL_FLAGS] if model == "causal" else FLAGS
+
+
+def start(run: Path, flags: str, model: str = "causal") -> int:
+    return train_prior.main(["--run", str(run), *model_flags(model), *flags.split()])
 
 
 def assert_same_priors(one: Path, other: Path) -> None:
     """Check that two priors have equal checkpoints and equal tables."""
     for file in ("last.pt", "best.pt"):
         assert_same_tensors(read_weights(one, file=file), read_weights(other, file=file))
+    if "trained" in read_checkpoint(one / "last.pt"):
+        assert_same_tensors(read_weights(one, "trained"), read_weights(other, "trained"))
     assert rows_without_seconds(one) == rows_without_seconds(other)
 
 
@@ -102,10 +115,46 @@ def test_a_run_writes_its_files(vqvae_runs, tmp_path, capsys):
         assert text in printed
 
 
-def test_a_dry_run_writes_nothing(run, capsys):
-    assert start(run, "--dry-run") == 0
+def test_a_run_of_the_flow_writes_its_files(vqvae_runs, tmp_path, capsys):
+    run = shutil.copytree(vqvae_runs / "runs", tmp_path / "runs") / "a"
+    assert start(run, "--epochs 3", "flow") == 0
+    folder = run / "prior"
+    rows = read_rows(folder)
+    assert [int(row["step"]) for row in rows] == [2, 4, 6]
+    assert list(rows[0]) == FLOW_COLUMNS
+    velocities = [float(row["val_velocity"]) for row in rows]
+    assert velocities[-1] < velocities[0]
+    best = read_checkpoint(folder / "best.pt")["best"]
+    assert best == min(velocities)
+    plots = sorted(path.name for path in folder.glob("plots/*/*.png"))
+    assert plots == [f"epoch_{n}_samples.png" for n in (1, 3)]
+    assert (folder / "velocity_plot.png").stat().st_size > 5000
+    scores = json.loads((folder / "metrics.json").read_text())["validation"]
+    assert scores["flow"]["velocity_error"] == pytest.approx(best, rel=1e-5)
+    printed = capsys.readouterr().out
+    for text in ("4 of 4 principal components, with 100.0%", "velocity error", "generate.py --run"):
+        assert text in printed
+
+
+@both_models
+def test_a_dry_run_writes_nothing(run, capsys, model):
+    assert start(run, "--dry-run", model) == 0
     assert "dry run" in capsys.readouterr().out
     assert not (run / "prior").exists()
+
+
+def test_a_checkpoint_has_the_average_and_the_trained_weights(run):
+    """After one step, whose decay is 0.1, the average is almost equal to the weights."""
+    start(run, "--epochs 1 --batch-size 6", "flow")
+    checkpoint = read_checkpoint(run / "prior" / "best.pt")
+    average, trained = checkpoint["model"], checkpoint["trained"]
+    flow = load_model(FlowPrior, run / "prior" / "best.pt")
+    torch.manual_seed(0)
+    initial = FlowPrior(**flow.arguments).state_dict()
+    changed = [name for name in trained if not torch.equal(trained[name], average[name])]
+    assert "unet.last.weight" in changed
+    for name in changed:
+        torch.testing.assert_close(average[name], trained[name].lerp(initial[name], 0.1))
 
 
 # ---------------------------------------------------------------- parts
@@ -114,15 +163,15 @@ def test_a_dry_run_writes_nothing(run, capsys):
 @pytest.mark.parametrize("num_grids", [1, 2, 3])
 def test_validation_counts_the_bits_of_all_grids_per_code(run, num_grids):
     vqvae, _, codes = encode(run, "validate", MIRRORS)
-    config = train_prior.PriorConfig(device="cpu", num_grids=num_grids, channels=16)
-    prior = train_prior.make_prior(vqvae, codes, config).eval()
+    config = PriorConfig(device="cpu", num_grids=num_grids, channels=16)
+    prior = causal_training.make_prior(vqvae, codes, config).eval()
     grids = prior.to_grids(codes.codes[:, 0].long())
     logits = prior(grids, codes.positions, torch.zeros(3, dtype=torch.long))
     nats = []
     for grid_logits, grid in zip(logits, grids, strict=True):
         loss = cross_entropy(grid_logits.flatten(0, 2), grid.flatten(), reduction="sum")
         nats.append(loss.item())
-    scores = train_prior.validate(prior, codes, config, CPU)
+    scores = causal_training.validate(prior, codes, config, CPU)
     bits = 1 / math.log(2) / (3 * 512)  # per code, of one nat
     assert scores["val_bits"] == pytest.approx(sum(nats) * bits, rel=1e-4)
     assert scores["val_outline_bits"] == pytest.approx(sum(nats[:-1]) * bits, rel=1e-4)
@@ -154,9 +203,9 @@ def test_views_and_unknown_positions_are_drawn_at_the_configured_rates(mirrored)
             return [torch.zeros(*grids[0].shape, 4)]
 
     codes = torch.arange(4).view(1, 4, 1, 1).expand(2000, 4, 2, 2)
-    config = train_prior.PriorConfig(mirrored=mirrored)
+    config = PriorConfig(mirrored=mirrored)
     torch.manual_seed(0)
-    train_prior.compute_losses(Stub(), codes, torch.zeros(2000), "float32", config)
+    causal_training.compute_losses(Stub(), codes, torch.zeros(2000), "float32", config)
     ((grid, position, view),) = calls
     assert torch.equal(grid[:, 0, 0], view)
     rates = torch.bincount(view, minlength=4) / 2000
@@ -168,9 +217,10 @@ def test_views_and_unknown_positions_are_drawn_at_the_configured_rates(mirrored)
 # ---------------------------------------------------------------- interruptions
 
 
-def before_step(monkeypatch, number, action):
+def before_step(monkeypatch, model, number, action):
     """Call `action()` before the step with this number, counted from 1 over all runs."""
-    real, count = train_prior.compute_losses, 0
+    module = train_prior.MODELS[model]
+    real, count = module.compute_losses, 0
 
     def compute_losses(*arguments):
         nonlocal count
@@ -179,33 +229,35 @@ def before_step(monkeypatch, number, action):
             action()
         return real(*arguments)
 
-    monkeypatch.setattr(train_prior, "compute_losses", compute_losses)
+    monkeypatch.setattr(module, "compute_losses", compute_losses)
 
 
+@both_models
 def test_a_signal_saves_at_the_step_and_resume_gives_the_same_prior(
-    tmp_path, run, monkeypatch, capsys
+    tmp_path, run, monkeypatch, capsys, model
 ):
     """After one of the two steps of the second epoch."""
-    assert start(run, "--epochs 3") == 0
+    assert start(run, "--epochs 3", model) == 0
     (run / "prior").rename(tmp_path / "uninterrupted")
-    before_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert start(run, "--epochs 3") == 128 + signal.SIGTERM
+    before_step(monkeypatch, model, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert start(run, "--epochs 3", model) == 128 + signal.SIGTERM
     assert read_checkpoint(run / "prior" / "last.pt")["steps_done"] == 1
     assert f"train_prior.py --resume --run {run}" in capsys.readouterr().out.splitlines()[-1]
     assert train_prior.main(["--run", "runs/a", "--resume"]) == 0
     assert_same_priors(run / "prior", tmp_path / "uninterrupted")
 
 
-def test_an_epoch_that_ended_in_a_crash_is_repeated_by_resume(tmp_path, run, monkeypatch):
-    assert start(run, "--epochs 3") == 0
+@both_models
+def test_an_epoch_that_ended_in_a_crash_is_repeated_by_resume(tmp_path, run, monkeypatch, model):
+    assert start(run, "--epochs 3", model) == 0
     (run / "prior").rename(tmp_path / "uninterrupted")
 
     def crash():
         raise RuntimeError("crash in the second step of epoch 2")
 
-    before_step(monkeypatch, 4, crash)
+    before_step(monkeypatch, model, 4, crash)
     with pytest.raises(RuntimeError, match="crash"):
-        start(run, "--epochs 3")
+        start(run, "--epochs 3", model)
     assert train_prior.main(["--run", str(run), "--resume"]) == 0
     assert_same_priors(run / "prior", tmp_path / "uninterrupted")
 
@@ -224,17 +276,20 @@ def test_a_report_that_a_kill_prevented_is_written_by_resume(run):
         train_prior.main(["--resume", "--runs-dir", "nowhere"])
 
 
-def test_two_processes_train_as_one(tmp_path, run, monkeypatch):
+@both_models
+def test_two_processes_train_as_one(tmp_path, run, monkeypatch, model):
     """Without random draws. Of the last of 5 slices in batches of 4, one process has none."""
     data = shutil.copytree(Path(read_config(run)["data"]), tmp_path / "data")
     (data / "keras_slices_train" / "case_004_week_0_slice_5.nii.gz").unlink()
-    flags = ["--epochs", "2", "--mirrored", "0", "--plot-every", "9", "--data", str(data)]
-    monkeypatch.setattr(train_prior, "UNKNOWN_POSITION", train_prior.UNKNOWN_POSITION)
-    know_all_positions()
-    start(run, " ".join(flags))
+    flags = ["--epochs", "2", "--plot-every", "9", "--data", str(data)]
+    flags += ["--mirrored", "0"] if model == "causal" else []
+    monkeypatch.setattr(PriorConfig, "unknown_position", 0)
+    monkeypatch.setattr(flow_training, "compute_losses", flow_training.compute_losses)
+    remove_random_draws()
+    start(run, " ".join(flags), model)
     (run / "prior").rename(tmp_path / "one")
-    flags = ["--run", run, *FLAGS, *flags]
-    ranks = processes.start_ranks(tmp_path, "train_prior.py", *flags, before=know_all_positions)
+    flags = ["--run", run, *model_flags(model), *flags]
+    ranks = processes.start_ranks(tmp_path, "train_prior.py", *flags, before=remove_random_draws)
     assert [processes.wait(rank) for rank in ranks] == [0, 0], (tmp_path / "log_0").read_text()
     one, two = read_rows(tmp_path / "one"), read_rows(run / "prior")
     for row, other in zip(one, two, strict=True):
@@ -242,9 +297,15 @@ def test_two_processes_train_as_one(tmp_path, run, monkeypatch):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
 
 
-def know_all_positions() -> None:
-    """Draw no unknown positions, because the draws differ between processes."""
-    train_prior.UNKNOWN_POSITION = 0
+def remove_random_draws() -> None:
+    """Replace what is drawn at random by fixed values, because draws differ between processes."""
+    PriorConfig.unknown_position = 0
+
+    def compute_losses(model, components, position, precision, config):
+        x = components[:, 0].float()
+        return model.loss(x, x.roll(1, -1), torch.full((len(x),), 0.5), position).mean()[None]
+
+    flow_training.compute_losses = compute_losses
 
 
 def read_config(folder: Path) -> dict:
@@ -274,9 +335,12 @@ def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
     ("flags", "message"),
     [
         ("--epochs 0", "--epochs is 0; expected 1 to"),
-        ("--channels 30", "channels is 30; expected a multiple of num_heads"),
-        ("--dropout 1", "--dropout is 1.0; expected 0 to 0.99"),
-        ("--mirrored 2", "--mirrored is 2.0; expected 0 to 1"),
+        ("--channels 30", "channels is 30; expected a multiple of 16"),
+        ("--model causal --channels 30", "channels is 30; expected a multiple of num_heads"),
+        ("--model causal --dropout 1", "--dropout is 1.0; expected 0 to 0.99"),
+        ("--model causal --mirrored 2", "--mirrored is 2.0; expected 0 to 1"),
+        ("--num-grids 1", "--num-grids does not apply to the flow prior; omit it, or train with "),
+        ("--model causal --components 4", "--components does not apply to the causal prior"),
         ("--learning-rate nan", "--learning-rate is nan"),
         ("--batch-size 0", "--batch-size is 0"),
         ("--seed -1", "--seed is -1"),
@@ -298,24 +362,36 @@ def test_runs_without_a_usable_vqvae_are_errors(tmp_path, run):
     checkpoint = read_checkpoint(run / "best.pt")
     changes = {"model_args": model.arguments, "model": model.state_dict()}
     torch.save(checkpoint | changes, run / "best.pt")
-    with pytest.raises(UserError, match="has 2 codebooks; a prior needs a run with"):
-        train_prior.main(["--runs-dir", "runs", "--device", "cpu"])  # the newest run
+    with pytest.raises(UserError, match="has 2 codebooks; a causal prior needs a run with"):
+        train_prior.main(["--runs-dir", "runs", "--device", "cpu", "--model", "causal"])
+
+
+def test_a_prior_of_an_earlier_version_is_resumed_as_a_causal_prior(run):
+    """Its config.json has neither the model nor the options of the flow."""
+    start(run, "--epochs 1")
+    path = run / "prior" / "config.json"
+    config = json.loads(path.read_text())
+    del config["arguments"]["model"], config["arguments"]["components"]
+    path.write_text(json.dumps(config))
+    assert train_prior.main(["--resume", "--epochs", "2"]) == 0
+    assert len(read_rows(run / "prior")) == 2
+    assert read_config(run / "prior")["model"] == "causal"
 
 
 def test_the_report_is_that_of_the_best_checkpoint(run, monkeypatch):
     """Not of the last one: here the first epoch is scripted to be the best."""
-    real, calls = train_prior.validate, []
+    real, calls = causal_training.validate, []
 
     def validate(*arguments):
         calls.append(1)
         scores = real(*arguments)
         return scores | {"val_bits": scores["val_bits"] + 10 * (len(calls) == 2)}
 
-    monkeypatch.setattr(train_prior, "validate", validate)
+    monkeypatch.setattr(causal_training, "validate", validate)
     start(run, "--epochs 2")
     best = load_model(CodePrior, run / "prior" / "best.pt")
     _, _, codes = encode(run, "validate", MIRRORS[:1])
-    bits = real(best, codes, train_prior.PriorConfig(batch_size=4), CPU)["val_bits"]
+    bits = real(best, codes, PriorConfig(batch_size=4), CPU)["val_bits"]
     report = json.loads((run / "prior" / "metrics.json").read_text())
     assert report["validation"]["prior"]["bits_per_code"] == pytest.approx(bits, rel=1e-6)
     assert read_checkpoint(run / "prior" / "best.pt")["epochs_done"] == 1

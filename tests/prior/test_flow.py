@@ -1,0 +1,167 @@
+"""Tests of prior/flow.py and prior/unet.py: components, velocities and samples of small flows."""
+
+import math
+
+import pytest
+import torch
+
+from prior.flow import FlowPrior
+
+UNKNOWN = torch.tensor([math.nan, math.nan])
+
+
+def make_flow(grid: tuple[int, int] = (8, 4), components: int = 2) -> FlowPrior:
+    """Return a flow of two slices whose velocities are random instead of 0."""
+    torch.manual_seed(0)
+    flow = FlowPrior(latent_channels=4, grid=grid, components=components, channels=16)
+    torch.nn.init.normal_(flow.unet.last.weight, std=0.2)
+    for block in (*flow.unet.down, flow.unet.middle, *flow.unet.up):
+        torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    return flow
+
+
+def sample(flow: FlowPrior, seed: int = 0, position=UNKNOWN, **options) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return flow.sample(position, generator, **{"steps": 4} | options)
+
+
+# ---------------------------------------------------------------- principal components
+
+
+def test_latents_are_restored_from_their_components():
+    """Latents with 5 channels that have variance in only 3 directions, far from the origin."""
+    torch.manual_seed(0)
+    latents = 100 + torch.einsum("bchw,dc->bdhw", torch.randn(6, 3, 8, 4), torch.randn(5, 3))
+    flow = FlowPrior(latent_channels=5, grid=(8, 4), components=3, channels=16)
+    assert flow.fit_components(latents) == pytest.approx(1, abs=1e-4)
+    components = flow.to_components(latents)
+    vectors = components.movedim(1, 0).flatten(1)  # (3, N)
+    torch.testing.assert_close(torch.cov(vectors, correction=0), torch.eye(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(vectors.mean(1), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(flow.to_latents(components), latents, atol=1e-3, rtol=0)
+
+
+def test_the_first_components_have_the_most_variance():
+    latents = torch.randn(50, 3, 2, 2) * torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1)
+    flow = FlowPrior(latent_channels=3, grid=(2, 2), components=2, channels=16)
+    assert flow.fit_components(latents) == pytest.approx(13 / 14, abs=0.05)
+    stds = flow.directions.norm(dim=0).tolist()
+    assert stds == pytest.approx([3, 2], rel=0.2)
+    directions = flow.directions.clone()
+    flow.fit_components(-latents)  # the sign of a principal component is arbitrary
+    torch.testing.assert_close(flow.directions, directions, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("latents", [torch.zeros(2, 3, 4, 4), torch.full((1, 3, 1, 1), 7.0)])
+def test_latents_without_variance_have_finite_components(latents):
+    flow = FlowPrior(latent_channels=3, grid=latents.shape[2:], components=3, channels=16)
+    flow.fit_components(latents)
+    components = flow.to_components(latents)
+    assert components.abs().max() < 1
+    torch.testing.assert_close(flow.to_latents(components), latents)
+
+
+# ---------------------------------------------------------------- velocities
+
+
+@pytest.mark.parametrize("grid", [(8, 4), (7, 5), (1, 1), (32, 16)])
+def test_the_first_loss_is_the_mean_square_of_the_velocity(grid):
+    """An untrained flow predicts velocities of 0, for any grid, time and position."""
+    flow = FlowPrior(latent_channels=4, grid=grid, components=3, channels=16)
+    data, noise = torch.randn(2, 3, 3, *grid)
+    time, position = torch.rand(3), torch.tensor([0.0, 1.0, math.nan])
+    loss = flow.loss(data, noise, time, position)
+    torch.testing.assert_close(loss, (data - noise).square().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("grid", [(8, 4), (7, 5)])
+def test_velocities_depend_on_data_time_and_position(grid):
+    flow = make_flow(grid)
+    x = torch.randn(1, 2, *grid)
+    inputs = (x, torch.tensor([0.5]), torch.tensor([0.5]))
+    velocity = flow.unet(*inputs)
+    assert velocity.shape == x.shape
+    changes = [(x.roll(1, -1), *inputs[1:]), (x, torch.tensor([0.1]), inputs[2])]
+    changes += [(*inputs[:2], torch.tensor([value])) for value in (0.0, math.nan)]
+    for changed in changes:
+        assert not torch.allclose(flow.unet(*changed), velocity)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 24}, "channels is 24; expected a multiple of 16"),
+        ({"channels": 0}, "channels is 0"),
+        ({"components": 5}, "components is 5; expected at most 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        FlowPrior(**{"latent_channels": 4, "grid": (8, 4), "components": 2} | options)
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_samples_depend_on_the_seed_only():
+    flow = make_flow()
+    samples = sample(flow)
+    assert samples.shape == (2, 2, 8, 4)
+    assert torch.equal(sample(flow), samples)
+    assert not torch.allclose(sample(flow, seed=1), samples)
+    assert not torch.allclose(samples[0], samples[1])
+
+
+def test_a_step_of_heuns_method():
+    flow = make_flow()
+    noise = torch.randn(2, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = flow.unet(noise, torch.zeros(2), UNKNOWN)
+        second = flow.unet(noise + first, torch.ones(2), UNKNOWN)
+    torch.testing.assert_close(sample(flow, steps=1), noise + (first + second) / 2)
+
+
+def test_guidance_exaggerates_the_effect_of_the_position():
+    flow = make_flow()
+    position = torch.tensor([0.2, 0.8])
+    samples = {}
+    for guidance in (0.0, 1.0, 2.0):
+        samples[guidance] = sample(flow, position=position, guidance=guidance, steps=1)
+    torch.testing.assert_close(samples[0.0], sample(flow, steps=1))
+    differences = [(samples[value] - samples[0.0]).abs().mean() for value in (1.0, 2.0)]
+    assert differences[1] > 1.5 * differences[0] > 0
+    unguided = sample(flow)
+    torch.testing.assert_close(sample(flow, guidance=3.0), unguided)  # the positions are unknown
+
+
+@pytest.mark.parametrize("grid", [(8, 4), (7, 5)])
+def test_the_rows_of_a_prefix_are_kept(grid):
+    flow = make_flow(grid)
+    prefix = torch.randn(2, 2, *grid)
+    completed = sample(flow, prefix=prefix, prefix_rows=3)
+    torch.testing.assert_close(completed[:, :, :3], prefix[:, :, :3])
+    below = completed[:, :, 3:]
+    assert not torch.allclose(below, prefix[:, :, 3:])
+    assert not torch.allclose(below, sample(flow)[:, :, 3:])  # they fit the prefix
+    other_below = prefix.clone()
+    other_below[:, :, 3:] = 9  # is not used
+    assert torch.equal(sample(flow, prefix=other_below, prefix_rows=3), completed)
+
+
+def test_a_flow_learns_two_slices_at_their_positions():
+    torch.manual_seed(0)
+    flow = FlowPrior(latent_channels=2, grid=(8, 4), components=2, channels=16)
+    slices = torch.randn(2, 2, 8, 4).clamp(-1, 1)
+    position = torch.tensor([0.0, 1.0])
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=5e-3)
+    for _ in range(200):
+        data = slices.repeat(8, 1, 1, 1)
+        time = torch.randn(16).sigmoid()
+        loss = flow.loss(data, torch.randn_like(data), time, position.repeat(8)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sampled = sample(flow, position=position, steps=10)
+    errors = torch.stack([(sampled - slices).square(), (sampled - slices.flip(0)).square()])
+    own, other = errors.mean((1, 2, 3, 4)).tolist()
+    assert own < 0.1 < 0.5 < other
