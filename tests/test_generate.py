@@ -16,8 +16,10 @@ import generate
 import utils
 from modules import VQVAE
 from prior import realism, sampling
+from prior.codes import hash_codebook
+from prior.flow import FlowPrior
 from prior.model import CodePrior
-from prior.sampling import Sampler, SamplingOptions
+from prior.sampling import Sampler
 from training.run_folder import load_run_data
 from utils import UserError
 
@@ -31,29 +33,37 @@ def make_vqvae() -> VQVAE:
 
 @pytest.fixture
 def make_run(tmp_path, write_slices, monkeypatch):
-    """make_run(size): an untrained VQ-VAE and prior, and 8 training, 3 validation, 3 test slices.
+    """make_run(size, model): an untrained VQ-VAE and prior; 8 training, 3 validation, 3 test slices.
 
-    The prior samples code by code, so slices of 64 x 32 take a sixteenth of the usual time.
+    The causal prior samples code by code, so slices of 64 x 32 take a sixteenth of the usual time.
     """
     monkeypatch.chdir(tmp_path)
     return partial(write_run, tmp_path, write_slices)
 
 
-def write_run(root: Path, write_slices: Callable, size: tuple[int, int] = (64, 32)) -> Path:
+def write_run(
+    root: Path, write_slices: Callable, size: tuple[int, int] = (64, 32), model: str = "causal"
+) -> Path:
     data = write_slices(root / "data", size, train=8, validate=3, test=3)
     torch.manual_seed(0)
     vqvae = make_vqvae()
     rows, columns = (side // vqvae.stride for side in size)
-    prior = CodePrior(16, 4, rows, columns, channels=8, num_layers=1, num_heads=2, num_outlines=8)
-    prior.initialize(
-        vqvae.vector_quantization.embedding.weight.detach(),
-        torch.randn(16),
-        torch.randint(16, (8, rows, columns)),
-        torch.rand(8),
-    )
+    if model == "flow":
+        prior = FlowPrior(4, (rows, columns), components=2, channels=16)
+        prior.fit_components(torch.randn(8, 4, rows, columns))
+    else:
+        sizes = {"channels": 8, "num_layers": 1, "num_heads": 2, "num_outlines": 8}
+        prior = CodePrior(16, 4, rows, columns, **sizes)
+        prior.initialize(
+            vqvae.vector_quantization.embedding.weight.detach(),
+            torch.randn(16),
+            torch.randint(16, (8, rows, columns)),
+            torch.rand(8),
+        )
     folder = root / "runs" / "a"
     save_model(folder / "best.pt", vqvae)
-    save_model(folder / "prior" / "best.pt", prior)
+    fingerprint = f"train validate {hash_codebook(vqvae)}"
+    save_model(folder / "prior" / "best.pt", prior, fingerprint=fingerprint)
     arguments = {
         "data": str(data),
         "size": size,
@@ -68,7 +78,14 @@ def write_run(root: Path, write_slices: Callable, size: tuple[int, int] = (64, 3
 
 @pytest.fixture
 def run(make_run) -> Path:
+    """A run with a causal prior."""
     return make_run()
+
+
+@pytest.fixture(params=["flow", "causal"])
+def any_run(make_run, request) -> Path:
+    """A run with a flow, and a run with a causal prior."""
+    return make_run(model=request.param)
 
 
 def call_generate(flags: str) -> Path:
@@ -86,9 +103,9 @@ def read_images(folder: Path, name: str = "drawn") -> np.ndarray:
 # ---------------------------------------------------------------- sampling
 
 
-def test_samples_are_a_picture_and_nifti_files(run, capsys):
+def test_samples_are_a_picture_and_nifti_files(any_run, capsys):
     folder = call_generate("--count 3")
-    assert folder == run.relative_to(Path.cwd()) / "generated"
+    assert folder == any_run.relative_to(Path.cwd()) / "generated"
     assert (folder / "slices.png").stat().st_size > 5000
     assert len(list(folder.iterdir())) == 4
     nifti = nib.load(folder / "drawn_002.nii.gz")
@@ -96,7 +113,7 @@ def test_samples_are_a_picture_and_nifti_files(run, capsys):
     assert nifti.get_data_dtype() == np.float32
     assert nifti.header["descrip"] == b""
     assert nifti.header.get_xyzt_units()[0] == "mm"
-    train, _ = load_run_data(run, "train")
+    train, _ = load_run_data(any_run, "train")
     np.testing.assert_allclose(nifti.affine, train.affine)
     assert read_images(folder).mean() == pytest.approx(train.mean.mean(), rel=0.5)
     assert "models: runs/a/best.pt, runs/a/prior/best.pt" in capsys.readouterr().out
@@ -109,7 +126,7 @@ def test_more_slices_than_a_picture_holds_are_all_written(run, monkeypatch):
     assert len(read_images(folder, "completion")) == 4
 
 
-def test_the_same_flags_give_the_same_slices(run):
+def test_the_same_flags_give_the_same_slices(any_run):
     first = read_images(call_generate("--count 2 --seed 5"))
     again = read_images(call_generate("--count 2 --seed 5"))
     assert np.array_equal(first, again)
@@ -153,12 +170,6 @@ def test_positions_are_the_flag_or_those_of_the_training_slices(run, monkeypatch
     torch.testing.assert_close(torch.cat(calls), torch.tensor([0, 2 / 7, 5 / 7, 1]))
 
 
-def test_settings_are_described():
-    assert str(SamplingOptions()) == "temperature 1, seed 0"
-    options = SamplingOptions(temperature=0.8, top_k=5, top_p=0.9, seed=3)
-    assert str(options) == "temperature 0.8, top-k 5, top-p 0.9, seed 3"
-
-
 # ---------------------------------------------------------------- completing
 
 
@@ -168,7 +179,7 @@ def half_of(images: np.ndarray, half: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("half", "other_half"), [("left", "right"), ("right", "left")])
-def test_completions_keep_one_half(run, half, other_half):
+def test_completions_keep_one_half(any_run, half, other_half):
     """The VQ-VAE is untrained: the half that is kept is equal in all, but not the slice's own."""
     folder = call_generate(f"--complete {SLICE} --keep {half} --count 3")
     assert (folder / "completion.png").stat().st_size > 5000
@@ -279,6 +290,8 @@ def test_a_prior_that_copies_is_detected(make_run, monkeypatch):
         ("--evaluate --count 1", "--count is 1; expected 2 to"),
         ("--temperature -1", "--temperature is -1.0; expected 0 to 100"),
         ("--temperature nan", "--temperature is nan"),
+        ("--steps 0", "--steps is 0; expected 1 to 1000"),
+        ("--guidance -1", "--guidance is -1.0; expected 0 to 100"),
         ("--top-p 0", "--top-p is 0.0; expected 1e-09 to 1"),
         ("--top-k -1", "--top-k is -1"),
         ("--seed -1", "--seed is -1"),
@@ -297,8 +310,23 @@ def test_mistakes_are_reported_before_anything_is_written(run, flags, message):
     assert not (run / "generated" / "slices.png").exists()
 
 
-def test_a_prior_of_another_model_is_refused(run):
-    save_model(run / "best.pt", make_vqvae())
-    message = r"prior/best\.pt was trained on .* different model, not on those of runs/a/best\.pt"
+@pytest.mark.parametrize(
+    ("model", "flags", "name"),
+    [
+        ("flow", "--temperature 0.9", "--temperature .* is a flow; omit it"),
+        ("flow", "--top-k 5", "--top-k .* is a flow; omit it"),
+        ("causal", "--steps 5", "--steps .* is a causal prior; omit it"),
+        ("causal", "--guidance 2", "--guidance .* is a causal prior; omit it"),
+    ],
+)
+def test_options_of_the_other_model_are_errors(make_run, model, flags, name):
+    make_run(model=model)
+    with pytest.raises(UserError, match=name):
+        call_generate(flags)
+
+
+def test_a_prior_of_another_model_is_refused(any_run):
+    save_model(any_run / "best.pt", make_vqvae())
+    message = r"prior/best\.pt was trained on .* different model, not on those of .* best\.pt"
     with pytest.raises(UserError, match=message):
         call_generate("")
