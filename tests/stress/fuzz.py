@@ -50,6 +50,7 @@ from mri import splits
 from mri.encoding import decode_file
 from mri.files import Source
 from mri.preprocessing import SIZE, Preprocessing, slice_affine
+from prior.flow import FlowPrior
 from prior.model import CodePrior
 from training import environment
 from training.checkpoint import load_model
@@ -107,16 +108,16 @@ def read_nifti(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path, run: Run) -> bool:
-    """Load a checkpoint as a VQ-VAE, as a prior, and to resume a run.
+    """Load a checkpoint as a VQ-VAE, as a prior of either kind, and to resume a run.
 
     Returns:
-        Whether the checkpoint could be loaded as one of the two models.
+        Whether the checkpoint could be loaded as one of the three models.
 
     Raises:
         AssertionError: if the checkpoint is refused only because memory ran out.
     """
     is_model = False
-    for model_class in (VQVAE, CodePrior):
+    for model_class in (VQVAE, CodePrior, FlowPrior):
         try:
             load_model(model_class, path)
             is_model = True
@@ -254,12 +255,16 @@ def fuzz_runs(count: int, seed: int, rng: random.Random, folder: Path) -> list[d
     checkpoint_path = folder / "last.pt"
     content = checkpoint_path.read_bytes()
     checkpoint = torch.load(checkpoint_path, weights_only=True)
-    prior = CodePrior(16, 4, 8, 8, channels=16, num_layers=1, num_heads=2)
-    prior_checkpoint = {"format": 3, "model_args": prior.arguments, "model": prior.state_dict()}
+    checkpoints = [checkpoint]
+    causal = CodePrior(16, 4, 8, 8, channels=16, num_layers=1, num_heads=2)
+    for prior in (causal, FlowPrior(4, (8, 8), components=2, channels=16)):
+        checkpoints.append(
+            {"format": 3, "model_args": prior.arguments, "model": prior.state_dict()}
+        )
     read = functools.partial(read_checkpoint, run=run)
 
     def damaged_checkpoint() -> bytes:
-        torch.save(damage_values(rng, rng.choice([checkpoint, prior_checkpoint])), checkpoint_path)
+        torch.save(damage_values(rng, rng.choice(checkpoints)), checkpoint_path)
         return checkpoint_path.read_bytes()
 
     rows = [

@@ -25,6 +25,13 @@ def test_a_constant_rate_stays_at_its_peak():
     assert set(rates(warmup=0.0, schedule="constant")) == {1.0}
 
 
+def test_a_linear_decay_starts_after_the_first_third():
+    values = rates(warmup=0.05, schedule="linear")
+    assert values[4:34] == [1.0] * 30
+    assert values[50] == pytest.approx(0.75)
+    assert values[99] == pytest.approx(0.015)
+
+
 def test_a_warm_up_may_take_the_whole_run():
     assert rates(warmup=1.0, schedule="cosine")[-1] == 1.0
 

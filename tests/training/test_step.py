@@ -10,6 +10,7 @@ from training.step import (
     compile_if_enabled,
     compile_with_fallback,
     may_step,
+    update_average,
 )
 
 CPU = torch.device("cpu")
@@ -74,6 +75,20 @@ def test_on_mps_the_caller_skips_steps_that_are_not_finite():
     optimizer = torch.optim.Adam(module.parameters())
     assert may_step(MpsFlag(True), optimizer)
     assert not may_step(MpsFlag(False), optimizer)
+
+
+# ---------------------------------------------------------------- averages
+
+
+def test_the_decay_of_the_average_increases_to_its_maximum():
+    """A weight of 1, and its average, which is 0 before the step."""
+    model, average = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
+    for step, decay in ((0, 0.1), (8, 0.5), (10**6, 0.999)):
+        nn.init.zeros_(average.weight)
+        update_average(average, model, step)
+        assert average.weight.item() == pytest.approx(1 - decay)
+    assert model.weight.item() == 1
 
 
 # ---------------------------------------------------------------- compilation
