@@ -58,7 +58,7 @@ class UNet(nn.Module):
         """Predict velocities at times (B,) and positions (B,), 0 to 1; NaN: unknown position."""
         height, width = x.shape[-2:]
         x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
-        x = self.first(F.pixel_unshuffle(x, 2)) + self.places  # (B, widths[0], h/2, w/2)
+        x = self.first(fold(x)) + self.places  # (B, widths[0], h/2, w/2)
         is_known = (~position.isnan()).float()[:, None]
         encodings = [encode_scalar(time), encode_scalar(position.nan_to_num()) * is_known, is_known]
         condition = self.condition(torch.cat(encodings, 1))  # (B, widths[-1])
@@ -75,7 +75,7 @@ class UNet(nn.Module):
                 x = F.interpolate(x, skip.shape[-2:])
             x = block(torch.cat([x, skip], 1), condition)
         x = self.last(F.silu(self.norm(x)))  # (B, 4 C, h/2, w/2)
-        return F.pixel_shuffle(x, 2)[..., :height, :width]
+        return unfold(x)[..., :height, :width]
 
 
 class Block(nn.Module):
@@ -112,6 +112,21 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(1, (3, NUM_HEADS, -1)).mT  # (B, 3, heads, h w, channels / heads)
         attended = F.scaled_dot_product_attention(*qkv.unbind(1))
         return x + self.project(attended.mT.flatten(1, 2).unflatten(2, x.shape[-2:]))
+
+
+def fold(x: Tensor) -> Tensor:
+    """Move blocks of 2 x 2 positions to channels: (B, C, 2h, 2w) -> (B, 4 C, h, w).
+
+    Unlike `F.pixel_unshuffle`, this also works for B = 0, in a process without slices.
+    """
+    blocks = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
+    return blocks.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def unfold(x: Tensor) -> Tensor:
+    """Invert `fold`: (B, 4 C, h, w) -> (B, C, 2h, 2w)."""
+    blocks = x.unflatten(1, (-1, 2, 2))  # (B, C, 2, 2, h, w)
+    return blocks.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 def encode_scalar(values: Tensor) -> Tensor:

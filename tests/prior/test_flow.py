@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prior.flow import FlowPrior
+from prior.unet import fold, unfold
 
 UNKNOWN = torch.tensor([math.nan, math.nan])
 
@@ -62,6 +63,14 @@ def test_latents_without_variance_have_finite_components(latents):
 
 
 # ---------------------------------------------------------------- velocities
+
+
+def test_blocks_of_positions_are_folded_to_channels():
+    x = torch.randn(3, 2, 6, 4)
+    assert torch.equal(fold(x), torch.nn.functional.pixel_unshuffle(x, 2))
+    for images in (x, x[:0]):
+        assert fold(images).shape == (len(images), 8, 3, 2)
+        assert torch.equal(unfold(fold(images)), images)
 
 
 @pytest.mark.parametrize("grid", [(8, 4), (7, 5), (1, 1), (32, 16)])
@@ -153,15 +162,15 @@ def test_a_flow_learns_two_slices_at_their_positions():
     flow = FlowPrior(latent_channels=2, grid=(8, 4), components=2, channels=16)
     slices = torch.randn(2, 2, 8, 4).clamp(-1, 1)
     position = torch.tensor([0.0, 1.0])
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=5e-3)
-    for _ in range(200):
-        data = slices.repeat(8, 1, 1, 1)
-        time = torch.randn(16).sigmoid()
-        loss = flow.loss(data, torch.randn_like(data), time, position.repeat(8)).mean()
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-2)
+    for _ in range(100):
+        data = slices.repeat(4, 1, 1, 1)
+        time = torch.randn(8).sigmoid()
+        loss = flow.loss(data, torch.randn_like(data), time, position.repeat(4)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     sampled = sample(flow, position=position, steps=10)
     errors = torch.stack([(sampled - slices).square(), (sampled - slices.flip(0)).square()])
     own, other = errors.mean((1, 2, 3, 4)).tolist()
-    assert own < 0.1 < 0.5 < other
+    assert own < 0.3 < 0.9 < other

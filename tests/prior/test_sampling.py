@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import make_prior
+from models import make_prior, to_vectors
 
 from modules import VQVAE
 from prior.flow import FlowPrior
@@ -21,7 +21,9 @@ def make_models(**options) -> tuple[VQVAE, FlowPrior]:
     vqvae = VQVAE(**sizes, num_embeddings=16, **options).eval()
     flow = FlowPrior(4, (64 // vqvae.stride, 32 // vqvae.stride), components=2, channels=16)
     with torch.no_grad():
-        flow.fit_components(vqvae.encoder(torch.randn(4, 1, 64, 32)))
+        latents = vqvae.encoder(torch.randn(4, 1, 64, 32))
+    vqvae.vector_quantization.init_codebook(to_vectors(latents))
+    flow.fit_components(latents)
     return vqvae, flow
 
 
