@@ -186,7 +186,7 @@ def test_no_patient_of_a_large_set_is_one_of_hipmris_cases():
     largest = (phantom.MAX_PATIENTS,) * 3
     cases = {p.case for p in phantom.plan_patients(largest)}
     assert len(cases) == sum(largest)
-    assert cases.isdisjoint(*phantom.CASES.values())
+    assert cases.isdisjoint(itertools.chain(*phantom.CASES.values()))
 
 
 def test_test_patients_do_not_depend_on_the_number_of_training_patients():
@@ -219,6 +219,14 @@ def test_slices_of_many_patients_load_in_their_splits(tmp_path):
             assert mask.shape == nib.load(image).shape
     assert cases["train"] == {"1001", "1002", "1003"}
     assert len(set.union(*cases.values())) == sum(counts.values())
+
+
+def test_the_command_counts_the_scans_of_patients(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(phantom.os, "cpu_count", lambda: 1)
+    out = tmp_path / "set"
+    phantom.main(["--out", str(out), "--patients", "2", "1", "1", "--slices", "1"])
+    assert "4 slices of 4 volumes" in capsys.readouterr().out
+    assert len(contents(out)) == 8
 
 
 # ---------------------------------------------------------------- anatomy and contrast
@@ -344,7 +352,7 @@ def test_the_command_writes_a_data_set_and_never_overwrites_it(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "3 slices of 3 volumes" in process.stdout
     assert len(contents(tmp_path / "set")) == 6
-    process = run_command("--out", tmp_path / "set", "--patients", 1, 1, 1)
+    process = run_command("--out", tmp_path / "set")
     assert process.returncode == 2
     assert "Traceback" not in process.stderr
     assert process.stderr.count("\n") == 1
