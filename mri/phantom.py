@@ -731,8 +731,8 @@ def plan_request(volumes: Sequence[int] | None, patients: Sequence[int] | None) 
     """
     if volumes is not None and patients is not None:
         raise ValueError(
-            "volumes and patients cannot be combined; expected volumes (several weeks of each "
-            "patient) or patients (one week of each)"
+            "volumes and patients cannot be combined; expected either volumes (several weeks of "
+            "some patients) or patients (one week of each)"
         )
     if patients is not None:
         if len(patients) != 3 or min(patients) < 1 or max(patients) > MAX_PATIENTS:
