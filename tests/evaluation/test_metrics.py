@@ -205,7 +205,7 @@ def test_interval_is_that_of_the_mean_over_cases():
 
 
 def test_scores_are_computed_without_tf32(tf32):
-    """The rounding of TF32 changes the small variances of smooth tissue, and thereby scores."""
+    """The rounding of TF32 changes the small variances of smooth tissue, and therefore scores."""
     generator = np.random.default_rng(0)
     image = ndimage.gaussian_filter(generator.gamma(2.0, 100.0, (64, 48)), 8)
     noisy = image + 0.3 * generator.standard_normal(image.shape)
