@@ -66,7 +66,7 @@ def train_network(images: Tensor, labels: Tensor, device: torch.device) -> UNet:
             are not used.
         device: the device on which to train.
     """
-    segmented = labels.any(2).any(1).nonzero().flatten()
+    segmented = (labels.flatten(1).amax(1) > 0).nonzero().flatten()
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -102,7 +102,7 @@ def dice(prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
     Returns:
         {organ: 2 |A & B| / (|A| + |B|)}; None for organs that neither contains.
     """
-    segmented = labels.any(2).any(1)
+    segmented = labels.flatten(1).amax(1) > 0
     prediction, labels = prediction[segmented], labels[segmented]
     scores = {}
     for label, organ in enumerate(ORGANS[1:], start=1):
