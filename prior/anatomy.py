@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from evaluation.body import label_components
 from evaluation.organs import ORGANS
@@ -72,7 +73,7 @@ def train_network(images: Tensor, labels: Tensor, device: torch.device) -> UNet:
         torch.manual_seed(0)
         network = UNet().to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    for _ in range(STEPS):
+    for _ in tqdm(range(STEPS), desc="training the segmentation network", unit=" steps"):
         indices = segmented[torch.randint(len(segmented), (16,), generator=generator)]
         batch, target = images[indices], labels[indices].long()
         mirrored = torch.rand(16, generator=generator) < 0.5
@@ -93,14 +94,14 @@ def segment(network: UNet, images: Tensor) -> Tensor:
     return torch.cat(batches)
 
 
-def dice(prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
+def dice(prediction: Tensor, labels: Tensor) -> dict[str, float]:
     """Compute the Dice score of each organ over all pixels of the slices that have labels.
 
     Args:
         prediction, labels: both (N, h, w), indices of ORGANS.
 
     Returns:
-        {organ: 2 |A & B| / (|A| + |B|)}; None for organs that neither contains.
+        {organ: 2 |A & B| / (|A| + |B|)}, without organs that neither contains.
     """
     segmented = labels.flatten(1).amax(1) > 0
     prediction, labels = prediction[segmented], labels[segmented]
@@ -108,7 +109,8 @@ def dice(prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
     for label, organ in enumerate(ORGANS[1:], start=1):
         a, b = prediction == label, labels == label
         total = int(a.sum() + b.sum())
-        scores[organ] = 2 * int((a & b).sum()) / total if total else None
+        if total:
+            scores[organ] = 2 * int((a & b).sum()) / total
     return scores
 
 
@@ -119,16 +121,29 @@ def organ_statistics(labels: Tensor) -> np.ndarray:
     of fragments (parts of fewer than FRAGMENT pixels), the largest part as a fraction of the area,
     and the Dice overlap with the organ's left-right mirror image. They are 0 for absent organs.
     """
-    statistics = np.zeros((len(labels), len(ORGANS) - 1, len(MIN_STD)))
-    for i, organ in itertools.product(range(len(labels)), range(1, len(ORGANS))):
-        mask = labels[i].numpy() == organ
-        area = mask.sum()
-        if area:
-            sizes = np.unique(label_components(mask)[mask], return_counts=True)[1]
-            fragments = (sizes < FRAGMENT).sum()
-            overlap = (mask & mask[::-1]).sum() / area
-            statistics[i, organ - 1] = area, len(sizes), fragments, sizes.max() / area, overlap
-    return statistics
+    organs = np.arange(1, len(ORGANS))[:, None, None]
+    batches = labels[:, None].split(256)  # bounds the memory
+    return np.concatenate([_mask_statistics(batch.numpy() == organs) for batch in batches])
+
+
+def _mask_statistics(masks: np.ndarray) -> np.ndarray:
+    """Describe masks (N, 5, h, w) bool by (N, 5, 5) statistics (see `organ_statistics`)."""
+    num_masks = masks.shape[0] * masks.shape[1]
+    overlap = (masks & masks[:, :, ::-1]).sum((2, 3)).ravel()
+    # All masks are labelled at once, one above the other. An empty row keeps them apart.
+    stack = np.pad(masks, ((0, 0), (0, 0), (0, 1), (0, 0))).reshape(-1, masks.shape[3])
+    components = label_components(stack)
+    _, first, sizes = np.unique(components, return_index=True, return_counts=True)
+    first, sizes = first[1:], sizes[1:]  # without the pixels outside the masks
+    mask = first * num_masks // stack.size  # the mask of each component
+    area = np.bincount(mask, sizes, num_masks)
+    parts = np.bincount(mask, minlength=num_masks)
+    fragments = np.bincount(mask, sizes < FRAGMENT, num_masks)
+    largest = np.zeros(num_masks)
+    np.maximum.at(largest, mask, sizes)
+    nonzero_area = np.maximum(area, 1)
+    columns = [area, parts, fragments, largest / nonzero_area, overlap / nonzero_area]
+    return np.stack(columns, 1).reshape(*masks.shape[:2], len(columns))
 
 
 def implausibility(

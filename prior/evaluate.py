@@ -11,19 +11,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import SliceDataset
+from evaluation.organs import ORGANS
 from mri.files import SliceName
 from prior import anatomy, realism
 from prior.sampling import Sampler
 
-NUM_SPLITS = 5  # number of random splits of the patients over which kernel distances are averaged
-ENOUGH_CASES = 30  # number of patients in each group that makes a kernel distance reliable
+NUM_SPLITS = 5  # number of random halves of the training cases, for the kernel distance
+ENOUGH_CASES = 30  # with fewer cases in a half, the kernel distance does not detect bad anatomy
+# Columns of the table, and how their values are printed.
+COLUMNS = {
+    "implausible": ".1%",
+    "mean_z": ".2f",
+    "kernel_distance": ".3f",
+    "half_range": ".3f",
+    "coverage": ".1%",
+}
 
 
 class RealSlices(NamedTuple):
     """The N slices of one or more splits that are not constant."""
 
     images: Tensor  # (N, 1, H, W), z-scored
-    labels: Tensor  # (N, H / 2, W / 2) uint8, indices of ORGANS; zeros without a segmentation
+    labels: Tensor  # (N, H / 2, W / 2) uint8, indices of ORGANS; 0: others, or no segmentation
     positions: Tensor  # (N,), 0 to 1; NaN if unknown
     names: list[SliceName]
 
@@ -36,6 +45,7 @@ def read_slices(*splits: SliceDataset) -> RealSlices:
         split_labels = split.labels()
         if split_labels is None:
             split_labels = torch.zeros(len(split), *split.size, dtype=torch.uint8)
+        split_labels[split_labels >= len(ORGANS)] = 0
         images.append(split.batch(indices))
         labels.append(split_labels[indices, ::2, ::2])
         positions.append(split.positions[indices])
@@ -67,18 +77,13 @@ def evaluate_samples(
 
         - "drawn", "held_out_slices", "training_slices", "cases": numbers of sampled, held-out and
           training slices, and of training cases;
-        - "anatomy": the result of `measure_anatomy`; None if no training slice has a segmentation;
-        - "kernel": {set of slices: {"mean", "spread"}}, the kernel distance from a random half of
-          the training cases: mean and half the range over NUM_SPLITS halves. "training" is the
-          other half;
-        - "coverage": {set of slices: `realism.coverage` of the held-out slices}, by equally many
-          random slices of each set;
-        - "coverage_slices": that number;
+        - "measures": {set of slices: {name in COLUMNS: value}}, from `measure_anatomy` and
+          `measure_features`;
+        - "dice": Dice of the network for held-out slices, from `measure_anatomy`;
         - "audit": the result of `realism.search_copies`.
     """
     device = sampler.device
     generator = torch.Generator().manual_seed(sampler.options.seed)
-    cases = [name.case for name in training.names]
     reconstructed = sampler.decode(sampler.encode(held_out.images))
     codes = sample_independently(sampler.encode(training.images), len(sampled), generator)
     sets = {
@@ -88,40 +93,69 @@ def evaluate_samples(
         "chimeras": (realism.make_chimeras(held_out.images, generator), held_out.positions),
         "independent codes": (sampler.decode(codes), positions),
     }
-    result = {
+    features = realism.Features().to(device).fit(training.images.to(device))
+    cases = [name.case for name in training.names]
+    # Distances are computed in float64 on the CPU, because mps has no float64.
+    feature_sets = {"training": features(training.images.to(device)).cpu()}
+    for name, (images, _) in sets.items():
+        feature_sets[name] = features(images.to(device)).cpu()
+    measures = measure_features(feature_sets, cases, generator)
+    dice = {}
+    if training.labels.any():
+        rows, dice = measure_anatomy(sets, training, held_out, device)
+        measures = {name: rows.get(name, {}) | measures[name] for name in measures}
+    copies = realism.search_copies(
+        sampled.to(device),
+        reconstructed.to(device),
+        training.images.to(device),
+        features,
+        cases,
+        progress=partial(tqdm, desc="searching for copies", unit=" shifts"),
+    )
+    return {
         "drawn": len(sampled),
         "held_out_slices": len(held_out.images),
         "training_slices": len(training.images),
         "cases": len(set(cases)),
-        "anatomy": measure_anatomy(sets, training, held_out, device),
+        "measures": measures,
+        "dice": dice,
+        "audit": copies,
     }
-    # Distances are computed in float64 on the CPU, because mps has no float64.
-    network = realism.Features().to(device).fit(training.images.to(device))
-    features = {"training": network(training.images.to(device)).cpu()}
-    for name, (images, _) in sets.items():
-        features[name] = network(images.to(device)).cpu()
+
+
+def measure_features(
+    features: dict[str, Tensor], cases: list[str], generator: torch.Generator
+) -> dict[str, dict[str, float]]:
+    """Measure kernel distances and coverage.
+
+    Args:
+        features: set of slices -> features, (N, F). The sets include "training" and "held-out".
+        cases: case of each training slice.
+        generator: random generator on the CPU.
+
+    Returns:
+        A row for each set:
+
+        - "kernel_distance", "half_range": mean and half the range of the kernel distances from
+          NUM_SPLITS random halves of the training cases. The "training" row has the distance
+          between the two halves, which have no case in common;
+        - "coverage": `realism.coverage` of the held-out slices by random slices of the set, as many
+          as the smallest set has. Held-out slices and their reconstructions cover themselves.
+    """
     halves = [realism.split_cases(cases, generator) for _ in range(NUM_SPLITS)]
     size = min(map(len, features.values()))
-    result |= {"kernel": {}, "coverage": {}, "coverage_slices": size}
+    rows = {}
     for name, x in features.items():
         distances = []
         for first, second in halves:
             compared = x[second] if name == "training" else x
             distances.append(realism.kernel_distance(compared, features["training"][first]))
-        spread = (max(distances) - min(distances)) / 2
-        result["kernel"][name] = {"mean": float(np.mean(distances)), "spread": spread}
-        if name not in ("held-out", "reconstructed"):  # they cover themselves
+        half_range = (max(distances) - min(distances)) / 2
+        rows[name] = {"kernel_distance": float(np.mean(distances)), "half_range": half_range}
+        if name not in ("held-out", "reconstructed"):
             subset = x[torch.randperm(len(x), generator=generator)[:size]]
-            result["coverage"][name] = realism.coverage(features["held-out"], subset)
-    result["audit"] = realism.search_copies(
-        sampled.to(device),
-        reconstructed.to(device),
-        training.images.to(device),
-        network,
-        cases,
-        progress=partial(tqdm, desc="searching for copies", unit=" shifts"),
-    )
-    return result
+            rows[name]["coverage"] = realism.coverage(features["held-out"], subset)
+    return rows
 
 
 def measure_anatomy(
@@ -129,39 +163,36 @@ def measure_anatomy(
     training: RealSlices,
     held_out: RealSlices,
     device: torch.device,
-) -> dict | None:
-    """Measure how plausible the anatomy of several sets of slices is.
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Measure how plausible the anatomy of slices is, with a network trained on segmentations.
 
     Args:
-        sets: name -> slices, (N, 1, H, W), and their positions, (N,). The names include "held-out"
-            and "reconstructed".
-        training, held_out: real slices with segmentations.
-        device: the device of the segmentation network.
+        sets: set of slices -> images, (N, 1, H, W), and positions, (N,). The first sets are
+            "held-out" and "reconstructed".
+        training, held_out: real slices. At least one training slice has a segmentation.
+        device: the device of the network.
 
     Returns:
-        - "mean_z": {set: mean of `anatomy.implausibility`};
-        - "implausible": {set: fraction of slices above the 95th percentile of held-out slices};
-        - "dice": {"held-out" or "reconstructed": `anatomy.dice` of the segmentation network}.
+        A row for each set, and `anatomy.dice` for "held-out" and "reconstructed":
 
-        None if no training slice has a segmentation.
+        - "implausible": fraction of slices whose `anatomy.implausibility` is above the 95th
+          percentile of that of held-out slices;
+        - "mean_z": mean `anatomy.implausibility`.
     """
-    if not training.labels.any():
-        return None
     network = anatomy.train_network(training.images, training.labels, device)
     reference = anatomy.organ_statistics(anatomy.segment(network, training.images))
-    result = {"mean_z": {}, "implausible": {}, "dice": {}}
-    threshold = None
+    scores, dice = {}, {}
     for name, (images, positions) in sets.items():
         labels = anatomy.segment(network, images)
         statistics = anatomy.organ_statistics(labels)
-        scores = anatomy.implausibility(statistics, positions, reference, training.positions)
-        if name == "held-out":
-            threshold = np.quantile(scores, 0.95)
+        scores[name] = anatomy.implausibility(statistics, positions, reference, training.positions)
         if name in ("held-out", "reconstructed"):
-            result["dice"][name] = anatomy.dice(labels, held_out.labels)
-        result["mean_z"][name] = float(scores.mean())
-        result["implausible"][name] = float((scores > threshold).mean())
-    return result
+            dice[name] = anatomy.dice(labels, held_out.labels)
+    threshold = np.quantile(scores["held-out"], 0.95)
+    rows = {}
+    for name, z in scores.items():
+        rows[name] = {"implausible": float((z > threshold).mean()), "mean_z": float(z.mean())}
+    return rows, dice
 
 
 def sample_independently(codes: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -172,33 +203,27 @@ def sample_independently(codes: Tensor, count: int, generator: torch.Generator) 
 
 def print_evaluation(result: dict) -> None:
     """Print the result of `evaluate_samples` as a table."""
-    anatomy_scores = result["anatomy"] or {"mean_z": {}, "implausible": {}, "dice": {}}
-    print(f"\n{'':20}{'implausible':>12}{'mean |z|':>10}{'kernel distance':>18}{'coverage':>10}")
-    for name, kernel in result["kernel"].items():
-        print(
-            f"{name:20}"
-            f"{_format(anatomy_scores['implausible'].get(name), '.1%'):>12}"
-            f"{_format(anatomy_scores['mean_z'].get(name), '.2f'):>10}"
-            f"{kernel['mean']:>10.3f} ± {kernel['spread']:5.3f}"
-            f"{_format(result['coverage'].get(name), '.1%'):>10}"
-        )
+    print(f"\n{'':18}" + "".join(f"{name:>16}" for name in COLUMNS))
+    for name, row in result["measures"].items():
+        cells = [format(row[key], COLUMNS[key]) if key in row else "-" for key in COLUMNS]
+        print(f"{name:18}" + "".join(f"{cell:>16}" for cell in cells))
     print(
-        "implausible: slices whose organs differ from those of training slices at a similar "
-        "position (mean |z|) by more than in 95 % of held-out slices\n"
-        "kernel distance: from half the training patients, mean ± half the range over "
-        f"{NUM_SPLITS} splits; training: distance between the halves\n"
-        f"coverage: held-out slices with one of {result['coverage_slices']} slices of the set "
-        "among their nearest neighbours"
+        "implausible: slices whose organs differ more from those of training slices at a similar\n"
+        "  position (mean_z: mean absolute z score) than those of 95 % of the held-out slices\n"
+        "kernel_distance: from half the training patients, mean ± half_range over "
+        f"{NUM_SPLITS} random halves\n"
+        "coverage: held-out slices that have a slice of the set in their neighbourhood"
     )
-    for name, scores in anatomy_scores["dice"].items():
-        values = [f"{organ} {_format(score, '.2f')}" for organ, score in scores.items()]
-        print(f"Dice of the segmentation network, {name} slices: {', '.join(values)}")
-    if not result["anatomy"]:
-        print("note: anatomy is not measured, because the training slices have no segmentations")
+    for name, scores in result["dice"].items():
+        values = [f"{organ} {score:.2f}" for organ, score in scores.items()]
+        text = ", ".join(values) or "no segmentations"
+        print(f"Dice of the segmentation network, {name} slices: {text}")
+    if not result["dice"]:
+        print("note: anatomy is not measured, because no training slice has a segmentation")
     if result["cases"] < 2 * ENOUGH_CASES:
         print(
-            f"note: the training split has {result['cases']} cases; a kernel distance between "
-            f"fewer than {ENOUGH_CASES} and {ENOUGH_CASES} does not detect disordered anatomy"
+            f"note: kernel distances need {2 * ENOUGH_CASES} training cases to detect disordered "
+            f"anatomy; there are {result['cases']}"
         )
     print(
         "\ndistance to the nearest training slice: samples below the 1st percentile of held-out "
@@ -212,8 +237,3 @@ def print_evaluation(result: dict) -> None:
             f"{search['threshold']:.3f}; sampled median {search['drawn_median']:.3f}; flagged "
             f"{search['flagged']:.1%}{suffix}"
         )
-
-
-def _format(value: float | None, specification: str) -> str:
-    """Format a number, or return a dash if there is none."""
-    return "-" if value is None else format(value, specification)

@@ -217,14 +217,14 @@ def test_an_evaluation_measures_realism_and_searches_for_copies(make_run, monkey
     assert result["held_out_slices"] == 6
     assert result["training_slices"] == 8
     assert result["cases"] == 1
-    assert result["anatomy"] is None
+    assert result["dice"] == {}
     sets = ["held-out", "reconstructed", "sampled", "chimeras", "independent codes"]
-    assert list(result["kernel"]) == ["training", *sets]
-    for row in result["kernel"].values():
-        assert math.isfinite(row["mean"])
-        assert row["spread"] >= 0
-    assert list(result["coverage"]) == ["training", *sets[2:]]
-    assert result["coverage_slices"] == 4
+    assert list(result["measures"]) == ["training", *sets]
+    for name, row in result["measures"].items():
+        assert math.isfinite(row["kernel_distance"])
+        assert row["half_range"] >= 0
+        assert ("coverage" in row) == (name not in ("held-out", "reconstructed"))
+        assert "mean_z" not in row
     assert list(result["audit"]) == ["pixels", "features"]
     for search in result["audit"].values():
         assert 0 <= search["flagged"] <= 1
@@ -235,8 +235,8 @@ def test_an_evaluation_measures_realism_and_searches_for_copies(make_run, monkey
     assert (folder / "slices.png").exists()
     for text in (
         "kernel distance",
-        "the training split has 1 case",
-        "anatomy is not measured, because the training slices have no segmentations",
+        "60 training cases to detect disordered anatomy; there are 1",
+        "anatomy is not measured, because no training slice has a segmentation",
         "flagged",
         "about 1 % are flagged by chance",
     ):

@@ -81,17 +81,17 @@ def test_implausible_anatomy_is_detected(training, held_out, monkeypatch):
     sets = {}
     for name, images in image_sets.items():
         sets[name] = (F.avg_pool2d(images, 2), held_out.positions)
-    result = measure_anatomy(sets, halve(training), halve(held_out), CPU)
-    scores, implausible = result["mean_z"], result["implausible"]
-    print(result)
+    rows, dice = measure_anatomy(sets, halve(training), halve(held_out), CPU)
+    scores = {name: row["mean_z"] for name, row in rows.items()}
+    implausible = {name: row["implausible"] for name, row in rows.items()}
     assert scores["held-out"] == pytest.approx(scores["reconstructed"], rel=0.2)
     assert 1.3 * scores["held-out"] < scores["chimeras"] < scores["independent codes"]
     assert implausible["held-out"] == 1 / 16
     assert implausible["reconstructed"] <= 0.25
     assert implausible["chimeras"] >= 0.5
     assert implausible["independent codes"] == 1
-    assert result["dice"]["held-out"]["bone"] > 0.5
-    assert result["dice"]["held-out"].keys() == result["dice"]["reconstructed"].keys()
+    assert dice["held-out"]["bone"] > 0.5
+    assert dice["held-out"].keys() == dice["reconstructed"].keys()
 
 
 def test_an_evaluation_has_a_row_for_each_set(training, held_out, monkeypatch, capsys):
@@ -101,18 +101,20 @@ def test_an_evaluation_has_a_row_for_each_set(training, held_out, monkeypatch, c
     sampled = held_out.images[3:4].repeat(16, 1, 1, 1)
     positions = held_out.positions[3].expand(16)
     result = evaluate_samples(Codec(), sampled, positions, training, held_out)
-    kernel, coverage = result["kernel"], result["coverage"]
-    assert kernel["reconstructed"]["mean"] < kernel["independent codes"]["mean"]
-    assert kernel["chimeras"]["mean"] < kernel["independent codes"]["mean"]
-    assert coverage["sampled"] < coverage["training"]
-    assert coverage["independent codes"] == 0
-    assert result["coverage_slices"] == 16
-    assert result["anatomy"]["mean_z"].keys() == kernel.keys() - {"training"}
+    rows = result["measures"]
+    sets = ["held-out", "reconstructed", "sampled", "chimeras", "independent codes"]
+    assert list(rows) == ["training", *sets]
+    assert all({"implausible", "mean_z"} <= rows[name].keys() for name in sets)
+    distance = {name: row["kernel_distance"] for name, row in rows.items()}
+    assert distance["reconstructed"] < distance["independent codes"]
+    assert distance["chimeras"] < distance["independent codes"]
+    assert rows["sampled"]["coverage"] < rows["training"]["coverage"]
+    assert rows["independent codes"]["coverage"] == 0
     assert json.loads(json.dumps(result)) == result
     print_evaluation(result)
     lines = capsys.readouterr().out.splitlines()
-    for name in kernel:
-        row = next(line for line in lines if line.startswith(name))
-        assert f"{kernel[name]['mean']:.3f}" in row
+    for name in rows:
+        line = next(line for line in lines if line.startswith(name))
+        assert f"{distance[name]:.3f}" in line
     assert any("Dice of the segmentation network, held-out slices: body" in line for line in lines)
-    assert any("the training split has 10 cases" in line for line in lines)
+    assert any("60 training cases" in line and "there are 10" in line for line in lines)
