@@ -132,10 +132,12 @@ def _mask_statistics(masks: np.ndarray) -> np.ndarray:
     overlap = (masks & masks[:, :, ::-1]).sum((2, 3)).ravel()
     # All masks are labelled at once, one above the other. An empty row keeps them apart.
     stack = np.pad(masks, ((0, 0), (0, 0), (0, 1), (0, 0))).reshape(-1, masks.shape[3])
-    components = label_components(stack)
-    _, first, sizes = np.unique(components, return_index=True, return_counts=True)
-    first, sizes = first[1:], sizes[1:]  # without the pixels outside the masks
-    mask = first * num_masks // stack.size  # the mask of each component
+    components = label_components(stack).ravel()
+    inside = np.flatnonzero(components)
+    sizes = np.bincount(components[inside])
+    mask = np.zeros(len(sizes), int)  # the mask of each component
+    mask[components[inside]] = inside * num_masks // stack.size
+    mask, sizes = mask[sizes > 0], sizes[sizes > 0]
     area = np.bincount(mask, sizes, num_masks)
     parts = np.bincount(mask, minlength=num_masks)
     fragments = np.bincount(mask, sizes < FRAGMENT, num_masks)
