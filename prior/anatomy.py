@@ -121,31 +121,16 @@ def organ_statistics(labels: Tensor) -> np.ndarray:
     of fragments (parts of fewer than FRAGMENT pixels), the largest part as a fraction of the area,
     and the Dice overlap with the organ's left-right mirror image. They are 0 for absent organs.
     """
-    organs = np.arange(1, len(ORGANS))[:, None, None]
-    batches = labels[:, None].split(256)  # bounds the memory
-    return np.concatenate([_mask_statistics(batch.numpy() == organs) for batch in batches])
-
-
-def _mask_statistics(masks: np.ndarray) -> np.ndarray:
-    """Describe masks (N, 5, h, w) bool by (N, 5, 5) statistics (see `organ_statistics`)."""
-    num_masks = masks.shape[0] * masks.shape[1]
-    overlap = (masks & masks[:, :, ::-1]).sum((2, 3)).ravel()
-    # All masks are labelled at once, one above the other. An empty row keeps them apart.
-    stack = np.pad(masks, ((0, 0), (0, 0), (0, 1), (0, 0))).reshape(-1, masks.shape[3])
-    components = label_components(stack).ravel()
-    inside = np.flatnonzero(components)
-    sizes = np.bincount(components[inside])
-    mask = np.zeros(len(sizes), int)  # the mask of each component
-    mask[components[inside]] = inside * num_masks // stack.size
-    mask, sizes = mask[sizes > 0], sizes[sizes > 0]
-    area = np.bincount(mask, sizes, num_masks)
-    parts = np.bincount(mask, minlength=num_masks)
-    fragments = np.bincount(mask, sizes < FRAGMENT, num_masks)
-    largest = np.zeros(num_masks)
-    np.maximum.at(largest, mask, sizes)
-    nonzero_area = np.maximum(area, 1)
-    columns = [area, parts, fragments, largest / nonzero_area, overlap / nonzero_area]
-    return np.stack(columns, 1).reshape(*masks.shape[:2], len(columns))
+    statistics = np.zeros((len(labels), len(ORGANS) - 1, len(MIN_STD)))
+    for i, organ in itertools.product(range(len(labels)), range(1, len(ORGANS))):
+        mask = labels[i].numpy() == organ
+        area = mask.sum()
+        if area:
+            sizes = np.unique(label_components(mask)[mask], return_counts=True)[1]
+            fragments = (sizes < FRAGMENT).sum()
+            overlap = (mask & mask[::-1]).sum() / area
+            statistics[i, organ - 1] = area, len(sizes), fragments, sizes.max() / area, overlap
+    return statistics
 
 
 def implausibility(

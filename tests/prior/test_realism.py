@@ -177,7 +177,7 @@ def test_coverage_detects_one_slice_repeated(reference, others):
     repeated = features(reference[4:5]).expand(len(reference), -1)
     by_patients = coverage(real, features(reference))
     assert coverage(real, repeated) < 0.5 * by_patients
-    assert coverage(real, features(torch.randn(40, 1, 256, 128))) == 0
+    assert coverage(real, features(torch.randn(4, 1, 256, 128))) == 0
     assert by_patients > 0.5
 
 
