@@ -23,7 +23,7 @@ from tqdm import tqdm
 from evaluation.body import label_components
 from evaluation.organs import ORGANS
 
-STEPS = 400  # number of training steps of the network
+STEPS = 300  # number of training steps of the network
 FRAGMENT = 12  # components with fewer pixels are fragments
 # Smallest standard deviations of the statistics of an organ: area (pixels), parts, fragments,
 # largest part and mirror overlap (fractions).
