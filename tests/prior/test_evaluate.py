@@ -100,7 +100,6 @@ def test_an_evaluation_has_a_row_for_each_set(training, held_out, monkeypatch, c
     monkeypatch.setattr(realism, "search_copies", lambda *args, **options: {})  # slow
     sampled = held_out.images[3:4].repeat(16, 1, 1, 1)
     positions = held_out.positions[3].expand(16)
-    training = RealSlices(*(part[::2] for part in training))
     result = evaluate_samples(Codec(), sampled, positions, training, held_out)
     rows = result["measures"]
     sets = ["held-out", "reconstructed", "sampled", "chimeras", "independent codes"]
