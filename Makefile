@@ -87,7 +87,7 @@ faults: .venv/dev          ## kill scripts 50 times at random moments and count 
 fuzz: .venv/dev            ## read 28,000 damaged files and count crashes: 2 min
 	$(BIN)/python tests/stress/fuzz.py
 
-speed: .venv/dev           ## compare the speed of this project with others: 10 min on a CPU
+speed: .venv/dev           ## compare the speed of this project with others: 10 to 20 min on a CPU
 	$(BIN)/python benchmarks/speed.py
 
 test-pythons:              ## run the tests on every installed Python from 3.10 to 3.13

@@ -171,7 +171,7 @@ class SliceDataset(torch.utils.data.Dataset):
 
         Args:
             images: (B, 1, 256, 128), originals or reconstructions.
-            indices: (B,), the index in this split of each image.
+            indices: (B,), each image's index in this split.
         """
         indices = torch.as_tensor(indices, device="cpu")
         mean = self.mean[indices].to(images.device).view(-1, 1, 1, 1)

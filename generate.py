@@ -33,7 +33,7 @@ from evaluation import plots
 from modules import VQVAE
 from mri import nifti, preprocessing
 from mri.files import SPLITS
-from prior.evaluate import evaluate_samples, print_evaluation
+from prior.evaluate import evaluate_samples, print_evaluation, read_slices
 from prior.sampling import Sampler, load_prior, make_sampler
 from training import environment
 from training.checkpoint import load_model
@@ -329,22 +329,15 @@ def mirrored_half(image: Tensor) -> Tensor:
 
 
 def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace) -> None:
-    """Compare sampled slices with real slices, and search for copies of training slices."""
-    slices, images = {}, {}
-    for split in SPLITS:
-        slices[split], _ = load_run_data(run, split, args.data, args.cache_dir)
-        images[split] = slices[split].batch((~slices[split].constant).nonzero().flatten())
-    names = []
-    for name, is_constant in zip(slices["train"].names, slices["train"].constant, strict=True):
-        if not is_constant:
-            names.append(name)
-    cases = [name.case for name in names]
-    training = images["train"]
-    count = args.count or max(2, len(training) // 2)
+    """Measure how realistic sampled slices are, and search for copies of training slices."""
+    slices = {split: load_run_data(run, split, args.data, args.cache_dir)[0] for split in SPLITS}
+    training = read_slices(slices["train"])
+    held_out = read_slices(slices["validate"], slices["test"])
+    count = args.count or max(2, len(training.images) // 2)
 
     positions = choose_positions(args, slices["train"], count)
     sampled = sampler.decode(sampler.sample(positions))
-    evaluation = evaluate_samples(sampler, sampled, images, cases)
+    evaluation = evaluate_samples(sampler, sampled, positions, training, held_out)
     result = {
         "settings": str(sampler.options),
         **evaluation,
@@ -358,10 +351,9 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
     shown = torch.linspace(0, count - 1, min(count, 16)).round().long()
     titles = [""] * len(shown)
     plots.plot_slices(folder / "slices.png", sampled[shown], titles, heading, spacing=spacing)
-    stems = [name.stem for name in names]
-    plot_closest(
-        folder / "closest.png", evaluation["audit"], sampled, training, stems, heading, spacing
-    )
+    stems = [name.stem for name in training.names]
+    path = folder / "closest.png"
+    plot_closest(path, evaluation["audit"], sampled, training.images, stems, heading, spacing)
 
 
 def plot_closest(

@@ -88,10 +88,10 @@ def probabilities(logits: Tensor) -> np.ndarray:
 
 
 def visit_codes(prior: CodePrior, count: int, choose: Callable, verb: str) -> Tensor:
-    """Choose the codes of `count` slices in order, and return them (see `CodePrior.decode`).
+    """Choose each code of `count` slices in decoding order, and return the codes.
 
-    The positions of the slices in their volumes count as unknown, because they would have to be
-    transmitted.
+    `CodePrior.decode` describes the order. The slices' positions in their volumes are treated as
+    unknown, because a decoder would know them only if they were transmitted, too.
     """
     device = prior.grids[-1].embedding.device
     position = torch.full((count,), torch.nan, device=device)

@@ -1,7 +1,7 @@
 """Compare the speed of this repository with a typical script and with other libraries.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speed.py              # about ten minutes on two CPU cores
+    python benchmarks/speed.py              # ten to twenty minutes on two CPU cores
     python benchmarks/speed.py --long       # more steps, batch sizes up to 1,024; for a GPU
 
 Every method trains on the same z-scored slices, 16 per step. Except for "tuned", every model has
@@ -183,7 +183,7 @@ def table(result: dict, device: torch.device) -> str:
     for precision, row in result["bound"].items():
         if "failed" not in row:
             lines += ["", describe_bound(precision, row)]
-    lines += ["", *convolutions_table(result["convolutions"], result["bound"])]
+    lines += ["", *convolutions_table(result["convolutions"])]
     lines.append("")
     lines += others_table(result.get("others", {}))
     return "\n".join(lines) + "\n"
@@ -225,8 +225,8 @@ def describe_bound(precision: str, row: dict) -> str:
     )
 
 
-def convolutions_table(rows: list[dict], bound: dict) -> list[str]:
-    """Return the lines of the table of convolutions."""
+def convolutions_table(rows: list[dict] | dict) -> list[str]:
+    """Return the lines of the table of convolutions; rows: {"failed": reason} after a failure."""
     passes = ("forward", "input gradient", "weight gradient")
     heads = ("convolutions in float32", "number", "GFLOP", *[f"{name}, GFLOP/s" for name in passes])
     lines = [format_row(*heads), "|" + "---|" * len(heads)]

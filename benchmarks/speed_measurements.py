@@ -81,7 +81,7 @@ def own_epochs(
     Args:
         slices: the training split.
         device: the device to train on.
-        recipe, batch_size, flags: flags of train.py.
+        recipe, batch_size: as in train.py; flags: any other flags of train.py.
         slices_on_device: whether to copy the slices into a GPU's memory, as train.py does.
         keep_memory: whether to call `utils.keep_freed_memory`, as train.py does.
         channels_last: whether to use the channels-last memory layout, as train.py does.

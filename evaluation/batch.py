@@ -115,7 +115,11 @@ class Batch:
         self._report()
 
     def decode(self) -> None:
-        """Decode .npz files of codes, and write the slices; raises the errors of `reconstruct`."""
+        """Decode .npz files of codes, and write the slices.
+
+        Raises:
+            UserError, KeyboardInterrupt, SystemExit: as in `reconstruct`.
+        """
         with self._finishing():
             for file, name in zip(self.inputs, self.names, strict=True):
                 if self._signals:
@@ -148,8 +152,8 @@ class Batch:
     ) -> Iterator[list[Result]]:
         """Yield the results of each group of files until a stop signal arrives.
 
-        On a CPU, several groups of many files are reconstructed at the same time, each by few
-        cores, because more cores would often wait for each other.
+        If there are many files, a CPU reconstructs several groups in parallel, each on a few cores.
+        With more cores for each group, the cores would often wait for each other.
         """
 
         def reconstruct(group: list[LoadedFile]) -> list[Result]:

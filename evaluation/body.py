@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Body(NamedTuple):
-    """What `ssim_body` needs to know about B original slices."""
+    """Percentiles and body masks of B original slices, which `ssim_body` needs."""
 
     low: Tensor  # (B,), 0.5 percentile of each slice
     high: Tensor  # (B,), 99.5 percentile of each slice

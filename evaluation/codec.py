@@ -202,7 +202,7 @@ def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz file.
 
     Raises:
-        DataError: if the file cannot be read (with `message`) or is too large.
+        DataError: if the file cannot be read (the error is then `message`), or if it is too large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -222,7 +222,7 @@ def _read_geometry(content: dict[str, np.ndarray], message: str) -> nib.Nifti1He
     """Return a header with the shape and geometry of the original.
 
     Raises:
-        DataError: if the geometry is invalid (with `message`).
+        DataError: if the geometry is invalid; the error is then `message`.
     """
     shape = tuple(map(int, content["shape"]))
     affine = content["affine"]

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -67,27 +66,16 @@ def slice_scores(
         raise ValueError(f"unknown scores {sorted(unknown)}; expected some of {SCORE_NAMES}")
     originals = originals.float()
     reconstructions = reconstructions.float()
+    scaled = scale_to_range(originals, reconstructions)  # for three of the scores
     functions = {
-        "ssim": ssim,
-        "ssim_zscore": ssim_zscore,
-        "ssim_uniform": ssim_uniform,
-        "ssim_body": partial(ssim_body, body=body),
-        "psnr": psnr,
+        # `modules.ssim_loss` is the differentiable version, which does not clip reconstructions.
+        "ssim": lambda: ssim_map(*scaled).mean((1, 2, 3)),
+        "ssim_zscore": lambda: ssim_zscore(originals, reconstructions),
+        "ssim_uniform": lambda: ssim_map(*scaled, kernel_size=7, gaussian=False).mean((1, 2, 3)),
+        "ssim_body": lambda: ssim_body(originals, reconstructions, body),
+        "psnr": lambda: decibels((scaled[1] - scaled[0]).square().mean((1, 2, 3))),
     }
-    return {
-        name: function(originals, reconstructions)
-        for name, function in functions.items()
-        if name in names
-    }
-
-
-def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim` of each slice, (B,), from two batches (B, 1, H, W).
-
-    `modules.ssim_loss` is the differentiable version, which does not clip the reconstructions.
-    """
-    originals, reconstructions = scale_to_range(originals, reconstructions)
-    return ssim_map(originals, reconstructions).mean((1, 2, 3))
+    return {name: function() for name, function in functions.items() if name in names}
 
 
 def ssim_zscore(originals: Tensor, reconstructions: Tensor) -> Tensor:
@@ -95,12 +83,6 @@ def ssim_zscore(originals: Tensor, reconstructions: Tensor) -> Tensor:
     mean = originals.mean((1, 2, 3), keepdim=True)
     std = positive_std(originals)
     return ssim_map((originals - mean) / std, (reconstructions - mean) / std).mean((1, 2, 3))
-
-
-def ssim_uniform(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `ssim_uniform` of each slice, (B,), from two batches (B, 1, H, W)."""
-    originals, reconstructions = scale_to_range(originals, reconstructions)
-    return ssim_map(originals, reconstructions, kernel_size=7, gaussian=False).mean((1, 2, 3))
 
 
 def ssim_body(originals: Tensor, reconstructions: Tensor, body: Body | None = None) -> Tensor:
@@ -115,12 +97,6 @@ def ssim_body(originals: Tensor, reconstructions: Tensor, body: Body | None = No
     similarity = ssim_map(rescale(originals, low, high), rescale(reconstructions, low, high))
     mask = crop_centre(mask, *similarity.shape[-2:])
     return (similarity * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp_min(1)
-
-
-def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Compute `psnr` in dB of each slice, (B,), from two batches (B, 1, H, W)."""
-    originals, reconstructions = scale_to_range(originals, reconstructions)
-    return decibels((reconstructions - originals).square().mean((1, 2, 3)))
 
 
 def ssim_map(

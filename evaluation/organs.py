@@ -35,9 +35,9 @@ def organ_scores(
     Returns:
         {organ: {score: (B,)}}, NaN for slices with fewer than 20 pixels of the organ. `ssim` is the
         mean of the SSIM map over the organ's pixels, and `psnr` is computed from the mean squared
-        error over the organ's pixels. For both scores, images are scaled as in the table at the top
-        of this file. `bias` is the mean of reconstruction minus original over the organ's pixels,
-        in standard deviations of the original slice.
+        error over the organ's pixels. For both scores, images are scaled as the table at the top of
+        evaluation/metrics.py states. `bias` is the mean of reconstruction minus original over the
+        organ's pixels, in standard deviations of the original slice.
     """
     originals = originals.float()
     reconstructions = reconstructions.float()

@@ -255,7 +255,7 @@ def plot_curves(path: Path, history: list[dict], column: str, heading: str) -> N
 def plot_comparison(
     curves: list[tuple[str, list[int], list[float]]], points: list[tuple[str, float, float]]
 ) -> bytes:
-    """Plot several runs in the same axes, and return the content of a PNG file.
+    """Plot several runs in the same axes, and return the figure as the bytes of a PNG file.
 
     Args:
         curves: (run, epochs, validation ssim of each epoch).

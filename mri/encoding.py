@@ -47,7 +47,7 @@ def quantize(image: np.ndarray, low: float, high: float) -> tuple[np.ndarray, fl
         low, high: its smallest and largest value.
 
     Returns:
-        The int16 pixels (rows, columns), and the scale in image = (pixels + 32768) * scale + low.
+        The int16 pixels (rows, columns), and `scale`: image = (pixels + 32768) * scale + low.
         For integers whose range is at most 65,535, the scale is 1 and the encoding is exact.
     """
     if high - low <= 65535 and (image == np.rint(image)).all():

@@ -100,6 +100,8 @@ def nfc(text: str) -> str:
 
 def printable(text: str) -> str:
     """Escape control characters and undecodable bytes so that a file name is safe to print."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

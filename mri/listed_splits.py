@@ -79,8 +79,8 @@ def splits_from_table(
                 example = next(iter(names))
                 found = f"no scan has the {what} {name or subject!r} (one scan has {example!r})"
             raise DataError(
-                f"{table}, line {number}: {found}; expected a split (train, validate or test) and "
-                f"a subject or a file that is in {root}, in columns called split, subject and file."
+                f"{table}, line {number}: {found}; expected train, validate or test in the column "
+                f"split, and the name of a subject or file in {root} in the column subject or file."
             )
         splits[split] += matches
     counts = Counter(path for paths in splits.values() for path in paths)

@@ -223,7 +223,7 @@ def read_scan(
 
 
 def _describe_large_scan(path: Path, shape: tuple[int, ...]) -> str:
-    """Return the error for a scan with too many voxels, with a command that splits it."""
+    """Return the error for a scan that has too many voxels, with a command that splits the scan."""
     last = max(1, MAX_VOXELS // math.prod(shape[:2]))
     code = (
         f"import nibabel as nib; nib.load({str(path)!r}).slicer[:, :, :{last}]"

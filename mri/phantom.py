@@ -2,6 +2,7 @@
 
     python -m mri.phantom                     # sample_data/: 12 + 2 + 2 volumes of 20 slices each
     python -m mri.phantom --out full_size --volumes 191 11 9 --slices 60       # the size of HipMRI
+    python -m mri.phantom --out many --patients 200 40 40                      # 280 patients
     python train.py                           # without --data, trains on the sample
 
 HipMRI may not be redistributed, so this module simulates pelves with the same geometry and
@@ -12,6 +13,10 @@ given Rician noise. The phantom shows that the code works, and is useful for com
 Results on it say nothing about patients.
 
 A volume depends only on (seed, case, week), not on the number of workers or on other volumes.
+Different cases are different patients. --volumes draws scans of HipMRI's cases, 004-042, at most 39
+patients. --patients draws one scan each of as many patients as requested: the cases from 1001
+(train), 2001 (validate) and 3001 (test) upwards. None of them is a patient of the sample, and the
+test patients do not depend on the number of training patients.
 """
 
 import argparse
@@ -39,6 +44,10 @@ PLANES = 60  # coronal slices of each volume in HipMRI's 2D version
 SPACING = (1.68, 1.56, 1.68)
 # The cases in each of HipMRI's splits.
 CASES = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}
+# The first case in each split of a data set of many patients. None of its cases is in CASES.
+FIRST_CASES = {"train": 1001, "validate": 2001, "test": 3001}
+MAX_PATIENTS = 999  # patients in each split
+SAMPLE_VOLUMES = (12, 2, 2)  # training, validation and test volumes of the sample
 BACKGROUND, BODY, BONE, BLADDER, RECTUM, PROSTATE = range(6)
 MAX_WORKERS = 61  # Windows cannot wait for more than 61 processes
 
@@ -620,7 +629,7 @@ def make_volume(
     """Simulate the slices of one scan, evenly spaced over the 60 planes of its volume.
 
     Args:
-        case: number of the patient.
+        case: number of the patient, at least 0; different numbers are different patients.
         week: number of the scan.
         slices: number of slices, 1 to 60.
         columns: 128 or 144.
@@ -654,9 +663,7 @@ class Volume(NamedTuple):
 
 
 def plan(volumes: Sequence[int]) -> list[Volume]:
-    """Plan the volumes of a data set so that no patient is in two splits.
-
-    The last training volume is wider, unless it is the only one.
+    """Plan the volumes of a data set of HipMRI's cases so that no patient is in two splits.
 
     Args:
         volumes: number of training, validation and test volumes.
@@ -668,10 +675,28 @@ def plan(volumes: Sequence[int]) -> list[Volume]:
         plans += sorted(
             Volume(split, cases[i % patients], i // patients, COLUMNS) for i in range(count)
         )
-    if volumes[0] > 1:
-        last = volumes[0] - 1
-        plans[last] = plans[last]._replace(columns=WIDE_COLUMNS)
-    return plans
+    return widen_last_training_volume(plans)
+
+
+def plan_patients(patients: Sequence[int]) -> list[Volume]:
+    """Plan one volume of each patient; no patient is in two splits, or one of HipMRI's cases.
+
+    Args:
+        patients: number of training, validation and test patients, 1 to 999 each.
+    """
+    plans: list[Volume] = []
+    for (split, first), count in zip(FIRST_CASES.items(), patients, strict=True):
+        plans += [Volume(split, first + i, 0, COLUMNS) for i in range(count)]
+    return widen_last_training_volume(plans)
+
+
+def widen_last_training_volume(plans: list[Volume]) -> list[Volume]:
+    """Return the volumes, of which the last for training is wider, unless it is the only one."""
+    training = [i for i, volume in enumerate(plans) if volume.split == "train"]
+    if len(training) == 1:
+        return plans
+    last = training[-1]
+    return [*plans[:last], plans[last]._replace(columns=WIDE_COLUMNS), *plans[last + 1 :]]
 
 
 def write_volume(root: Path, slices: int, seed: int, volume: Volume) -> None:
@@ -698,19 +723,40 @@ def write_slice(path: Path, pixels: np.ndarray, affine: np.ndarray) -> None:
     path.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=4, mtime=0))
 
 
-def check_request(out: Path, volumes: Sequence[int], slices: int, seed: int) -> None:
-    """Check the arguments of `write_phantom`.
+def plan_request(volumes: Sequence[int] | None, patients: Sequence[int] | None) -> list[Volume]:
+    """Plan the volumes that `write_phantom` writes, from its arguments.
+
+    Raises:
+        ValueError: if both arguments are given, or a number is out of range.
+    """
+    if volumes is not None and patients is not None:
+        raise ValueError(
+            "volumes and patients cannot be combined; expected either volumes (several weeks of "
+            "some patients) or patients (one week of each)"
+        )
+    if patients is not None:
+        if len(patients) != 3 or min(patients) < 1 or max(patients) > MAX_PATIENTS:
+            raise ValueError(
+                f"patients are {' '.join(map(str, patients))}; expected three numbers of 1 to "
+                f"{MAX_PATIENTS}, for train, validate and test"
+            )
+        return plan_patients(patients)
+    volumes = SAMPLE_VOLUMES if volumes is None else volumes
+    if len(volumes) != 3 or min(volumes) < 1:
+        raise ValueError(
+            f"volumes are {' '.join(map(str, volumes))}; expected three numbers of at least 1, for "
+            "train, validate and test"
+        )
+    return plan(volumes)
+
+
+def check_request(out: Path, slices: int, seed: int) -> None:
+    """Check the other arguments of `write_phantom`.
 
     Raises:
         ValueError: if a number is out of range.
         FileExistsError: if `out` exists and is not an empty folder.
     """
-    if len(volumes) != 3 or min(volumes) < 1:
-        numbers = " ".join(map(str, volumes))
-        raise ValueError(
-            f"volumes are {numbers}; expected three numbers of at least 1, for train, validate and "
-            "test"
-        )
     if not 1 <= slices <= PLANES:
         raise ValueError(f"slices are {slices}; expected 1 to {PLANES}, the planes of a volume")
     if seed < 0:
@@ -723,32 +769,36 @@ def check_request(out: Path, volumes: Sequence[int], slices: int, seed: int) -> 
 
 def write_phantom(
     out: str | Path,
-    volumes: Sequence[int] = (12, 2, 2),
+    volumes: Sequence[int] | None = None,
     slices: int = 20,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
+    patients: Sequence[int] | None = None,
 ) -> Path:
     """Write a phantom data set. Its folder gets its final name only when the set is complete.
 
     Args:
         out: folder to create.
-        volumes: number of training, validation and test volumes; no patient is in two splits.
+        volumes: number of training, validation and test volumes of HipMRI's cases (default: 12, 2
+            and 2); no patient is in two splits.
         slices: number of slices of each volume, 1 to 60.
         seed: a different seed gives different patients.
         workers: number of processes (default: one per core); it does not change the files.
         progress: whether to show a progress bar.
+        patients: number of training, validation and test patients, 1 to 999 each, with one volume
+            each; replaces `volumes`.
 
     Returns:
         The folder.
 
     Raises:
         FileExistsError: if `out` exists and is not an empty folder.
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or both `volumes` and `patients` are given.
     """
     out = Path(out)
-    check_request(out, volumes, slices, seed)
-    plans = plan(volumes)
+    plans = plan_request(volumes, patients)
+    check_request(out, slices, seed)
     workers = min(workers or os.cpu_count() or 1, len(plans), MAX_WORKERS)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
@@ -766,7 +816,7 @@ def write_phantom(
             # Spawn, do not fork: the caller may have threads (torch) that do not survive a fork.
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 list(bar(pool.map(write, plans)))
-        check_request(out, volumes, slices, seed)  # another process may have made `out`
+        check_request(out, slices, seed)  # another process may have made `out`
         if out.exists():
             out.rmdir()
         os.rename(root, out)
@@ -800,9 +850,16 @@ def main(arguments: list[str] | None = None) -> None:
         "--volumes",
         type=int,
         nargs=3,
-        default=[12, 2, 2],
         metavar=("TRAIN", "VAL", "TEST"),
-        help="number of volumes in each split (default: 12 2 2; HipMRI has 191 11 9)",
+        help="number of volumes in each split (default: 12 2 2; HipMRI has 191 11 9), of at most "
+        "32, 4 and 3 patients",
+    )
+    parser.add_argument(
+        "--patients",
+        type=int,
+        nargs=3,
+        metavar=("TRAIN", "VALIDATE", "TEST"),
+        help="number of patients in each split, 1 to 999, with one volume each; replaces --volumes",
     )
     parser.add_argument(
         "--slices",
@@ -820,10 +877,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     try:
-        out = write_phantom(args.out, args.volumes, args.slices, args.seed)
+        out = write_phantom(args.out, args.volumes, args.slices, args.seed, patients=args.patients)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    count = sum(args.volumes)
+    count = sum(args.patients or args.volumes or SAMPLE_VOLUMES)
     print(f"{out}: {count * args.slices} slices of {count} volumes, and as many masks")
 
 

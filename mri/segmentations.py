@@ -193,7 +193,7 @@ def read_labels(
     stored, scale = nifti.stored_planes(header, data, dimensions, axis)
     if stored.shape != tuple(shape):
         sizes = [" x ".join(map(str, planes_shape)) for planes_shape in (stored.shape, shape)]
-        raise ValueError(f"has another shape than its image: {sizes[0]} planes, not {sizes[1]}")
+        raise ValueError(f"and its image differ in shape: {sizes[0]} and {sizes[1]} planes")
     values = scale(stored if planes is None else stored[list(planes)])
     if not np.isfinite(values).all():
         raise ValueError("has NaN or infinite values, expected labels from 0 to 255")

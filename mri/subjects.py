@@ -294,7 +294,7 @@ def report_splits(
 
 def _files_in_both(one: list[Path], other: list[Path]) -> list[tuple[Path, Path]]:
     """Return the pairs of different paths that lead to the same file."""
-    folders = {file.parent: real_path(file.parent) for file in (*one, *other)}
+    folders = {folder: real_path(folder) for folder in {file.parent for file in (*one, *other)}}
 
     def target(file: Path) -> Path:
         """Resolve the links in a path; each folder is resolved only once."""

@@ -203,7 +203,7 @@ class CodeGrid(nn.Module):
         return F.avg_pool2d(self.brightness[codes][:, None], 2)[:, 0]
 
     def quantise_brightness(self, brightness: Tensor) -> Tensor:
-        """Return the index (int64) of the nearest value in `self.brightness`, which must ascend.
+        """Return the index (int64) of the nearest value in `self.brightness`, which is sorted.
 
         Args:
             brightness: a tensor of any shape, which is also the shape of the result.

@@ -193,7 +193,7 @@ class CodePrior(nn.Module):
         return list(itertools.pairwise(self.grids))[::-1]
 
     def to_grids(self, codes: Tensor) -> list[Tensor]:
-        """Compute the outlines of codes (B, h, w); return all grids from coarse to fine."""
+        """Compute the outlines of codes (B, h, w), and return all grids, ending with the codes."""
         grids = [codes]
         for coarse, fine in self._pairs_fine_to_coarse():
             brightness = fine.block_brightness(grids[0])

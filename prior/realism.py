@@ -2,9 +2,10 @@
 
     features = Features().fit(training)                         # fixed random filters, no download
     kernel_distance(features(sampled), features(training))      # about 0 for equal distributions
+    coverage(features(held_out), features(sampled))             # 1 if samples are as varied
     search_copies(sampled, held_out, training, features, cases)
 
-Images are z-scored slices (N, 1, H, W). The distances depend on the choice of features, so they
+Images are z-scored slices (N, 1, H, W). The measures depend on the choice of features, so they
 cannot be compared with published values.
 
 A sample is flagged as a possible copy if its distance to the nearest training slice is below a
@@ -27,7 +28,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from prior.codes import MIRRORS
 from utils import full_float32
 
 SHIFT = 8  # maximum shift in the search for copies, in pixels
+NUM_NEIGHBOURS = 5  # k of the neighbourhoods of `coverage`
 
 
 # ---------------------------------------------------------------- copies
@@ -243,52 +244,8 @@ def _normalise_filters(filters: Tensor) -> Tensor:
 # ---------------------------------------------------------------- distances
 
 
-def distance_table(
-    feature_sets: dict[str, Tensor],
-    training: Tensor,
-    halves: list[tuple[Tensor, Tensor]],
-    size: int,
-) -> list[dict]:
-    """Compute the distances of several sets of slices from the training slices.
-
-    Each distance is measured len(halves) times, each time between random subsets of equal size.
-
-    Args:
-        feature_sets: name of a set of slices -> features of the slices, (N, F).
-        training: features of the training slices, (M, F).
-        halves: pairs of index tensors that split the training slices (see `split_cases`).
-        size: number of slices in each subset.
-
-    Returns:
-        One row per set, {"set": name, "kernel": {"mean", "spread"}, "frechet": {...}}. The spread
-        is half the range of the measured distances. In the first row, the two halves of the
-        training slices are compared.
-    """
-    generator = torch.Generator().manual_seed(0)
-    directions = main_directions(training, min(64, size // 4)).to(training)
-
-    def make_row(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict:
-        kernel, frechet = [], []
-        for x, y in pairs:
-            x = _random_subset(x, size, generator)
-            y = _random_subset(y, size, generator)
-            kernel.append(kernel_distance(x, y))
-            frechet.append(frechet_distance(x @ directions, y @ directions))
-        return {
-            "set": name,
-            "kernel": _mean_and_spread(kernel),
-            "frechet": _mean_and_spread(frechet),
-        }
-
-    pairs = [(training[first], training[second]) for first, second in halves]
-    rows = [make_row("training, two halves", pairs)]
-    for name, features in feature_sets.items():
-        rows.append(make_row(name, [(features, training)] * len(halves)))
-    return rows
-
-
 def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Split slices at random into two halves that have no case in common.
+    """Split slices at random into two groups of equally many cases, without a common case.
 
     If there is only one case, its slices are split.
 
@@ -297,7 +254,7 @@ def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tenso
         generator: random generator on the CPU.
 
     Returns:
-        Indices of the slices in the first half and in the second half.
+        Indices of the slices in the first group and in the second group.
     """
     names = sorted(set(cases))
     order = torch.randperm(len(names), generator=generator)
@@ -306,16 +263,6 @@ def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tenso
     if len(names) == 1:
         in_first = torch.randperm(len(cases), generator=generator) < len(cases) // 2
     return in_first.nonzero().flatten(), (~in_first).nonzero().flatten()
-
-
-def _random_subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return at most `size` random rows of features (N, F)."""
-    return features[torch.randperm(len(features), generator=generator)[:size]]
-
-
-def _mean_and_spread(values: list[float]) -> dict[str, float]:
-    """Return the mean of values, and half their range."""
-    return {"mean": float(np.mean(values)), "spread": (max(values) - min(values)) / 2}
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
@@ -337,23 +284,31 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     return float(within - 2 * kernel(x, y).mean())
 
 
-def main_directions(x: Tensor, most: int = 64) -> Tensor:
-    """Return the first principal directions (F, d) of x (N, F); d <= min(most, N / 4)."""
-    x = x.double()
-    directions = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
-    return directions[: max(1, min(most, len(x) // 4))].T
+def coverage(real: Tensor, samples: Tensor) -> float:
+    """Compute the fraction of real slices that have a sample in their neighbourhood.
 
+    The neighbourhood of a real slice is a ball whose radius is the distance to the fifth nearest
+    other real slice (arXiv 2002.09797, equation 10). Many copies of a good slice cover few slices.
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Compute the Frechet distance between normal distributions fitted to x (N, d) and y (M, d).
-
-    See Dowson and Landau 1982. The result is biased upwards for small N and M, so compare only
-    results of equal sizes.
+    Args:
+        real, samples: features, (N, F) and (M, F); N > 1.
     """
-    x = x.double()
-    y = y.double()
-    a = torch.cov(x.T).view(x.shape[1], -1)
-    b = torch.cov(y.T).view(x.shape[1], -1)
-    root_trace = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # tr (a b)^(1/2)
-    mean_term = (x.mean(0) - y.mean(0)).square().sum()
-    return float(mean_term + a.trace() + b.trace() - 2 * root_trace)
+    # The nearest real slice is the slice itself.
+    neighbours = min(NUM_NEIGHBOURS + 1, len(real))
+    radius = torch.cdist(real, real).kthvalue(neighbours, dim=1).values
+    nearest_sample = torch.cdist(real, samples).amin(1)
+    return (nearest_sample <= radius).float().mean().item()
+
+
+def make_chimeras(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Compose as many slices, (N, 1, H, W), from 64 x 64 blocks of random slices of `images`.
+
+    Each block stays at its place, so texture and layout are real, but organs do not fit together.
+    """
+    chimeras = torch.empty_like(images)
+    height, width = images.shape[-2:]
+    for top, left in itertools.product(range(0, height, 64), range(0, width, 64)):
+        sources = torch.randint(len(images), (len(images),), generator=generator)
+        block = (..., slice(top, top + 64), slice(left, left + 64))
+        chimeras[block] = images[sources][block]
+    return chimeras

@@ -217,7 +217,7 @@ def test_the_encoder_sees_nothing_of_the_other_half():
 # ---------------------------------------------------------------- evaluating
 
 
-def test_an_evaluation_measures_distances_and_searches_for_copies(make_run, monkeypatch, capsys):
+def test_an_evaluation_measures_realism_and_searches_for_copies(make_run, monkeypatch, capsys):
     monkeypatch.setattr(realism, "SHIFT", 1)
     make_run((256, 128))  # the features need slices of this size
     folder = call_generate("--evaluate --count 4")
@@ -225,21 +225,17 @@ def test_an_evaluation_measures_distances_and_searches_for_copies(make_run, monk
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["settings"] == "temperature 1, seed 0"
     assert result["drawn"] == 4
-    assert result["slices_a_side"] == 3
+    assert result["held_out_slices"] == 6
     assert result["training_slices"] == 8
     assert result["cases"] == 1
-    assert [row["set"] for row in result["distances"]] == [
-        "training, two halves",
-        "test, real",
-        "test, reconstructed",
-        "training, reconstructed",
-        "drawn from the prior",
-        "codes drawn independently",
-    ]
-    for row in result["distances"]:
-        for name in ("kernel", "frechet"):
-            assert math.isfinite(row[name]["mean"])
-            assert row[name]["spread"] >= 0
+    assert result["dice"] == {}
+    sets = ["held-out", "reconstructed", "sampled", "chimeras", "independent codes"]
+    assert list(result["measures"]) == ["training", *sets]
+    for name, row in result["measures"].items():
+        assert math.isfinite(row["kernel_distance"])
+        assert row["half_range"] >= 0
+        assert ("coverage" in row) == (name not in ("held-out", "reconstructed"))
+        assert "mean_z" not in row
     assert list(result["audit"]) == ["pixels", "features"]
     for search in result["audit"].values():
         assert 0 <= search["flagged"] <= 1
@@ -250,7 +246,8 @@ def test_an_evaluation_measures_distances_and_searches_for_copies(make_run, monk
     assert (folder / "slices.png").exists()
     for text in (
         "kernel distance",
-        "only one training case",
+        "60 training cases to detect disordered anatomy; there are 1",
+        "anatomy is not measured, because no training slice has a segmentation",
         "flagged",
         "about 1 % are flagged by chance",
     ):

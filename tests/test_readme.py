@@ -16,7 +16,7 @@ import predict
 import train
 import train_prior
 from mri import phantom
-from prior import realism
+from prior import anatomy, realism
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -74,6 +74,7 @@ def workspace(inputs, tmp_path, monkeypatch, small) -> Path:
             (folder / path.name).symlink_to(path)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(realism, "SHIFT", 1)  # a shorter search for copies
+    monkeypatch.setattr(anatomy, "STEPS", 1)  # a shorter training of the segmentation network
     runs = inputs / "runs"
     if not runs.exists():
         flags = ["--data", "sample_data", "--runs-dir", str(runs), "--name", "x", "--epochs", "1"]

@@ -158,7 +158,7 @@ def load_model(
 
 
 def _check_sizes(arguments: dict, state: dict[str, Tensor]) -> None:
-    """Check that the tensors are stored completely, and that the arguments fit their sizes.
+    """Check that each tensor is stored completely, and that each argument fits the tensors.
 
     Raises:
         ValueError: if a tensor is larger than its storage, or an argument is out of range.

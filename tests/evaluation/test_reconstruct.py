@@ -220,7 +220,7 @@ def test_organs_are_scored_if_there_is_a_segmentation(
     assert read_scores(reconstruct_path(image, "", "3d_out"))[0]["bone_ssim"]
 
     write_nifti(mask, labels)
-    message = r"reconstructed but not scored, because its segmentation .* has another shape"
+    message = r"reconstructed but not scored, because its segmentation .* differ in shape"
     with pytest.raises(UserError, match=message):
         reconstruct_path(image, "", "bad_out")
     assert (tmp_path / "bad_out" / "Case_004_Week0_LFOV_reconstruction.nii.gz").exists()

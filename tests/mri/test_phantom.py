@@ -1,5 +1,6 @@
 """Test the sample data: determinism, layout, anatomy, contrast, and the errors of its command."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mri import phantom
+import dataset
+from mri import files, hipmri, phantom
 
 ROOT = Path(__file__).parents[2]
 VOLUMES = (2, 1, 1)
@@ -163,6 +165,70 @@ def test_no_patient_is_in_two_splits(volumes, patients):
     assert [p.columns for p in plans].count(144) == (volumes[0] > 1)
 
 
+# ---------------------------------------------------------------- many patients
+
+
+def test_each_patient_has_one_scan_and_is_in_one_split():
+    plans = phantom.plan_patients((200, 40, 30))
+    splits = [p.split for p in plans]
+    assert {split: splits.count(split) for split in phantom.CASES} == {
+        "train": 200,
+        "validate": 40,
+        "test": 30,
+    }
+    assert {p.week for p in plans} == {0}
+    assert len({p.case for p in plans}) == 270
+    assert [p.columns for p in plans].count(144) == 1
+    assert plans[199].columns == 144  # the last training volume
+
+
+def test_no_patient_of_a_large_set_is_one_of_hipmris_cases():
+    largest = (phantom.MAX_PATIENTS,) * 3
+    cases = {p.case for p in phantom.plan_patients(largest)}
+    assert len(cases) == sum(largest)
+    assert cases.isdisjoint(itertools.chain(*phantom.CASES.values()))
+
+
+def test_test_patients_do_not_depend_on_the_number_of_training_patients():
+    few, many = phantom.plan_patients((2, 1, 2)), phantom.plan_patients((200, 40, 40))
+    assert {p for p in few if p.split == "test"} < {p for p in many if p.split == "test"}
+
+
+def test_patients_of_all_splits_have_different_anatomies():
+    cases = (1, 4, 1001, 1002, 2001, 3001, 123456)
+    masks = [phantom.make_volume(case, 0, 1, noise=False)[1] for case in cases]
+    for one, other in itertools.combinations(masks, 2):
+        assert (one != other).mean() > 0.01
+
+
+def test_slices_of_many_patients_load_in_their_splits(tmp_path):
+    counts = {"train": 3, "validate": 2, "test": 2}
+    root = phantom.write_phantom(
+        tmp_path / "set", slices=2, workers=1, progress=False, patients=tuple(counts.values())
+    )
+    source = hipmri.find_hipmri(root)
+    assert not [note for note in source.notes if "warning" in note]
+    cases = {}
+    for split, count in counts.items():
+        slices = dataset.load_split(source, split, cache_dir=tmp_path / "cache", progress=False)
+        assert len(slices) == 2 * count
+        cases[split] = {name.case for name in slices.names}
+        assert len(cases[split]) == count
+        for image in slices.files:
+            mask = nib.load(files.find_segmentation(image))
+            assert mask.shape == nib.load(image).shape
+    assert cases["train"] == {"1001", "1002", "1003"}
+    assert len(set.union(*cases.values())) == sum(counts.values())
+
+
+def test_the_command_counts_the_scans_of_patients(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(phantom.os, "cpu_count", lambda: 1)
+    out = tmp_path / "set"
+    phantom.main(["--out", str(out), "--patients", "2", "1", "1", "--slices", "1"])
+    assert "4 slices of 4 volumes" in capsys.readouterr().out
+    assert len(contents(out)) == 8
+
+
 # ---------------------------------------------------------------- anatomy and contrast
 
 
@@ -260,6 +326,9 @@ def test_a_failed_run_leaves_no_files(tmp_path, monkeypatch):
     "arguments, message",
     [
         (["--volumes", 0, 1, 1], "volumes are 0 1 1"),
+        (["--patients", 3, 0, 1], "patients are 3 0 1"),
+        (["--patients", 1000, 1, 1], "expected three numbers of 1 to 999"),
+        (["--volumes", 12, 2, 2, "--patients", 3, 1, 1], "volumes and patients cannot be combined"),
         (["--slices", -3], "slices are -3"),
         (["--slices", 61], "expected 1 to 60"),
         (["--seed", -1], "seed is -1"),

@@ -184,7 +184,7 @@ def test_slightly_larger_slices_are_trimmed_with_their_labels(tmp_path, write_ni
 def test_segmentations_of_another_shape_are_refused(tmp_path, write_nifti):
     image = write_nifti(tmp_path / "image.nii", noise((20, 5, 20)))
     path = write_nifti(tmp_path / "seg.nii", np.zeros((20, 4, 20), np.uint8))
-    message = r"seg\.nii has another shape .*: 4 x 20 x 20 planes, not 5 x 20 x 20; expected"
+    message = r"seg\.nii and its image differ in shape: 4 x 20 x 20 and 5 x 20 x 20 planes;"
     with pytest.raises(DataError, match=message):
         read_segmentation(path, image, [2], Preprocessing("3D"))
     path.write_bytes(b"")

@@ -220,5 +220,5 @@ def test_values_that_are_not_labels_are_refused(tmp_path, write_nifti, value, me
 
 def test_labels_of_another_shape_are_refused(tmp_path, write_nifti):
     path = write_nifti(tmp_path / "seg.nii", np.zeros((16, 8), np.uint8))
-    with pytest.raises(ValueError, match=r"another shape .*: 1 x 16 x 8 planes, not 1 x 8 x 16"):
+    with pytest.raises(ValueError, match=r"differ in shape: 1 x 16 x 8 and 1 x 8 x 16 planes"):
         read_labels(path, (1, 8, 16), 0)

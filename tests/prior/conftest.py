@@ -1,4 +1,4 @@
-"""Fixtures for the tests of prior/: small priors and codes for them."""
+"""Fixtures for the tests of prior/: small priors, codes for them, and phantoms."""
 
 import math
 
@@ -6,6 +6,10 @@ import pytest
 import torch
 from models import make_varied_prior
 
+import dataset
+from dataset import SliceDataset
+from mri import hipmri, phantom
+from mri.files import SPLITS
 from prior.model import CodePrior
 
 
@@ -20,3 +24,17 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, positions (one unknown) and views of three slices."""
     codes = torch.randint(20, (3, 8, 16), generator=torch.Generator().manual_seed(1))
     return codes, torch.tensor([0.1, 0.9, math.nan]), torch.tensor([0, 1, 3])
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> dict[str, SliceDataset]:
+    """Ten training, one validation and one test phantom, of eight slices each."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    phantom.write_phantom(folder / "data", volumes=(10, 1, 1), slices=8, workers=1, progress=False)
+    source = hipmri.find_hipmri(folder / "data")
+    splits = {}
+    for split in SPLITS:
+        splits[split] = dataset.load_split(
+            source, split, cache_dir=folder / "cache", progress=False
+        )
+    return splits

@@ -11,15 +11,14 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 import dataset
 from modules import VQVAE
-from mri import hipmri, phantom
+from mri import hipmri
 from prior.codes import MIRRORS
 from prior.realism import (
     SHIFT,
     Features,
-    distance_table,
-    frechet_distance,
+    coverage,
     kernel_distance,
-    main_directions,
+    make_chimeras,
     nearest_features,
     nearest_pixels,
     search_copies,
@@ -31,14 +30,9 @@ CASES = 10
 
 
 @pytest.fixture(scope="module")
-def slices(tmp_path_factory) -> torch.Tensor:
+def slices(phantoms) -> torch.Tensor:
     """Eight z-scored slices of each of ten phantoms, (10, 8, 1, 256, 128)."""
-    folder = tmp_path_factory.mktemp("phantoms")
-    phantom.write_phantom(
-        folder / "data", volumes=(CASES, 1, 1), slices=8, workers=1, progress=False
-    )
-    source = hipmri.find_hipmri(folder / "data")
-    split = dataset.load_split(source, "train", cache_dir=folder / "cache", progress=False)
+    split = phantoms["train"]
     cases = [name.case for name in split.names]
     assert cases == sorted(cases)
     return split.batch(torch.arange(8 * CASES)).view(CASES, 8, 1, 256, 128)
@@ -101,6 +95,7 @@ def test_distances_grow_with_the_visible_difference(slices, reference, others, r
     image_sets = {
         "real": others,
         "reconstructed": reconstruct(others),
+        "chimeras": make_chimeras(others, torch.Generator().manual_seed(0)),
         "blurred": gaussian_blur(others, [13, 13], [3.0, 3.0]),
         "noise": torch.randn(others.shape, generator=torch.Generator().manual_seed(0)),
         "one patient": slices[CASES // 2].repeat(5, 1, 1, 1),
@@ -109,7 +104,7 @@ def test_distances_grow_with_the_visible_difference(slices, reference, others, r
     distance = {}
     for name, images in image_sets.items():
         distance[name] = kernel_distance(features(images), reference_features)
-    assert distance["real"] < distance["reconstructed"]
+    assert distance["real"] < min(distance["reconstructed"], distance["chimeras"])
     assert distance["reconstructed"] < distance["blurred"] < distance["noise"]
     assert distance["real"] < min(distance["one patient"], distance["copies"])
     same_patients = kernel_distance(reference_features[::2], reference_features[1::2])
@@ -164,40 +159,37 @@ def test_kernel_distance_is_unbiased():
     assert kernel_distance(normal(200), normal(200, 1.0)) > 3 * np.std(values)
 
 
-def test_frechet_distance_of_normal_distributions():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200_000, 3, generator=generator)
-    y = x * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([0.0, 0.0, 4.0])
-    distance = frechet_distance(x, y)
-    assert distance == pytest.approx(4**2 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.02)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
-    assert frechet_distance(x @ rotation, y @ rotation) == pytest.approx(distance, rel=1e-4)
-    assert frechet_distance(x[:, :1], y[:, 1:2]) == pytest.approx(1, rel=0.02)
+def test_coverage_equals_its_definition():
+    """The fifth neighbour is at distance 5 from 0 and 9, 4 from 1 and 8, and 3 from the others."""
+    real = torch.arange(10.0)[:, None]
+    assert coverage(real, torch.tensor([[-1.0]])) == pytest.approx(0.3)
+    assert coverage(real, torch.tensor([[-1.0], [-1.0], [30.0]])) == pytest.approx(0.3)
+    assert coverage(real, torch.tensor([[3.0]])) == pytest.approx(0.7)
+    assert coverage(real, torch.tensor([[3.0], [10.0]])) == 1
+    assert coverage(real, torch.tensor([[30.0]])) == 0
+    assert coverage(real[:3], torch.tensor([[2.0]])) == 1  # fewer than five neighbours
 
 
-def test_main_directions_are_few_and_hold_most_of_the_variance():
-    scale = torch.linspace(10, 0.1, 90)
-    x = torch.randn(400, 90, generator=torch.Generator().manual_seed(0)) * scale
-    directions = main_directions(x)
-    assert directions.shape == (90, 64)
-    assert main_directions(x[:40]).shape == (90, 10)
-    torch.testing.assert_close(directions.T @ directions, torch.eye(64).double(), atol=1e-6, rtol=0)
-    variance = x.double().var(0).sum()
-    assert (x.double() @ directions).var(0).sum() > 0.97 * variance
+def test_coverage_detects_one_slice_repeated(reference, others):
+    """The kernel distance to a good slice is small; the coverage by its copies is small, too."""
+    features = Features().fit(reference)
+    real = features(others)
+    repeated = features(reference[4:5]).expand(len(reference), -1)
+    by_patients = coverage(real, features(reference))
+    assert coverage(real, repeated) < 0.5 * by_patients
+    assert coverage(real, features(torch.randn(4, 1, 256, 128))) == 0
+    assert by_patients > 0.5
 
 
-def test_a_distance_table_compares_halves_and_sets():
-    generator = torch.Generator().manual_seed(0)
-    training = torch.randn(40, 6, generator=generator)
-    halves = [(torch.arange(20), torch.arange(20, 40)), (torch.arange(0, 40, 2), torch.arange(20))]
-    sets = {"near": training.clone(), "far": training + 3}
-    rows = distance_table(sets, training, halves, size=16)
-    assert [row["set"] for row in rows] == ["training, two halves", "near", "far"]
-    for key in ("kernel", "frechet"):
-        assert rows[1][key]["mean"] < rows[2][key]["mean"]
-        assert all(row[key]["spread"] > 0 for row in rows)
-    assert distance_table(sets, training, halves, size=16) == rows
+def test_chimeras_are_blocks_of_several_slices():
+    images = torch.arange(50.0).view(50, 1, 1, 1) + torch.rand(1, 1, 256, 128)
+    chimeras = make_chimeras(images, torch.Generator().manual_seed(0))
+    sources = (chimeras - images[:1]).round()
+    blocks = sources.unfold(2, 64, 64).unfold(3, 64, 64).reshape(50, 8, 64 * 64)
+    assert (blocks == blocks[..., :1]).all()
+    different = [len(set(row)) for row in blocks[..., 0].tolist()]
+    assert min(different) >= 5
+    assert make_chimeras(images[..., :100, :40], torch.Generator()).shape == (50, 1, 100, 40)
 
 
 def test_halves_have_no_common_case():

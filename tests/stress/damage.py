@@ -178,7 +178,7 @@ def damage_values(rng: random.Random, content: dict) -> dict:
         elif isinstance(value, torch.Tensor) and rng.random() < 0.7:
             parent[key] = rng.choice(odd_tensors(value))
         else:
-            parent[key] = rng.choice([*ODD_VALUES, *INTEGERS])
+            parent[key] = copy.deepcopy(rng.choice([*ODD_VALUES, *INTEGERS]))
     return content
 
 

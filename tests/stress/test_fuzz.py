@@ -6,7 +6,9 @@ headers are in `test_security.py`.
 
 import functools
 import gzip
+import json
 import os
+import random
 import struct
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import fuzz
 import nibabel as nib
 import numpy as np
 import pytest
+from damage import ODD_VALUES, damage_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +47,14 @@ def nifti_bytes(array: np.ndarray | None = None, **fields) -> bytes:
 
 
 # ---------------------------------------------------------------- random damage
+
+
+def test_damage_does_not_change_the_values_that_it_inserts():
+    """A dictionary that was inserted once could otherwise be damaged, and inserted into itself."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        json.dumps(damage_values(rng, {"a": {"b": 1}, "c": {"d": {"e": 2}}}))
+    assert ODD_VALUES[-1] == {"a": 1}
 
 
 def test_damaged_files_are_read_or_refused_with_an_error(tmp_path):

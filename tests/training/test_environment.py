@@ -1,4 +1,4 @@
-"""What result files record about the machine and the software."""
+"""Describe the machine and the software for result files."""
 
 import torch
 
