@@ -47,7 +47,7 @@ class PriorConfig(RunConfig):
     weight_decay: float = _prior(0.01, "weight decay of all matrices", low=0, high=10)
     channels: int = _prior(
         64,
-        "width of the network: of the U-Net at its finest grid, a multiple of 16; of the "
+        "width of the network: of the U-Net at its finest grid, a multiple of 8; of the "
         "transformer (on a GPU with thousands of slices, try 128 | 512)",
         low=1,
     )

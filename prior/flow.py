@@ -33,8 +33,8 @@ class FlowPrior(nn.Module):
         latent_channels: D.
         grid: h and w.
         components: C, number of principal components, at most D.
-        channels: width of the U-Net at its finest grid, a multiple of 16. The two coarser grids are
-            1.5 and 2 times as wide.
+        channels: width of the U-Net at its finest grid, a multiple of 8. The two coarser grids are
+            2 and 3 times as wide.
 
     Raises:
         ValueError: if `components` or `channels` is invalid.
@@ -47,13 +47,13 @@ class FlowPrior(nn.Module):
         super().__init__()
         if components > latent_channels:
             raise ValueError(f"components is {components}; expected at most {latent_channels}")
-        if channels % 16 or channels < 16:
-            raise ValueError(f"channels is {channels}; expected a multiple of 16")
+        if channels % 8 or channels < 8:
+            raise ValueError(f"channels is {channels}; expected a multiple of 8")
         self.grid = tuple(grid)
-        self.unet = UNet(components, self.grid, (channels, channels * 3 // 2, channels * 2))
+        self.unet = UNet(components, self.grid, (channels, 2 * channels, 3 * channels))
         self.register_buffer("mean", torch.zeros(latent_channels))
         # Columns are principal directions, multiplied by the components' standard deviations.
-        self.register_buffer("directions", torch.zeros(latent_channels, components))
+        self.register_buffer("directions", torch.eye(latent_channels, components))
 
     # ------------------------------------------------ principal components
 
@@ -90,7 +90,10 @@ class FlowPrior(nn.Module):
     # ------------------------------------------------ velocities
 
     def loss(self, components: Tensor, noise: Tensor, time: Tensor, position: Tensor) -> Tensor:
-        """Compute the mean squared error of the velocity of each slice, (B,).
+        """Compute the weighted mean squared error of the velocity of each slice, (B,).
+
+        Components are weighted by their standard deviation in the latents. The first ones describe
+        tissues, and the last ones little more than noise.
 
         Args:
             components: data, (B, C, h, w).
@@ -100,7 +103,9 @@ class FlowPrior(nn.Module):
         """
         x = noise.lerp(components, time[:, None, None, None])
         velocity = self.unet(x, time, position).float()
-        return (velocity - (components - noise)).square().mean((1, 2, 3))
+        errors = (velocity - (components - noise)).square().mean((2, 3))  # (B, C)
+        stds = self.directions.norm(dim=0)
+        return errors @ (stds / stds.sum())
 
     @torch.no_grad()
     def sample(

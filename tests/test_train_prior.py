@@ -335,7 +335,7 @@ def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
     ("flags", "message"),
     [
         ("--epochs 0", "--epochs is 0; expected 1 to"),
-        ("--channels 30", "channels is 30; expected a multiple of 16"),
+        ("--channels 30", "channels is 30; expected a multiple of 8"),
         ("--model causal --channels 30", "channels is 30; expected a multiple of num_heads"),
         ("--model causal --dropout 1", "--dropout is 1.0; expected 0 to 0.99"),
         ("--model causal --mirrored 2", "--mirrored is 2.0; expected 0 to 1"),

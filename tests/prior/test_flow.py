@@ -83,6 +83,17 @@ def test_the_first_loss_is_the_mean_square_of_the_velocity(grid):
     torch.testing.assert_close(loss, (data - noise).square().mean((1, 2, 3)))
 
 
+def test_components_with_more_variance_have_more_weight_in_the_loss():
+    flow = make_flow()
+    flow.fit_components(torch.randn(9, 4, 8, 4) * torch.tensor([1.0, 3.0, 0.0, 0.0]).view(4, 1, 1))
+    data, noise = torch.randn(2, 2, 2, 8, 4)
+    time = torch.rand(2)
+    velocity = flow.unet(noise.lerp(data, time[:, None, None, None]), time, UNKNOWN)
+    errors = (velocity - (data - noise)).square().mean((2, 3))
+    loss = flow.loss(data, noise, time, UNKNOWN)
+    torch.testing.assert_close(loss, errors @ torch.tensor([0.75, 0.25]), rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize("grid", [(8, 4), (7, 5)])
 def test_velocities_depend_on_data_time_and_position(grid):
     flow = make_flow(grid)
@@ -99,7 +110,7 @@ def test_velocities_depend_on_data_time_and_position(grid):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 24}, "channels is 24; expected a multiple of 16"),
+        ({"channels": 12}, "channels is 12; expected a multiple of 8"),
         ({"channels": 0}, "channels is 0"),
         ({"components": 5}, "components is 5; expected at most 4"),
     ],

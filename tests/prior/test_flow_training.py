@@ -58,7 +58,7 @@ def test_components_are_fitted_to_evenly_spread_slices(slices, monkeypatch):
 
 
 def test_a_width_that_does_not_fit_is_an_error(slices):
-    with pytest.raises(UserError, match="channels is 20; expected a multiple of 16"):
+    with pytest.raises(UserError, match="channels is 20; expected a multiple of 8"):
         flow_training.prepare(make_vqvae(), slices, slices, PriorConfig(channels=20))
 
 
