@@ -170,6 +170,8 @@ def train(flags: dict) -> int:
             if scores[run.best_column] < run.best:
                 run.best = scores[run.best_column]
                 run.save("best.pt")
+            if config.keep_every and epoch % config.keep_every == 0:
+                run.save(f"epoch_{epoch}.pt")
             if run.is_plot_epoch(epoch):
                 plot_epoch(run, prior, vqvae, val_data)
             run.write_history()

@@ -52,6 +52,16 @@ class PriorConfig(RunConfig):
         low=1,
     )
 
+    keep_every: int = option(
+        0,
+        "keep a checkpoint epoch_<n>.pt after every N epochs, to compare samples; 0: none "
+        "(default: 0)",
+        group="run",
+        metavar="N",
+        low=0,
+        resumable=True,
+    )
+
     # Flow
     components: int = _flow(
         8, "maximum number of principal components of the latents (default: 8)", low=1, high=1024
