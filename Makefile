@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint figures drawings pelvis brain faults fuzz speed test-pythons clean
+.PHONY: train test lint figures sharpness drawings pelvis brain faults fuzz speed test-pythons clean
 
 train: .venv/runtime       ## train on the sample data, then print the next command
 	$(BIN)/python train.py
@@ -34,27 +34,36 @@ figures: .venv/runtime     ## draw the diagrams and the figures of the sample in
 	cp $(FIGURES)/loss_ssim_plot.png resources/sample_curves.png
 	cp $(FIGURES)/test/code_map.png resources/sample_code_map.png
 
-GAN := runs/sample_gan
-TEST_SLICE := sample_data/keras_slices_test/case_040_week_0_slice_10.nii.gz
-drawings: .venv/dev        ## train on the sample with and without --gan, generate slices: 30 min
+sharpness: .venv/dev       ## train on the sample with and without --gan, compare sharpness: 15 min
 	test -d sample_data || $(BIN)/python -m mri.phantom
-	rm -rf runs/sample_plain $(GAN)
+	rm -rf runs/sample_plain runs/sample_gan
 	$(BIN)/python train.py --data sample_data --epochs 40 --name sample_plain
 	$(BIN)/python train.py --data sample_data --epochs 40 --gan --name sample_gan
-	$(BIN)/python benchmarks/sharpness.py --runs runs/sample_plain $(GAN)
+	$(BIN)/python benchmarks/sharpness.py --runs runs/sample_plain runs/sample_gan
 	$(BIN)/python predict.py --run runs/sample_plain
-	$(BIN)/python predict.py --run $(GAN)
+	$(BIN)/python predict.py --run runs/sample_gan
 	$(call copy_scores,sample_plain)
 	$(call copy_scores,sample_gan)
-	$(BIN)/python train_prior.py --run $(GAN) --model causal
-	$(BIN)/python generate.py --run $(GAN) --evaluate
-	$(BIN)/python generate.py --run $(GAN) --temperature 0.8
-	$(BIN)/python generate.py --run $(GAN) --temperature 0.8 --complete $(TEST_SLICE)
-	for name in slices closest completion; do \
-	    cp $(GAN)/generated/$$name.png resources/sample_drawn_$$name.png; \
+
+DRAWN := runs/phantom_gan
+TEST_SLICE := phantom_data/keras_slices_test/case_3001_week_0_slice_10.nii.gz
+drawings: .venv/dev        ## train a VQ-VAE and a flow on 280 phantoms, generate slices: 3 h
+	test -d phantom_data || \
+	    $(BIN)/python -m mri.phantom --out phantom_data --patients 200 40 40
+	rm -rf $(DRAWN)
+	$(BIN)/python train.py --data phantom_data --gan --epochs 4 --name phantom_gan
+	$(BIN)/python train_prior.py --run $(DRAWN) --epochs 30 --keep-every 5
+	for n in 5 10 20; do \
+	    $(BIN)/python generate.py --run $(DRAWN) --evaluate --count 64 \
+	        --prior $(DRAWN)/prior/epoch_$$n.pt --out $(DRAWN)/epoch_$$n || exit 1; \
+	    cp $(DRAWN)/epoch_$$n/evaluation.json benchmarks/results/generated_epoch_$$n.json; \
 	done
-	cp $(GAN)/prior/metrics.json benchmarks/results/prior_sample_data.json
-	cp $(GAN)/generated/evaluation.json benchmarks/results/drawn_sample_data.json
+	$(BIN)/python generate.py --run $(DRAWN) --complete $(TEST_SLICE)
+	$(BIN)/python generate.py --run $(DRAWN) --evaluate --count 400
+	for name in slices closest completion; do \
+	    cp $(DRAWN)/generated/$$name.png resources/generated_$$name.png; \
+	done
+	cp $(DRAWN)/generated/evaluation.json benchmarks/results/generated_phantom.json
 
 need_real_data = @test -d "$$HIPMRI_REAL_DATA" || \
     { echo 'set $$HIPMRI_REAL_DATA to a folder of real scans'; exit 1; }
