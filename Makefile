@@ -46,14 +46,15 @@ drawings: .venv/dev        ## train on the sample with and without --gan, genera
 	$(BIN)/python predict.py --run $(GAN)
 	$(call copy_scores,sample_plain)
 	$(call copy_scores,sample_gan)
+	$(BIN)/python train_prior.py --run $(GAN)
 	$(BIN)/python train_prior.py --run $(GAN) --model causal
 	$(BIN)/python generate.py --run $(GAN) --evaluate
-	$(BIN)/python generate.py --run $(GAN) --temperature 0.8
-	$(BIN)/python generate.py --run $(GAN) --temperature 0.8 --complete $(TEST_SLICE)
+	$(BIN)/python generate.py --run $(GAN)
+	$(BIN)/python generate.py --run $(GAN) --complete $(TEST_SLICE)
 	for name in slices closest completion; do \
 	    cp $(GAN)/generated/$$name.png resources/sample_drawn_$$name.png; \
 	done
-	cp $(GAN)/prior/metrics.json benchmarks/results/prior_sample_data.json
+	cp $(GAN)/causal_prior/metrics.json benchmarks/results/prior_sample_data.json
 	cp $(GAN)/generated/evaluation.json benchmarks/results/drawn_sample_data.json
 
 need_real_data = @test -d "$$HIPMRI_REAL_DATA" || \

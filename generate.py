@@ -166,11 +166,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def find_run(args: argparse.Namespace) -> Path:
-    """Return the run that `--run` names, or the run with the newest prior."""
+    """Return the run that `--run` names, or the run with the newest flow."""
     if args.run:
         return resolve_run(args.run)
     missing = (
-        f"no run in {args.runs_dir} has a prior; train one with train_prior.py, or name a run with "
+        f"no run in {args.runs_dir} has a flow; train one with train_prior.py, or name a run with "
         "--run"
     )
     return newest_run(Path(args.runs_dir), "prior/best.pt", missing)

@@ -205,10 +205,7 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
     if "run" in flags:
         run = resolve_run(flags["run"])
     elif resume:
-        missing = (
-            f"{runs_dir} contains no {model} prior to resume; omit --resume, or name a run with "
-            "--run, or the other model with --model"
-        )
+        missing = f"{runs_dir} contains no {model} prior to resume; omit --resume, or give --model"
         run = newest_run(runs_dir, f"{PRIORS[model]}/config.json", missing)
     else:
         run = newest_run(runs_dir)
@@ -218,11 +215,11 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
         raise UserError(
             f"{folder} was trained by an earlier version; move it away and train it again"
         )
+    if exists and not resume:
+        raise UserError(
+            f"{folder} exists; add --resume to continue it, or move it away to train another"
+        )
     if not resume:
-        if exists:
-            raise UserError(
-                f"{folder} exists; add --resume to continue it, or move it away to train another"
-            )
         return run, resolve_prior_config(flags), None
     config = resolve_prior_config(resumed_arguments(folder, PriorConfig, flags))
     if not (folder / "metrics.json").exists():  # may be missing after the last epoch
@@ -234,11 +231,9 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
 
 
 def make_optimizer(model: nn.Module, config: PriorConfig) -> torch.optim.Optimizer:
-    """Return an AdamW optimizer with weight decay on all matrices, except biases that are 2D."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim > 1 and not name.endswith("bias")
-        (matrices if is_matrix else others).append(parameter)
+    """Return an AdamW optimizer with weight decay on all matrices."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -246,18 +241,14 @@ def make_optimizer(model: nn.Module, config: PriorConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
+@torch.no_grad()
 def plot_epoch(run: Run, vqvae: VQVAE, val_data: EncodedDataset) -> None:
-    """Plot the training curves and, for a flow, four samples."""
+    """Plot the curves and, for a flow, four slices sampled with the same seed every time."""
     heading = f"{run.folder.parent.name}, {run.config.model} prior after epoch {run.epochs_done}"
     curves = run.folder / f"{run.best_column.removeprefix('val_')}_plot.png"
     plots.plot_curves(curves, run.history, run.best_column, heading)
-    if run.config.model == "flow":
-        plot_samples(run, vqvae, val_data, heading)
-
-
-@torch.no_grad()
-def plot_samples(run: Run, vqvae: VQVAE, val_data: EncodedDataset, heading: str) -> None:
-    """Plot four slices that are sampled from a flow with the same seed every time."""
+    if run.config.model == "causal":
+        return
     flow = run.modules["model"]
     position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=run.device)
     titles = [f"position {value:.1f}" for value in position.tolist()]

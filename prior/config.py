@@ -97,16 +97,7 @@ def resolve_prior_config(flags: dict) -> PriorConfig:
 
 
 def check_prior_config(config: PriorConfig, flags: dict, world_size: int) -> None:
-    """Check all values, and that the typed flags apply to the model.
-
-    Args:
-        config: the configuration.
-        flags: only the flags that were typed.
-        world_size: number of processes.
-
-    Raises:
-        UserError: if a value is invalid, or a flag is for the other model.
-    """
+    """Raise UserError if a value is invalid, or if a typed flag is for the other model."""
     check_bounds(config)
     check_processes(config, world_size)
     for field in dataclasses.fields(config):

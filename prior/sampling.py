@@ -97,10 +97,9 @@ def load_sampler(
     """Load the VQ-VAE and the prior of a run.
 
     Args:
-        run: folder of the run.
-        device: the device to compute on.
+        run, device: folder of the run, and the device to compute on.
         path: checkpoint of the prior (default: <run>/prior/best.pt).
-        options: fields of Sampler: steps, guidance, seed.
+        options: steps, guidance and seed (see Sampler).
 
     Raises:
         UserError: if a checkpoint cannot be read, or the prior is not a flow for this VQ-VAE.

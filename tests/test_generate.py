@@ -257,7 +257,7 @@ def test_a_prior_that_copies_is_detected(make_run, monkeypatch):
         ("--complete nowhere.nii.gz", r"nowhere.nii.gz"),
         ("--complete runs/a/config.json", "is not a NIfTI file"),
         ("--run nowhere", "checkpoint nowhere.* does not exist"),
-        ("--runs-dir nowhere", "no run in nowhere has a prior; train one with train_prior.py"),
+        ("--runs-dir nowhere", "no run in nowhere has a flow; train one with train_prior.py"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_written(run, flags, message):
