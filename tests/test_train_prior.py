@@ -346,6 +346,7 @@ def test_runs_without_a_usable_vqvae_are_errors(tmp_path, run):
 
 def test_a_prior_of_an_earlier_version_is_an_error(run):
     """Its config.json has no model."""
+    (run / "prior").mkdir()
     utils.write_json(run / "prior" / "config.json", {"arguments": {"num_grids": 2}})
     for flags in ([], ["--resume"]):
         with pytest.raises(UserError, match="prior was trained by an earlier version; move it"):

@@ -10,6 +10,7 @@ import pytest
 import generate
 import train
 import train_prior
+import utils
 from evaluation import reconstruct, report
 from training import run_names
 from training.config import TrainConfig
@@ -159,7 +160,7 @@ def test_a_run_in_a_subfolder_is_resumed(run_copy):
     "path", ["", "/", "/best.pt", "/last.pt", "/config.json", "/prior", "/causal_prior/best.pt"]
 )
 def test_a_run_can_be_named_by_its_files(run_copy, path, monkeypatch):
-    make_run(run_copy / "prior")
+    utils.write_json(make_run(run_copy / "prior") / "config.json", {"arguments": {"model": "flow"}})
     (run_copy / "last.pt").unlink()  # not written yet
     path = f"runs/a{path}"
     assert resolve_run(path) == run_copy
