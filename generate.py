@@ -30,15 +30,13 @@ import dataset
 import utils
 from dataset import SliceDataset
 from evaluation import plots
-from modules import VQVAE
 from mri import nifti, preprocessing
 from mri.files import SPLITS
 from prior.evaluate import evaluate_samples, print_evaluation, read_slices
-from prior.sampling import Sampler, load_prior, make_sampler
+from prior.sampling import Sampler, load_sampler
 from training import environment
-from training.checkpoint import load_model
 from training.guards import preserve_process_state
-from training.options import ANY_POSITIVE, check_range
+from training.options import check_range
 from training.run_folder import load_run_data, newest_run
 from training.run_names import resolve_run
 from utils import UserError
@@ -46,9 +44,6 @@ from utils import UserError
 NUM_SAMPLES = 16  # default of --count
 NUM_COMPLETIONS = 4  # default of --count with --complete
 MAX_PICTURES = 64  # maximum number of slices in slices.png and in completion.png
-
-# Half of a slice -> the view (index into prior.codes.MIRRORS) in which that half comes first.
-VIEW_OF_HALF = {"left": 0, "right": 1}
 
 
 # ---------------------------------------------------------------- main
@@ -59,7 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     check_arguments(args)
     run = find_run(args)
-    sampler = load_sampler(run, args)
+    sampler = load_sampler(
+        run,
+        utils.pick_device(args.device),
+        Path(args.prior) if args.prior else None,
+        steps=args.steps,
+        guidance=args.guidance,
+        seed=args.seed,
+    )
     folder = Path(args.out) if args.out else run / "generated"
     utils.make_folder(folder)
     if args.evaluate:
@@ -111,6 +113,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="position of the slices in the volume, from 0 (first) to 1 (last) (default: "
         "distributed as in the training split; with --complete, unknown)",
     )
+    flag(
+        "--steps",
+        type=int,
+        default=25,
+        metavar="N",
+        help="steps from noise to latents (default: 25)",
+    )
+    flag(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="weight of the position in the volume; values above 1 make slices more typical of "
+        "their position and less varied (default: 1)",
+    )
     flag("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     flag(
         "--complete",
@@ -119,7 +136,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag(
         "--keep",
-        choices=VIEW_OF_HALF,
+        choices=("left", "right"),
         help="half that --complete keeps, as displayed in the figures (default: left)",
     )
     flag(
@@ -129,36 +146,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag("--out", metavar="DIR", help="output folder (default: <run>/generated)")
     flag("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    flag = parser.add_argument_group("only if the prior is a flow").add_argument
-    flag("--steps", type=int, metavar="N", help="steps from noise to latents (default: 25)")
-    flag(
-        "--guidance",
-        type=float,
-        metavar="X",
-        help="weight of the position in the volume; values above 1 make slices more typical of "
-        "their position and less varied (default: 1)",
-    )
-    flag = parser.add_argument_group("only if the prior is causal").add_argument
-    flag(
-        "--temperature",
-        type=float,
-        metavar="X",
-        help="number that divides the logits; values below 1 make slices more typical and less "
-        "varied (default: 1)",
-    )
-    flag(
-        "--top-k",
-        type=int,
-        metavar="K",
-        help="number of most likely codes to sample from; 0: all (default: 0)",
-    )
-    flag(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="total probability of the most likely codes to sample from: the smallest such set "
-        "with at least P (default: 1)",
-    )
     return parser.parse_args(argv)
 
 
@@ -166,9 +153,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError if a flag is out of range or flags cannot be combined."""
     check_range("--steps", args.steps, 1, 1000)
     check_range("--guidance", args.guidance, 0, 100)
-    check_range("--temperature", args.temperature, 0, 100)
-    check_range("--top-k", args.top_k, 0, ANY_POSITIVE)
-    check_range("--top-p", args.top_p, 1e-9, 1)
     check_range("--seed", args.seed, 0, 2**40)
     check_range("--position", args.position, 0, 1)
     check_range("--count", args.count, 2 if args.evaluate else 1, 1e6)
@@ -178,38 +162,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--evaluate and --complete cannot be combined; give one of them")
 
 
-# ---------------------------------------------------------------- models
+# ---------------------------------------------------------------- run
 
 
 def find_run(args: argparse.Namespace) -> Path:
-    """Return the run that `--run` names, or the run with the newest prior."""
+    """Return the run that `--run` names, or the run with the newest flow."""
     if args.run:
         return resolve_run(args.run)
     missing = (
-        f"no run in {args.runs_dir} has a prior; train one with train_prior.py, or name a run with "
+        f"no run in {args.runs_dir} has a flow; train one with train_prior.py, or name a run with "
         "--run"
     )
     return newest_run(Path(args.runs_dir), "prior/best.pt", missing)
-
-
-def load_sampler(run: Path, args: argparse.Namespace) -> Sampler:
-    """Load the VQ-VAE and the prior of a run.
-
-    Raises:
-        UserError: if a checkpoint cannot be read, the prior was trained for another VQ-VAE, or a
-            flag does not apply to the prior.
-    """
-    device = utils.pick_device(args.device)
-    vqvae_path = run / "best.pt"
-    prior_path = Path(args.prior) if args.prior else run / "prior" / "best.pt"
-    vqvae = load_model(VQVAE, vqvae_path, device)
-    prior = load_prior(prior_path, vqvae, device)
-    options = {}
-    for name in ("steps", "guidance", "temperature", "top_k", "top_p"):
-        options[name] = getattr(args, name)
-    sampler = make_sampler(vqvae, prior, device, args.seed, **options)
-    print(f"models: {vqvae_path}, {prior_path}")
-    return sampler
 
 
 # ---------------------------------------------------------------- sample
@@ -225,7 +189,7 @@ def sample(
     titles = []
     for position in positions[:MAX_PICTURES].tolist():
         titles.append("" if math.isnan(position) else f"position {position:.2f}")
-    heading = f"sampled from the prior of {run.name}: {sampler.options}"
+    heading = f"sampled from the prior of {run.name}: {sampler.settings}"
     spacing = train_slices.description["spacing"]
     plots.plot_slices(
         folder / "slices.png", images[:MAX_PICTURES], titles, heading, spacing=spacing
@@ -264,21 +228,19 @@ def complete(
 ) -> None:
     """Keep the codes of one half of a slice, and sample the other half several times."""
     half = args.keep or "left"
-    view = VIEW_OF_HALF[half]
-    if view:
-        check_mirrored_training(run / "prior")
+    is_right = half == "right"
     count = args.count or NUM_COMPLETIONS
     position = math.nan if args.position is None else args.position
     image = dataset.read_slice(args.complete, train_slices.preprocessing)  # (1, H, W)
 
     # The kept half must come first. If the right half is kept, the mirrored slice is completed.
-    oriented = image.flip(-2) if view else image
+    oriented = image.flip(-2) if is_right else image
     num_rows = image.shape[1] // 2
     positions = torch.full((count,), position)
-    completions = sampler.decode(sampler.sample(positions, mirrored_half(oriented), view))
+    completions = sampler.decode(sampler.sample(positions, mirrored_half(oriented)))
     masked = torch.full_like(oriented, float(oriented.min()))
     masked[:, :num_rows] = oriented[:, :num_rows]
-    if view:
+    if is_right:
         completions = completions.flip(-2)
         masked = masked.flip(-2)
 
@@ -289,7 +251,7 @@ def complete(
     titles += [f"completion {number}" for number in range(1, count + 1)]
     images = torch.cat([image[None], masked[None], completions])
     name = Path(args.complete).name
-    heading = f"{name}, completed by the prior of {run.name}: {sampler.options}"
+    heading = f"{name}, completed by the prior of {run.name}: {sampler.settings}"
     plots.plot_slices(
         folder / "completion.png",
         images[:MAX_PICTURES],
@@ -298,17 +260,6 @@ def complete(
         columns=6,
         spacing=train_slices.description["spacing"],
     )
-
-
-def check_mirrored_training(folder: Path) -> None:
-    """Raise UserError if a prior was trained without mirrored slices."""
-    path = folder / "config.json"
-    arguments = utils.read_json(path).get("arguments") if path.exists() else {}
-    if isinstance(arguments, dict) and arguments.get("mirrored") == 0:
-        raise UserError(
-            f"{folder} was trained without mirrored slices (--mirrored 0), so only the left half "
-            "can be kept; use --keep left"
-        )
 
 
 def mirrored_half(image: Tensor) -> Tensor:
@@ -339,14 +290,14 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
     sampled = sampler.decode(sampler.sample(positions))
     evaluation = evaluate_samples(sampler, sampled, positions, training, held_out)
     result = {
-        "settings": str(sampler.options),
+        "settings": sampler.settings,
         **evaluation,
         "device": environment.describe_device(sampler.device),
         "versions": environment.versions(),
     }
     utils.write_json(folder / "evaluation.json", result)
     print_evaluation(evaluation)
-    heading = f"sampled from the prior of {run.name}: {sampler.options}"
+    heading = f"sampled from the prior of {run.name}: {sampler.settings}"
     spacing = slices["train"].description["spacing"]
     shown = torch.linspace(0, count - 1, min(count, 16)).round().long()
     titles = [""] * len(shown)

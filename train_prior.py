@@ -2,18 +2,19 @@
 
     python train_prior.py                            # for the newest run of train.py
     python train_prior.py --run runs/x --model causal    # a different model (see below)
-    python train_prior.py --resume                   # continue an interrupted training
+    python train_prior.py --resume                   # continue an interrupted training of a flow
     torchrun --nproc-per-node 2 train_prior.py       # data-parallel, with two processes
 
 The run's training slices are encoded once, together with mirror images. One of two models is
 trained on them:
 
 - flow (default): a rectified flow over the latents before quantisation (`prior.flow.FlowPrior`).
-- causal: a transformer that predicts each code from the previous codes (`prior.model.CodePrior`).
+- causal: a network that predicts each code from the previous codes (`prior.model.CodePrior`). It
+  does not sample slices; it gives the exact number of bits that the codes need.
 
-Everything is saved in <run>/prior/: config.json, metrics.csv, best.pt (with the lowest velocity
-error, or the fewest bits, on the validation split), last.pt, metrics.json, the learning curves
-(velocity_plot.png or bits_plot.png) and plots/.
+Everything is saved in <run>/prior/ or, for a causal prior, <run>/causal_prior/: config.json,
+metrics.csv, best.pt (with the lowest velocity error, or the fewest bits, on the validation split),
+last.pt, metrics.json, velocity_plot.png or bits_plot.png and, for a flow, samples in plots/.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ import utils
 from evaluation import plots
 from modules import VQVAE
 from prior import causal_training, flow_training
-from prior.codes import hash_codebook
+from prior.codes import EncodedDataset, hash_codebook
 from prior.config import (
     PriorConfig,
     check_prior_config,
@@ -47,10 +47,11 @@ from training.run_folder import (
     last_checkpoint,
     load_run_data,
     newest_run,
+    read_arguments,
     resumed_arguments,
     unfinished_checkpoint,
 )
-from training.run_names import resolve_run
+from training.run_names import PRIORS, resolve_run
 from training.schedule import learning_rate, set_learning_rate
 from training.step import clip_gradients, compile_if_enabled, may_step, update_average
 from utils import UserError
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(flags: dict) -> int:
     """Train a prior as the flags specify, and return the exit code."""
     vqvae_run, config, checkpoint = open_prior(flags)
+    folder = vqvae_run / PRIORS[config.model]
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     check_prior_config(config, flags, world_size)
     utils.set_deterministic(config.deterministic)
@@ -79,7 +81,7 @@ def train(flags: dict) -> int:
     vqvae = load_model(VQVAE, vqvae_run / "best.pt", device)
     print(f"VQ-VAE: {vqvae_run / 'best.pt'}")
     options = {"data": config.data, "cache_dir": config.cache_dir}
-    options["data_run"] = None if "data" in flags else vqvae_run / "prior"
+    options["data_run"] = None if "data" in flags else folder
     with distributed.rank_zero_first():
         train_slices, root = load_run_data(vqvae_run, "train", **options)
         val_slices, _ = load_run_data(vqvae_run, "validate", **options)
@@ -96,31 +98,32 @@ def train(flags: dict) -> int:
         average = copy.deepcopy(model)
         modules = {"model": average, "trained": model}
 
-    def eager_losses(data: Tensor, position: Tensor) -> Tensor:
-        return prior.compute_losses(model, data, position, precision, config)
+    def eager_loss(data: Tensor, position: Tensor) -> Tensor:
+        return prior.compute_loss(model, data, position, precision, config)
 
-    full_batch_losses = compile_if_enabled(eager_losses, config, device)
+    full_batch_loss = compile_if_enabled(eager_loss, config, device)
 
     codebook_hash = hash_codebook(vqvae)  # not of codes, a few of which differ between devices
-    losses = prior.loss_names(config)
     run = Run(
-        folder=vqvae_run / "prior",
+        folder=folder,
         config=config,
         device=device,
         precision=precision,
         modules=modules,
         optimizer=optimizer,
         num_examples=len(train_data),
-        losses=losses,
-        num_shown=len(losses),
-        best_column=prior.BEST_COLUMN,
+        losses=(f"train_{prior.METRIC}",),
+        num_shown=1,
+        best_column=f"val_{prior.METRIC}",
         best=math.inf,
         fingerprint=f"{train_slices.fingerprint} {val_slices.fingerprint} {codebook_hash}",
         info={
             "slices": {"train": len(train_data), "validate": len(val_data)},
             "vqvae": str((vqvae_run / "best.pt").resolve()),
         },
-        resume_command=utils.format_command("train_prior.py", "--resume", "--run", vqvae_run),
+        resume_command=utils.format_command(
+            "train_prior.py", "--resume", "--run", vqvae_run, "--model", config.model
+        ),
     )
     if checkpoint:
         if str(checkpoint.get("fingerprint")).split()[-1:] != [codebook_hash]:
@@ -139,13 +142,12 @@ def train(flags: dict) -> int:
             for step in run.steps(train_data):
                 rate = learning_rate(config, step.number, run.total_steps)
                 set_learning_rate(optimizer, rate)
-                batch_losses = full_batch_losses if step.is_full else eager_losses
-                losses = batch_losses(*step.batch)  # in the order of `prior.loss_names`
+                loss = (full_batch_loss if step.is_full else eager_loss)(*step.batch)
                 if step.size == 0:
-                    losses = losses.nan_to_num()  # the means over an empty batch are NaN
+                    loss = loss.nan_to_num()  # the mean over an empty batch is NaN
 
                 optimizer.zero_grad(set_to_none=True)
-                (losses.sum() * step.weight).backward()
+                (loss * step.weight).backward()
                 distributed.average_gradients([model])
                 finite = clip_gradients([model], config.clip_grad_norm)
                 if may_step(finite, optimizer):
@@ -153,41 +155,43 @@ def train(flags: dict) -> int:
                 if average is not model:
                     update_average(average, model, step.number)
 
-                run.record_step(losses, finite)
+                run.record_step(loss[None], finite)
                 if run.should_stop():
                     return run.stop()
 
             start = time.perf_counter()
-            scores = prior.validate(average, val_data, config, device)
+            score = prior.validate(average, val_data, config, device)
             if config.dry_run:
                 run.print_expected_time(time.perf_counter() - start)
                 return 0
-            row = run.end_epoch(scores)
+            row = run.end_epoch({"val_loss": score, run.best_column: score})
             run.write(
-                f"epoch {epoch}: train loss {row['train_loss']:.4f}, "
-                f"{prior.describe_scores(scores)}, {row['seconds']:.1f} s"
+                f"epoch {epoch}: {prior.METRIC}: training {row['train_loss']:.4f}, validation "
+                f"{score:.4f}, {row['seconds']:.1f} s"
             )
-            if scores[run.best_column] < run.best:
-                run.best = scores[run.best_column]
+            if score < run.best:
+                run.best = score
                 run.save("best.pt")
             if config.keep_every and epoch % config.keep_every == 0:
                 run.save(f"epoch_{epoch}.pt")
             if run.is_plot_epoch(epoch):
-                plot_epoch(run, prior, vqvae, val_data)
+                plot_epoch(run, vqvae, val_data)
             run.write_history()
             run.save("last.pt")  # saved last: a run killed before this repeats the epoch
 
     average.load_state_dict(load_model(type(model), run.folder / "best.pt").state_dict())
-    scores = prior.validate(average, val_data, config, device)
+    score = prior.validate(average, val_data, config, device)
     if rank == 0:
         content = {
-            "validation": prior.final_scores(scores, vqvae, train_data, val_data),
+            "validation": prior.final_scores(score, vqvae, train_data, val_data),
             "slices": run.info["slices"],
             "versions": environment.versions(),
         }
         utils.write_json(run.folder / "metrics.json", content)
-        print(f"plots: {run.folder}; to generate new slices:")
-        print("    " + utils.format_command("generate.py", "--run", vqvae_run))
+        print(f"results: {folder}")
+        if config.model == "flow":
+            print("to generate new slices:")
+            print("    " + utils.format_command("generate.py", "--run", vqvae_run))
     return 0
 
 
@@ -197,25 +201,29 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
     Raises:
         UserError: if there is no run, a prior exists already, or there is no prior to resume.
     """
+    model = flags.get("model", "flow")
     runs_dir = Path(flags.get("runs_dir", "runs"))
     resume = flags.get("resume", False)
     if "run" in flags:
         run = resolve_run(flags["run"])
     elif resume:
-        missing = f"{runs_dir} contains no prior to resume; omit --resume, or name a run with --run"
-        run = newest_run(runs_dir, "prior/config.json", missing)
+        missing = f"{runs_dir} contains no {model} prior to resume; omit --resume, or give --model"
+        run = newest_run(runs_dir, f"{PRIORS[model]}/config.json", missing)
     else:
         run = newest_run(runs_dir)
-    folder = run / "prior"
+    folder = run / PRIORS[model]
+    exists = (folder / "config.json").exists()
+    if exists and "model" not in read_arguments(folder, PriorConfig):
+        raise UserError(
+            f"{folder} was trained by an earlier version; move it away and train it again"
+        )
+    if exists and not resume:
+        raise UserError(
+            f"{folder} exists; add --resume to continue it, or move it away to train another"
+        )
     if not resume:
-        if (folder / "config.json").exists():
-            raise UserError(
-                f"{folder} exists; add --resume to continue it, or move it away to train another"
-            )
         return run, resolve_prior_config(flags), None
-    arguments = resumed_arguments(folder, PriorConfig, flags)
-    # The priors of earlier versions, whose config.json has no model, are causal.
-    config = resolve_prior_config({"model": "causal"} | arguments)
+    config = resolve_prior_config(resumed_arguments(folder, PriorConfig, flags))
     if not (folder / "metrics.json").exists():  # may be missing after the last epoch
         return run, config, last_checkpoint(folder)
     return run, config, unfinished_checkpoint(folder, config.epochs)
@@ -225,11 +233,9 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
 
 
 def make_optimizer(model: nn.Module, config: PriorConfig) -> torch.optim.Optimizer:
-    """Return an AdamW optimizer with weight decay on all matrices, except biases that are 2D."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim > 1 and not name.endswith("bias")
-        (matrices if is_matrix else others).append(parameter)
+    """Return an AdamW optimizer with weight decay on all matrices."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -238,22 +244,26 @@ def make_optimizer(model: nn.Module, config: PriorConfig) -> torch.optim.Optimiz
 
 
 @torch.no_grad()
-def plot_epoch(run: Run, prior: ModuleType, vqvae: VQVAE, val_data) -> None:
-    """Plot the training curves, and four slices that are sampled with the same seed every time."""
+def plot_epoch(run: Run, vqvae: VQVAE, val_data: EncodedDataset) -> None:
+    """Plot the curves and, for a flow, four slices sampled with the same seed every time."""
+    heading = f"{run.folder.parent.name}, {run.config.model} prior after epoch {run.epochs_done}"
+    curves = run.folder / f"{run.best_column.removeprefix('val_')}_plot.png"
+    plots.plot_curves(curves, run.history, run.best_column, heading)
+    if run.config.model == "causal":
+        return
+    flow = run.modules["model"]
     position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=run.device)
     titles = [f"position {value:.1f}" for value in position.tolist()]
     if val_data.positions.isnan().all():
         position = torch.full_like(position, math.nan)
         titles = ["position unknown"] * 4
     generator = torch.Generator().manual_seed(run.config.seed)
-    codes = prior.sample_codes(run.modules["model"], vqvae, position, generator)
+    latents = flow.to_latents(flow.sample(position, generator))
+    codes = vqvae.vector_quantization(latents).indices
     images = vqvae.decode_codes(codes).float().cpu()
     name = f"epoch_{run.epochs_done}"
-    heading = f"{run.folder.parent.name}, sampled from the prior after epoch {run.epochs_done}"
     path = run.folder / "plots" / name / f"{name}_samples.png"
     plots.plot_slices(path, images, titles, heading, spacing=val_data.spacing)
-    curves = run.folder / f"{run.best_column.removeprefix('val_')}_plot.png"
-    plots.plot_curves(curves, run.history, run.best_column, heading)
 
 
 if __name__ == "__main__":

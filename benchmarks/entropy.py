@@ -1,4 +1,4 @@
-"""Compress the codes of slices losslessly, by arithmetic coding with the run's prior.
+"""Compress the codes of slices losslessly, by arithmetic coding with the run's causal prior.
 
     streams = encode(prior, codes)            # (N, h, w) -> an array of 32-bit words per slice
     codes = decode(prior, streams)            # the same codes, on the same machine
@@ -47,13 +47,10 @@ def encode(prior: CodePrior, codes: Tensor) -> list[np.ndarray]:
     family = constriction.stream.model.Categorical(perfect=False)
     streams = []
     for batch in codes.split(BATCH_SIZE):
-        grids = prior.to_grids(batch)
         encoders = [constriction.stream.queue.RangeEncoder() for _ in batch]
 
-        def choose(
-            index: int, logits: Tensor, row: int, column: int, grids=grids, encoders=encoders
-        ) -> Tensor:
-            symbols = grids[index][:, row, column]
+        def choose(logits: Tensor, row: int, column: int, batch=batch, encoders=encoders) -> Tensor:
+            symbols = batch[:, row, column]
             distributions = probabilities(logits)
             for encoder, symbol, p in zip(encoders, symbols.tolist(), distributions, strict=True):
                 encoder.encode(np.array([symbol], dtype=np.int32), family, p[None])
@@ -72,7 +69,7 @@ def decode(prior: CodePrior, streams: list[np.ndarray]) -> Tensor:
         batch = streams[start : start + BATCH_SIZE]
         decoders = [constriction.stream.queue.RangeDecoder(words) for words in batch]
 
-        def choose(index: int, logits: Tensor, row: int, column: int, decoders=decoders) -> Tensor:
+        def choose(logits: Tensor, row: int, column: int, decoders=decoders) -> Tensor:
             symbols = []
             for decoder, p in zip(decoders, probabilities(logits), strict=True):
                 symbols.append(decoder.decode(family, p[None])[0])
@@ -88,13 +85,13 @@ def probabilities(logits: Tensor) -> np.ndarray:
 
 
 def visit_codes(prior: CodePrior, count: int, choose: Callable, verb: str) -> Tensor:
-    """Choose each code of `count` slices in decoding order, and return the codes.
+    """Choose each code of `count` slices in reading order, and return the codes.
 
-    `CodePrior.decode` describes the order. The slices' positions in their volumes are treated as
-    unknown, because a decoder would know them only if they were transmitted, too.
+    The slices' positions in their volumes are treated as unknown, because a decoder would know them
+    only if they were transmitted, too.
     """
-    device = prior.grids[-1].embedding.device
+    device = prior.embedding.device
     position = torch.full((count,), torch.nan, device=device)
     view = torch.zeros(count, dtype=torch.long, device=device)
-    progress = functools.partial(tqdm, desc=f"{verb} {count} slices", unit=" segments")
+    progress = functools.partial(tqdm, desc=f"{verb} {count} slices", unit=" codes")
     return prior.decode(position, view, choose, progress)

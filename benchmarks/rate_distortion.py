@@ -43,11 +43,11 @@ from mri import hipmri
 from mri.files import Source
 from mri.preprocessing import SIZE, Preprocessing
 from prior.model import CodePrior
-from prior.sampling import is_flow
 from training import environment
-from training.checkpoint import load_model, read_checkpoint
+from training.checkpoint import load_model
 from training.config import TrainConfig
 from training.run_folder import read_arguments
+from training.run_names import PRIORS
 from utils import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -185,7 +185,7 @@ def measure_run(
         run: folder of the run.
         originals: the slices to reconstruct.
         device: the device to compute on.
-        entropy_coded: whether to add a row with entropy-coded codes, if the run has a prior.
+        entropy_coded: whether to add a row with entropy-coded codes, if the run has a causal prior.
     """
     model = load_model(VQVAE, run / "best.pt", device)
     recipe = read_arguments(run, TrainConfig).get("recipe", "unknown recipe")
@@ -203,10 +203,11 @@ def measure_run(
     }
     num_weights = sum(p.numel() for p in model.parameters())
     rates = {"fixed length": (model.bits_per_pixel, num_weights)}
-    if entropy_coded and has_causal_prior(run):
-        prior = load_model(CodePrior, run / "prior" / "best.pt", device)
+    prior_path = run / PRIORS["causal"] / "best.pt"
+    if entropy_coded and prior_path.exists():
+        prior = load_model(CodePrior, prior_path, device)
         num_weights += sum(p.numel() for p in prior.parameters())
-        bits = coded_bits(prior, torch.cat(codes), run)
+        bits = coded_bits(prior, torch.cat(codes), model, run)
         rates["entropy-coded"] = (bits / PIXELS, num_weights)
     elif entropy_coded:
         print(
@@ -221,23 +222,22 @@ def measure_run(
     return rows
 
 
-def has_causal_prior(run: Path) -> bool:
-    """Return whether a run has a prior that gives probabilities of codes."""
-    path = run / "prior" / "best.pt"
-    return path.exists() and not is_flow(read_checkpoint(path))
-
-
-def coded_bits(prior: CodePrior, codes: Tensor, run: Path) -> float:
+def coded_bits(prior: CodePrior, codes: Tensor, model: VQVAE, run: Path) -> float:
     """Entropy-code codes (N, h, w) with the prior, and return the mean number of bits per slice.
 
     Raises:
-        UserError: if the prior was trained for code grids of another size, or if decoding does not
-            return the same codes.
+        UserError: if the prior was trained for another model or for code grids of another size, or
+            if decoding does not return the same codes.
     """
-    if tuple(codes.shape[1:]) != (prior.height, prior.width):
+    if not prior.has_codebook(model.vector_quantization.embedding.weight):
         raise UserError(
-            f"{run / 'prior'} is for grids of {prior.height} x {prior.width} codes; expected "
-            f"{' x '.join(map(str, codes.shape[1:]))}, as in the run. Train another prior"
+            f"the causal prior of {run} was trained on the codes of a different model; train it "
+            "again"
+        )
+    if tuple(codes.shape[1:]) != prior.grid:
+        raise UserError(
+            f"the causal prior of {run} is for grids of {prior.grid[0]} x {prior.grid[1]} codes; "
+            f"expected {' x '.join(map(str, codes.shape[1:]))}, as in the run. Train another prior"
         )
     streams = entropy.encode(prior, codes)
     if not torch.equal(entropy.decode(prior, streams), codes):
@@ -284,7 +284,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag(
         "--entropy-coded",
         action="store_true",
-        help="add a row with entropy-coded codes for each run that has a prior (a minute per run)",
+        help="add a row with entropy-coded codes for each run that has a causal prior (a minute "
+        "per run)",
     )
     flag(
         "--rates",

@@ -1,20 +1,19 @@
-"""Encode a split as codes for the prior, and measure their compressed size without a prior."""
+"""Encode a split for a prior, and measure the compressed size of codes without a prior."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import dataset
+from dataset import SliceDataset
 from modules import VQVAE
 from mri.files import SliceName
 
@@ -24,62 +23,50 @@ MIRRORS = ((), (-2,), (-1,), (-2, -1))
 
 
 @dataclass(frozen=True, eq=False)
-class CodeDataset:
-    """The codes of a split's slices and of their mirror images (see `encode_split`)."""
+class EncodedDataset:
+    """The encoded slices of a split, each in V views (see `encode_split`)."""
 
-    codes: Tensor  # (N, V, h, w) int32; V is the number of views (see MIRRORS)
+    encoded: Tensor  # (N, V, ...), codes or components
     positions: Tensor  # (N,), positions of the slices in their volumes, 0 to 1; NaN if unknown
-    brightness: Tensor  # (K,), mean brightness of the pixels that each code represents
     names: Sequence[SliceName]  # names of the N slices
     spacing: Sequence[float] | None = None  # mm between rows and between columns, if known
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self.encoded)
 
     def batches(
         self, groups: Sequence[Tensor], device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield codes (B, V, h, w) int64 and positions (B,) for each group of indices (B,)."""
+        """Yield encoded slices (B, V, ...) and positions (B,) for each group of indices (B,)."""
         for group in groups:
-            yield self.codes[group].to(device).long(), self.positions[group].to(device)
+            yield self.encoded[group].to(device), self.positions[group].to(device)
 
 
 @torch.no_grad()
 def encode_split(
-    model: VQVAE, slices: dataset.SliceDataset, mirrors: Sequence[tuple]
-) -> CodeDataset:
+    encode: Callable[[Tensor], Tensor],
+    slices: SliceDataset,
+    mirrors: Sequence[tuple],
+    device: torch.device,
+) -> EncodedDataset:
     """Encode all slices of a split, each in several views.
 
-    To compute the brightness of a code, the z-scored pixels that it represents are averaged at each
-    position where the code occurs. The brightness is the mean of asinh(average) over these
-    positions. On a linear scale, fat and bladder would occupy most of the range; asinh compresses
-    large values like a logarithm.
+    Images are flipped before they are encoded, because the encoder is not symmetric.
 
     Args:
-        model: the VQ-VAE; it must have only one codebook.
+        encode: function (images (B, 1, H, W) on the device) -> (B, ...).
         slices: the split.
         mirrors: the views to encode, such as MIRRORS; the first must be the slice itself.
+        device: the device to compute on.
     """
-    device = next(model.parameters()).device
-    num_embeddings = model.vector_quantization.num_embeddings
-    brightness_sums = torch.zeros(num_embeddings, device=device)
-    counts = torch.zeros(num_embeddings, device=device)
-    codes = []
     groups = torch.arange(len(slices)).split(16)
     batches = slices.batches(groups, device)
+    encoded = []
     for images in tqdm(batches, f"encoding {slices.split}", len(groups), unit=" batches"):
-        views = torch.stack([model.encode(images.flip(axes)) for axes in mirrors], 1)
-        codes.append(views.int().cpu())  # (B, V, h, w)
-        indices = views[:, 0].flatten()
-        brightness = torch.asinh(F.avg_pool2d(images, model.stride)[:, 0]).flatten()
-        brightness_sums.index_add_(0, indices, brightness)
-        counts.index_add_(0, indices, torch.ones_like(brightness))
-    return CodeDataset(
-        codes=torch.cat(codes),
-        positions=slices.positions,
-        brightness=(brightness_sums / counts.clamp_min(1)).cpu(),
-        names=slices.names,
-        spacing=slices.description["spacing"],
+        views = [encode(images.flip(axes)).cpu() for axes in mirrors]
+        encoded.append(torch.stack(views, 1))
+    return EncodedDataset(
+        torch.cat(encoded), slices.positions, slices.names, slices.description["spacing"]
     )
 
 

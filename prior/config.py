@@ -35,7 +35,8 @@ class PriorConfig(RunConfig):
     )
     model: str = option(
         "flow",
-        "rectified flow over latents, or causal transformer over codes (default: flow)",
+        "rectified flow over latents, which samples slices; or causal network over codes, which "
+        "gives code lengths (default: flow)",
         group="run",
         choices=("flow", "causal"),
     )
@@ -47,8 +48,8 @@ class PriorConfig(RunConfig):
     weight_decay: float = _prior(0.01, "weight decay of all matrices", low=0, high=10)
     channels: int = _prior(
         64,
-        "width of the network: of the U-Net at its finest grid, a multiple of 8; of the "
-        "transformer (on a GPU with thousands of slices, try 128 | 512)",
+        "width of the network: of the U-Net at its finest grid, a multiple of 8; of the causal "
+        "network (on a GPU with thousands of slices, try 128 | 256)",
         low=1,
     )
 
@@ -67,22 +68,12 @@ class PriorConfig(RunConfig):
         8, "maximum number of principal components of the latents (default: 8)", low=1, high=1024
     )
 
-    # Causal transformer
+    # Causal network
     dropout: float = _causal(0.0, "fraction of dropped activations (default: 0)", low=0, high=0.99)
     mirrored: float = _causal(
         0.5, "fraction of training slices that are mirrored (default: 0.5)", low=0, high=1
     )
-    num_grids: int = _causal(
-        2,
-        "number of grids: the codes, preceded by 0, 1 or 2 coarser outlines (default: 2)",
-        low=1,
-        high=3,
-    )
-    num_outlines: int = _causal(
-        32, "brightness levels of an outline (default: 32)", low=2, high=1024
-    )
-    num_layers: int = _causal(4, "layers of the transformer (default: 4; on a GPU, try 12)", low=1)
-    num_heads: int = _causal(4, "attention heads (default: 4; on a GPU, try 8)", low=1)
+    num_layers: int = _causal(6, "residual blocks of the causal network (default: 6)", low=1)
 
     # Fixed values, which are not flags
     warmup = 0.05
@@ -94,7 +85,7 @@ class PriorConfig(RunConfig):
         return "cosine" if self.model == "causal" else "linear"
 
 
-# The fields in which the defaults of the causal transformer differ from those of the flow.
+# The fields in which the defaults of the causal network differ from those of the flow.
 CAUSAL = {
     "model": "causal",
     "epochs": 30,
@@ -116,16 +107,7 @@ def resolve_prior_config(flags: dict) -> PriorConfig:
 
 
 def check_prior_config(config: PriorConfig, flags: dict, world_size: int) -> None:
-    """Check all values, and that the typed flags apply to the model.
-
-    Args:
-        config: the configuration.
-        flags: only the flags that were typed.
-        world_size: number of processes.
-
-    Raises:
-        UserError: if a value is invalid, or a flag is for the other model.
-    """
+    """Raise UserError if a value is invalid, or if a typed flag is for the other model."""
     check_bounds(config)
     check_processes(config, world_size)
     for field in dataclasses.fields(config):

@@ -83,7 +83,7 @@ def evaluate_samples(
         - "audit": the result of `realism.search_copies`.
     """
     device = sampler.device
-    generator = torch.Generator().manual_seed(sampler.options.seed)
+    generator = torch.Generator().manual_seed(sampler.seed)
     reconstructed = sampler.decode(sampler.encode(held_out.images))
     codes = sample_independently(sampler.encode(training.images), len(sampled), generator)
     sets = {

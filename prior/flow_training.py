@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset import SliceDataset
 from modules import VQVAE
-from mri.files import SliceName
+from prior.codes import MIRRORS, EncodedDataset, encode_split
 from prior.config import PriorConfig
 from prior.flow import FlowPrior
 from training import distributed
 from utils import UserError
 
-BEST_COLUMN = "val_velocity"
+METRIC = "velocity"  # its mean squared error
 NUM_FITTED = 256  # maximum number of slices to which principal components are fitted
-MIRRORS = ((), (-2,))  # the axes of (B, 1, H, W) that are flipped: none, and left-right
-
-
-@dataclass(frozen=True, eq=False)
-class LatentDataset:
-    """Principal components of the latents of a split's slices and of their mirror images."""
-
-    components: Tensor  # (N, V, C, h, w) float16; V is the number of views
-    positions: Tensor  # (N,), positions of the slices in their volumes, 0 to 1; NaN if unknown
-    names: Sequence[SliceName]  # names of the N slices
-    spacing: Sequence[float] | None = None  # mm between rows and between columns, if known
-
-    def __len__(self) -> int:
-        return len(self.components)
-
-    def batches(
-        self, groups: Sequence[Tensor], device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield components (B, V, C, h, w) and positions (B,) for each group of indices (B,)."""
-        for group in groups:
-            yield self.components[group].to(device), self.positions[group].to(device)
-
 
 # ---------------------------------------------------------------- before training
 
@@ -49,7 +24,7 @@ class LatentDataset:
 @torch.no_grad()
 def prepare(
     vqvae: VQVAE, train_slices: SliceDataset, val_slices: SliceDataset, config: PriorConfig
-) -> tuple[FlowPrior, LatentDataset, LatentDataset]:
+) -> tuple[FlowPrior, EncodedDataset, EncodedDataset]:
     """Return an untrained flow, and the encoded training and validation slices.
 
     The principal components are fitted to slices that are spread evenly over the training split.
@@ -73,48 +48,22 @@ def prepare(
         f"latents: {num_components} of {latent_channels} principal components, with "
         f"{fraction:.1%} of the variance"
     )
-    train = encode_split(vqvae, model, train_slices, MIRRORS)
-    val = encode_split(vqvae, model, val_slices, MIRRORS[:1])
+
+    def encode(images: Tensor) -> Tensor:  # (B, 1, H, W) -> (B, C, h, w) float16
+        return model.to_components(vqvae.encoder(images)).half()
+
+    train = encode_split(encode, train_slices, MIRRORS[:2], device)
+    val = encode_split(encode, val_slices, MIRRORS[:1], device)
     return model, train, val
 
 
-@torch.no_grad()
-def encode_split(
-    vqvae: VQVAE, model: FlowPrior, slices: SliceDataset, mirrors: Sequence[tuple]
-) -> LatentDataset:
-    """Encode all slices of a split, each in several views, as components of the flow.
-
-    Images are flipped before they are encoded, because the encoder is not symmetric.
-    """
-    device = next(vqvae.parameters()).device
-    groups = torch.arange(len(slices)).split(16)
-    batches = slices.batches(groups, device)
-    components = []
-    for images in tqdm(batches, f"encoding {slices.split}", len(groups), unit=" batches"):
-        views = []
-        for axes in mirrors:
-            views.append(model.to_components(vqvae.encoder(images.flip(axes))))
-        components.append(torch.stack(views, 1).half().cpu())  # (B, V, C, h, w)
-    return LatentDataset(
-        components=torch.cat(components),
-        positions=slices.positions,
-        names=slices.names,
-        spacing=slices.description["spacing"],
-    )
+# ---------------------------------------------------------------- loss, validation
 
 
-# ---------------------------------------------------------------- losses, validation
-
-
-def loss_names(config: PriorConfig) -> tuple[str, ...]:
-    """Return the names of the losses that `compute_losses` returns."""
-    return ("train_velocity",)
-
-
-def compute_losses(
+def compute_loss(
     model: FlowPrior, components: Tensor, position: Tensor, precision: str, config: PriorConfig
 ) -> Tensor:
-    """Compute the mean squared error of the velocity, (1,), for a random view of each slice.
+    """Compute the mean squared error of the velocity, a scalar, for a random view of each slice.
 
     Times are logit-normal (Esser et al. 2024, arXiv 2403.03206), so that those in the middle, where
     the velocity is hard to predict, are frequent.
@@ -134,14 +83,14 @@ def compute_losses(
     time = torch.randn(count, device=device).sigmoid()
     position = position.masked_fill(is_hidden, math.nan)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return model.loss(x, noise, time, position).mean()[None]
+        return model.loss(x, noise, time, position).mean()
 
 
 @torch.no_grad()
 def validate(
-    model: FlowPrior, val: LatentDataset, config: PriorConfig, device: torch.device
-) -> dict[str, float]:
-    """Compute the validation columns of metrics.csv in float32, from unmirrored slices.
+    model: FlowPrior, val: EncodedDataset, config: PriorConfig, device: torch.device
+) -> float:
+    """Compute the mean squared error of the velocity of unmirrored slices, in float32.
 
     The noise and the times are the same in all epochs, so that epochs can be compared.
     """
@@ -156,29 +105,15 @@ def validate(
         noise = torch.randn(x.shape, generator=generator).to(device)
         time = torch.randn(len(x), generator=generator).sigmoid().to(device)
         total += model.loss(x, noise, time, position).sum()
-    velocity = float(distributed.all_reduce_sum(total)) / len(val)
-    return {"val_loss": velocity, "val_velocity": velocity}
+    return float(distributed.all_reduce_sum(total)) / len(val)
 
 
 # ---------------------------------------------------------------- results
 
 
-def sample_codes(
-    model: FlowPrior, vqvae: VQVAE, position: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Sample codes, (B, h, w) or (B, h, w, R), of slices at these positions, (B,)."""
-    latents = model.to_latents(model.sample(position, generator))
-    return vqvae.vector_quantization(latents).indices
-
-
-def describe_scores(scores: dict[str, float]) -> str:
-    """Describe the result of `validate` for the line that is printed after an epoch."""
-    return f"validation velocity error {scores['val_velocity']:.4f}"
-
-
 def final_scores(
-    scores: dict[str, float], vqvae: VQVAE, train: LatentDataset, val: LatentDataset
+    velocity: float, vqvae: VQVAE, train: EncodedDataset, val: EncodedDataset
 ) -> dict[str, dict[str, float]]:
-    """Print the scores of the best checkpoint, and return them for metrics.json."""
-    print(f"\nvalidation, {len(val)} slices: velocity error {scores['val_velocity']:.4f}")
-    return {"flow": {"velocity_error": scores["val_velocity"]}}
+    """Print the error of the best checkpoint, and return it for metrics.json."""
+    print(f"\nvalidation, {len(val)} slices: velocity error {velocity:.4f}")
+    return {"flow": {"velocity_error": velocity}}

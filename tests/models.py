@@ -37,30 +37,22 @@ def save_compressed(path: Path, checkpoint: dict) -> None:
             compressed.writestr(record.filename, original.read(record))
 
 
-def make_prior(num_grids: int) -> CodePrior:
-    """Return an untrained prior of 8 x 16 codes out of 20, with 6 outline levels."""
+def make_prior(
+    num_embeddings: int = 20, embedding_dim: int = 5, grid: tuple[int, int] = (8, 16)
+) -> CodePrior:
+    """Return an untrained causal prior, which predicts the frequencies of random codes."""
     torch.manual_seed(0)
-    prior = CodePrior(
-        num_embeddings=20,
-        embedding_dim=5,
-        height=8,
-        width=16,
-        channels=16,
-        num_layers=2,
-        num_heads=2,
-        num_grids=num_grids,
-        num_outlines=6,
-    ).eval()
-    codes = torch.randint(20, (9, 8, 16))
-    prior.initialize(torch.randn(20, 5), torch.randn(20), codes, torch.linspace(0, 1, 9))
+    prior = CodePrior(num_embeddings, embedding_dim, *grid, channels=16, num_layers=2).eval()
+    codes = torch.randint(num_embeddings, (9, *grid))
+    prior.initialize(torch.randn(num_embeddings, embedding_dim), codes)
     return prior
 
 
-def make_varied_prior(num_grids: int) -> CodePrior:
-    """Return `make_prior` with widely different logits."""
-    prior = make_prior(num_grids)
-    for grid in prior.grids:
-        nn.init.normal_(grid.last[1].weight, std=0.5)
+def make_varied_prior() -> CodePrior:
+    """Return `make_prior()` with widely different logits."""
+    prior = make_prior()
+    nn.init.normal_(prior.places)
+    nn.init.normal_(prior.last.weight, std=0.5)
     return prior
 
 

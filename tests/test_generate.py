@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from models import save_model
+from models import make_prior, save_model
 
 import generate
 import utils
@@ -18,7 +18,6 @@ from modules import VQVAE
 from prior import realism, sampling
 from prior.codes import hash_codebook
 from prior.flow import FlowPrior
-from prior.model import CodePrior
 from prior.sampling import Sampler
 from training.run_folder import load_run_data
 from utils import UserError
@@ -33,33 +32,18 @@ def make_vqvae() -> VQVAE:
 
 @pytest.fixture
 def make_run(tmp_path, write_slices, monkeypatch):
-    """make_run(size, model): an untrained VQ-VAE and prior, and 8 + 3 + 3 slices of three splits.
-
-    The causal prior samples code by code, so slices of 64 x 32 take a sixteenth of the usual time.
-    """
+    """make_run(size): an untrained VQ-VAE and flow, and 8 + 3 + 3 slices of three splits."""
     monkeypatch.chdir(tmp_path)
     return partial(write_run, tmp_path, write_slices)
 
 
-def write_run(
-    root: Path, write_slices: Callable, size: tuple[int, int] = (64, 32), model: str = "causal"
-) -> Path:
+def write_run(root: Path, write_slices: Callable, size: tuple[int, int] = (64, 32)) -> Path:
     data = write_slices(root / "data", size, train=8, validate=3, test=3)
     torch.manual_seed(0)
     vqvae = make_vqvae()
     rows, columns = (side // vqvae.stride for side in size)
-    if model == "flow":
-        prior = FlowPrior(4, (rows, columns), components=2, channels=16)
-        prior.fit_components(torch.randn(8, 4, rows, columns))
-    else:
-        sizes = {"channels": 8, "num_layers": 1, "num_heads": 2, "num_outlines": 8}
-        prior = CodePrior(16, 4, rows, columns, **sizes)
-        prior.initialize(
-            vqvae.vector_quantization.embedding.weight.detach(),
-            torch.randn(16),
-            torch.randint(16, (8, rows, columns)),
-            torch.rand(8),
-        )
+    prior = FlowPrior(4, (rows, columns), components=2, channels=16)
+    prior.fit_components(torch.randn(8, 4, rows, columns))
     folder = root / "runs" / "a"
     save_model(folder / "best.pt", vqvae)
     fingerprint = f"train validate {hash_codebook(vqvae)}"
@@ -78,14 +62,7 @@ def write_run(
 
 @pytest.fixture
 def run(make_run) -> Path:
-    """A run with a causal prior."""
     return make_run()
-
-
-@pytest.fixture(params=["flow", "causal"])
-def any_run(make_run, request) -> Path:
-    """A run with a flow, and a run with a causal prior."""
-    return make_run(model=request.param)
 
 
 def call_generate(flags: str) -> Path:
@@ -103,9 +80,9 @@ def read_images(folder: Path, name: str = "drawn") -> np.ndarray:
 # ---------------------------------------------------------------- sampling
 
 
-def test_samples_are_a_picture_and_nifti_files(any_run, capsys):
+def test_samples_are_a_picture_and_nifti_files(run, capsys):
     folder = call_generate("--count 3")
-    assert folder == any_run.relative_to(Path.cwd()) / "generated"
+    assert folder == run.relative_to(Path.cwd()) / "generated"
     assert (folder / "slices.png").stat().st_size > 5000
     assert len(list(folder.iterdir())) == 4
     nifti = nib.load(folder / "drawn_002.nii.gz")
@@ -113,7 +90,7 @@ def test_samples_are_a_picture_and_nifti_files(any_run, capsys):
     assert nifti.get_data_dtype() == np.float32
     assert nifti.header["descrip"] == b""
     assert nifti.header.get_xyzt_units()[0] == "mm"
-    train, _ = load_run_data(any_run, "train")
+    train, _ = load_run_data(run, "train")
     np.testing.assert_allclose(nifti.affine, train.affine)
     assert read_images(folder).mean() == pytest.approx(train.mean.mean(), rel=0.5)
     assert "models: runs/a/best.pt, runs/a/prior/best.pt" in capsys.readouterr().out
@@ -126,20 +103,13 @@ def test_more_slices_than_a_picture_holds_are_all_written(run, monkeypatch):
     assert len(read_images(folder, "completion")) == 4
 
 
-def test_the_same_flags_give_the_same_slices(any_run):
+def test_the_same_flags_give_the_same_slices(run):
     first = read_images(call_generate("--count 2 --seed 5"))
     again = read_images(call_generate("--count 2 --seed 5"))
     assert np.array_equal(first, again)
     assert not np.array_equal(first[0], first[1])
     other_seed = read_images(call_generate("--count 2 --seed 6"))
     assert not np.array_equal(first, other_seed)
-
-
-def test_the_most_likely_codes_do_not_depend_on_the_seed(run):
-    expected = read_images(call_generate("--count 1 --temperature 0 --seed 1"))
-    assert len(expected) == 1
-    for flags in ("--temperature 0 --seed 2", "--top-k 1", "--top-p 1e-9"):
-        assert np.array_equal(read_images(call_generate(f"--count 1 {flags}")), expected)
 
 
 def test_slices_of_an_earlier_call_are_removed(run):
@@ -155,13 +125,13 @@ def test_out_sets_the_output_folder(run):
 
 def test_positions_are_the_flag_or_those_of_the_training_slices(run, monkeypatch):
     calls = []
-    original = CodePrior.sample
+    original = FlowPrior.sample
 
     def record(self, position, *rest, **options):
         calls.append(position)
         return original(self, position, *rest, **options)
 
-    monkeypatch.setattr(CodePrior, "sample", record)
+    monkeypatch.setattr(FlowPrior, "sample", record)
     monkeypatch.setattr(sampling, "BATCH_SIZE", 3)
     call_generate("--count 2 --position 0.25")
     assert calls.pop().tolist() == [0.25, 0.25]
@@ -179,7 +149,7 @@ def half_of(images: np.ndarray, half: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("half", "other_half"), [("left", "right"), ("right", "left")])
-def test_completions_keep_one_half(any_run, half, other_half):
+def test_completions_keep_one_half(run, half, other_half):
     """The VQ-VAE is untrained: the half that is kept is equal in all, but not the slice's own."""
     folder = call_generate(f"--complete {SLICE} --keep {half} --count 3")
     assert (folder / "completion.png").stat().st_size > 5000
@@ -192,14 +162,6 @@ def test_completions_keep_one_half(any_run, half, other_half):
     folder = call_generate(f"--complete {OTHER_SLICE} --keep {half} --count 1")
     others = half_of(read_images(folder, "completion"), half)
     assert not np.array_equal(others[0], kept[0])
-
-
-def test_a_prior_trained_without_mirrored_slices_keeps_only_the_left_half(run):
-    utils.write_json(run / "prior" / "config.json", {"arguments": {"mirrored": 0.0}})
-    with pytest.raises(UserError, match="was trained without mirrored slices"):
-        call_generate(f"--complete {SLICE} --keep right")
-    folder = call_generate(f"--complete {SLICE} --count 1")
-    assert len(read_images(folder, "completion")) == 1
 
 
 def test_the_encoder_sees_nothing_of_the_other_half():
@@ -223,7 +185,7 @@ def test_an_evaluation_measures_realism_and_searches_for_copies(make_run, monkey
     folder = call_generate("--evaluate --count 4")
     printed = capsys.readouterr().out
     result = json.loads((folder / "evaluation.json").read_text())
-    assert result["settings"] == "temperature 1, seed 0"
+    assert result["settings"] == "25 steps, seed 0"
     assert result["drawn"] == 4
     assert result["held_out_slices"] == 6
     assert result["training_slices"] == 8
@@ -285,12 +247,9 @@ def test_a_prior_that_copies_is_detected(make_run, monkeypatch):
     [
         ("--count 0", "--count is 0; expected 1 to"),
         ("--evaluate --count 1", "--count is 1; expected 2 to"),
-        ("--temperature -1", "--temperature is -1.0; expected 0 to 100"),
-        ("--temperature nan", "--temperature is nan"),
         ("--steps 0", "--steps is 0; expected 1 to 1000"),
         ("--guidance -1", "--guidance is -1.0; expected 0 to 100"),
-        ("--top-p 0", "--top-p is 0.0; expected 1e-09 to 1"),
-        ("--top-k -1", "--top-k is -1"),
+        ("--guidance nan", "--guidance is nan"),
         ("--seed -1", "--seed is -1"),
         ("--position 1.5", "--position is 1.5; expected 0 to 1"),
         ("--keep right", "--keep chooses the half that --complete keeps; add --complete FILE"),
@@ -298,7 +257,7 @@ def test_a_prior_that_copies_is_detected(make_run, monkeypatch):
         ("--complete nowhere.nii.gz", r"nowhere.nii.gz"),
         ("--complete runs/a/config.json", "is not a NIfTI file"),
         ("--run nowhere", "checkpoint nowhere.* does not exist"),
-        ("--runs-dir nowhere", "no run in nowhere has a prior; train one with train_prior.py"),
+        ("--runs-dir nowhere", "no run in nowhere has a flow; train one with train_prior.py"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_written(run, flags, message):
@@ -307,21 +266,30 @@ def test_mistakes_are_reported_before_anything_is_written(run, flags, message):
     assert not (run / "generated" / "slices.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("model", "flags", "name"),
-    [
-        ("flow", "--temperature 0.9", "--temperature .* is a flow; omit it"),
-        ("causal", "--steps 5", "--steps .* is a causal prior; omit it"),
-    ],
-)
-def test_options_of_the_other_model_are_errors(make_run, model, flags, name):
-    make_run(model=model)
-    with pytest.raises(UserError, match=name):
-        call_generate(flags)
+def test_a_causal_prior_does_not_sample(run):
+    save_model(run / "causal_prior" / "best.pt", make_prior())
+    message = (
+        r"causal_prior/best\.pt is a causal prior, which gives code lengths only; train a flow "
+        r"with .*train_prior\.py --run runs/a"
+    )
+    with pytest.raises(UserError, match=message):
+        call_generate("--run runs/a --prior runs/a/causal_prior/best.pt")
+    (run / "prior" / "best.pt").unlink()
+    with pytest.raises(UserError, match=message):
+        call_generate("--run runs/a")
 
 
-def test_a_prior_of_another_model_is_refused(any_run):
-    save_model(any_run / "best.pt", make_vqvae())
+def test_a_prior_of_an_earlier_version_is_an_error(run):
+    """Its model had attention heads."""
+    checkpoint = torch.load(run / "prior" / "best.pt")
+    checkpoint["model_args"] = {"num_embeddings": 16, "num_heads": 4}
+    torch.save(checkpoint, run / "prior" / "best.pt")
+    with pytest.raises(UserError, match=r"was trained by an earlier version; train it again with"):
+        call_generate("")
+
+
+def test_a_prior_of_another_model_is_refused(run):
+    save_model(run / "best.pt", make_vqvae())
     message = r"prior/best\.pt was trained on .* different model, not on those of .* best\.pt"
     with pytest.raises(UserError, match=message):
         call_generate("")

@@ -10,27 +10,24 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from torch.nn.functional import avg_pool2d, cross_entropy
 from training_runs import assert_same_tensors, read_rows, read_weights, rows_without_seconds
 
 import train
 import train_prior
+import utils
 from modules import VQVAE
 from prior import causal_training, flow_training
-from prior.codes import MIRRORS, encode_split
 from prior.config import PriorConfig
 from prior.flow import FlowPrior
 from prior.model import CodePrior
 from training.checkpoint import load_model, read_checkpoint
 from training.run_folder import load_run_data
+from training.run_names import PRIORS
 from utils import CheckpointError, UserError
 
-COLUMNS = ["epoch", "step", "train_loss", "train_outline_2", "train_codes", "val_loss", "val_bits",
-           "val_outline_bits", "lr", "seconds"]  # fmt: skip
-FLOW_COLUMNS = ["epoch", "step", "train_loss", "val_loss", "val_velocity", "lr", "seconds"]
 FLAGS = ["--device", "cpu", "--precision", "float32", "--batch-size", "4", "--learning-rate",
          "5e-3", "--channels", "16"]  # fmt: skip
-CAUSAL_FLAGS = ["--model", "causal", "--num-layers", "1", "--num-heads", "2"]
+CAUSAL_FLAGS = ["--model", "causal", "--num-layers", "1"]
 CPU = torch.device("cpu")
 both_models = pytest.mark.parametrize("model", ["flow", "causal"])
 
@@ -73,66 +70,55 @@ def assert_same_priors(one: Path, other: Path) -> None:
     assert rows_without_seconds(one) == rows_without_seconds(other)
 
 
-def encode(run: Path, split: str, mirrors):
-    """Return the VQ-VAE, the slices of a split, and their codes."""
+def prepare_causal(run: Path, split: str = "validate"):
+    """Return the VQ-VAE, the slices of a split, an untrained causal prior, and the codes."""
     vqvae = load_model(VQVAE, run / "best.pt")
     slices, _ = load_run_data(run, split)
-    return vqvae, slices, encode_split(vqvae, slices, mirrors)
+    config = PriorConfig(channels=16)
+    prior, codes, _ = causal_training.prepare(vqvae, slices, slices, config)
+    return vqvae, slices, prior, codes
 
 
 # ---------------------------------------------------------------- a run
 
 
-def test_a_run_writes_its_files(vqvae_runs, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("model", "flags", "metric"), [("flow", "", "velocity"), ("causal", "--mirrored 0.75", "bits")]
+)
+def test_a_run_writes_its_files(vqvae_runs, tmp_path, capsys, model, flags, metric):
     run = shutil.copytree(vqvae_runs / "runs", tmp_path / "runs") / "a"
-    assert start(run, "--epochs 3 --mirrored 0.75") == 0
-    folder = run / "prior"
+    assert start(run, f"--epochs 3 {flags}", model) == 0
+    folder = run / PRIORS[model]
     rows = read_rows(folder)
     assert [int(row["step"]) for row in rows] == [2, 4, 6]
-    assert list(rows[0]) == COLUMNS
-    assert float(rows[-1]["val_bits"]) < float(rows[0]["val_bits"])
-    for row in rows:
-        outlines, codes = float(row["train_outline_2"]), float(row["train_codes"])
-        assert float(row["train_loss"]) == pytest.approx(outlines + codes, rel=1e-5)
-        val_bits = float(row["val_bits"])
-        assert 0 < float(row["val_outline_bits"]) < val_bits < float(row["val_loss"]) / math.log(2)
+    columns = ["epoch", "step", "train_loss", "val_loss", f"val_{metric}", "lr", "seconds"]
+    assert list(rows[0]) == columns
+    scores = [float(row[f"val_{metric}"]) for row in rows]
+    assert scores[-1] < scores[0]
+    assert scores == [float(row["val_loss"]) for row in rows]
     best = read_checkpoint(folder / "best.pt")["best"]
-    assert best == min(float(row["val_bits"]) for row in rows)
+    assert best == min(scores)
+    assert (folder / f"{metric}_plot.png").stat().st_size > 5000
     plots = sorted(path.name for path in folder.glob("plots/*/*.png"))
-    assert plots == [f"epoch_{n}_samples.png" for n in (1, 3)]
-    assert (folder / "bits_plot.png").stat().st_size > 5000
     config = json.loads((folder / "config.json").read_text())
-    assert config["arguments"]["mirrored"] == 0.75
+    assert config["arguments"]["model"] == model
     assert config["slices"] == {"train": 6, "validate": 3}
-
-    bits = json.loads((folder / "metrics.json").read_text())["validation"]
-    assert set(bits) == {"prior", "fixed_length", "empirical_entropy", "gzip"}
-    assert bits["fixed_length"] == {"bits_per_code": 4.0, "bits_per_pixel": 4 / 64}
-    assert bits["prior"]["bits_per_code"] == pytest.approx(best, rel=1e-5)
-    assert bits["prior"]["bits_per_pixel"] == pytest.approx(best / 64, rel=1e-5)
+    results = json.loads((folder / "metrics.json").read_text())["validation"]
     printed = capsys.readouterr().out
-    for text in ("bits per code", "empirical entropy", "gzip", "generate.py --run"):
-        assert text in printed
-
-
-def test_a_run_of_the_flow_writes_its_files(vqvae_runs, tmp_path, capsys):
-    run = shutil.copytree(vqvae_runs / "runs", tmp_path / "runs") / "a"
-    assert start(run, "--epochs 3", "flow") == 0
-    folder = run / "prior"
-    rows = read_rows(folder)
-    assert [int(row["step"]) for row in rows] == [2, 4, 6]
-    assert list(rows[0]) == FLOW_COLUMNS
-    velocities = [float(row["val_velocity"]) for row in rows]
-    assert velocities[-1] < velocities[0]
-    best = read_checkpoint(folder / "best.pt")["best"]
-    assert best == min(velocities)
-    plots = sorted(path.name for path in folder.glob("plots/*/*.png"))
-    assert plots == [f"epoch_{n}_samples.png" for n in (1, 3)]
-    assert (folder / "velocity_plot.png").stat().st_size > 5000
-    scores = json.loads((folder / "metrics.json").read_text())["validation"]
-    assert scores["flow"]["velocity_error"] == pytest.approx(best, rel=1e-5)
-    printed = capsys.readouterr().out
-    for text in ("4 of 4 principal components, with 100.0%", "velocity error", "generate.py --run"):
+    if model == "flow":
+        assert plots == [f"epoch_{n}_samples.png" for n in (1, 3)]
+        assert results["flow"]["velocity_error"] == pytest.approx(best, rel=1e-5)
+        texts = ("4 of 4 principal components, with 100.0%", "velocity error", "generate.py --run")
+    else:
+        assert plots == []
+        assert set(results) == {"prior", "fixed_length", "empirical_entropy", "gzip"}
+        assert results["fixed_length"] == {"bits_per_code": 4.0, "bits_per_pixel": 4 / 64}
+        assert results["prior"]["bits_per_code"] == pytest.approx(best, rel=1e-5)
+        assert results["prior"]["bits_per_pixel"] == pytest.approx(best / 64, rel=1e-5)
+        assert config["arguments"]["mirrored"] == 0.75
+        texts = ("bits per code", "empirical entropy", "gzip")
+        assert "generate.py" not in printed
+    for text in texts:
         assert text in printed
 
 
@@ -140,7 +126,7 @@ def test_a_run_of_the_flow_writes_its_files(vqvae_runs, tmp_path, capsys):
 def test_a_dry_run_writes_nothing(run, capsys, model):
     assert start(run, "--dry-run", model) == 0
     assert "dry run" in capsys.readouterr().out
-    assert not (run / "prior").exists()
+    assert not (run / PRIORS[model]).exists()
 
 
 def test_a_checkpoint_has_the_average_and_the_trained_weights(run):
@@ -160,33 +146,24 @@ def test_a_checkpoint_has_the_average_and_the_trained_weights(run):
 # ---------------------------------------------------------------- parts
 
 
-@pytest.mark.parametrize("num_grids", [1, 2, 3])
-def test_validation_counts_the_bits_of_all_grids_per_code(run, num_grids):
-    vqvae, _, codes = encode(run, "validate", MIRRORS)
-    config = PriorConfig(device="cpu", num_grids=num_grids, channels=16)
-    prior = causal_training.make_prior(vqvae, codes, config).eval()
-    grids = prior.to_grids(codes.codes[:, 0].long())
-    logits = prior(grids, codes.positions, torch.zeros(3, dtype=torch.long))
-    nats = []
-    for grid_logits, grid in zip(logits, grids, strict=True):
-        loss = cross_entropy(grid_logits.flatten(0, 2), grid.flatten(), reduction="sum")
-        nats.append(loss.item())
-    scores = causal_training.validate(prior, codes, config, CPU)
-    bits = 1 / math.log(2) / (3 * 512)  # per code, of one nat
-    assert scores["val_bits"] == pytest.approx(sum(nats) * bits, rel=1e-4)
-    assert scores["val_outline_bits"] == pytest.approx(sum(nats[:-1]) * bits, rel=1e-4)
+def test_validation_counts_the_bits_per_code(run):
+    _, _, prior, data = prepare_causal(run)
+    torch.nn.init.normal_(prior.last.weight)
+    codes = data.encoded[:, 0].long()
+    with torch.no_grad():
+        logits = prior(codes, data.positions, torch.zeros(3, dtype=torch.long))
+    nats = -logits.log_softmax(-1).gather(-1, codes[..., None]).sum()
+    bits = causal_training.validate(prior, data, PriorConfig(batch_size=2), CPU)
+    assert bits == pytest.approx(float(nats) / math.log(2) / (3 * 512), rel=1e-4)
 
 
 def test_codes_of_mirrored_slices_are_those_of_the_mirrored_images(run):
-    vqvae, slices, codes = encode(run, "train", MIRRORS)
+    vqvae, slices, _, codes = prepare_causal(run, "train")
     images = slices.batch(torch.arange(6))
     with torch.no_grad():
         for view, axes in enumerate(((), (2,), (3,), (2, 3))):
-            assert torch.equal(codes.codes[:, view].long(), vqvae.encode(images.flip(axes)))
+            assert torch.equal(codes.encoded[:, view].long(), vqvae.encode(images.flip(axes)))
     torch.testing.assert_close(codes.positions, torch.linspace(0, 1, 6))
-    code = codes.codes[0, 0].flatten().mode().values.long()
-    pixels = avg_pool2d(images, 8)[:, 0][codes.codes[:, 0] == code]
-    assert codes.brightness[code] == pytest.approx(float(torch.asinh(pixels).mean()), abs=1e-4)
 
 
 @pytest.mark.parametrize("mirrored", [0.0, 0.6])
@@ -194,20 +171,17 @@ def test_views_and_unknown_positions_are_drawn_at_the_configured_rates(mirrored)
     """A stub takes the prior's place; the codes are the numbers of their views."""
     calls = []
 
-    class Stub(torch.nn.Module):
-        def to_grids(self, codes):
-            return [codes]
-
-        def forward(self, grids, position, view):
-            calls.append((grids[0], position, view))
-            return [torch.zeros(*grids[0].shape, 4)]
+    def prior(codes, position, view):
+        calls.append((codes, position, view))
+        return torch.zeros(*codes.shape, 4)
 
     codes = torch.arange(4).view(1, 4, 1, 1).expand(2000, 4, 2, 2)
     config = PriorConfig(mirrored=mirrored)
     torch.manual_seed(0)
-    causal_training.compute_losses(Stub(), codes, torch.zeros(2000), "float32", config)
-    ((grid, position, view),) = calls
-    assert torch.equal(grid[:, 0, 0], view)
+    loss = causal_training.compute_loss(prior, codes, torch.zeros(2000), "float32", config)
+    assert float(loss) == pytest.approx(2)  # bits
+    ((codes, position, view),) = calls
+    assert torch.equal(codes[:, 0, 0], view)
     rates = torch.bincount(view, minlength=4) / 2000
     expected = torch.tensor([1 - mirrored, *[mirrored / 3] * 3])
     torch.testing.assert_close(rates, expected, atol=0.04, rtol=0)
@@ -220,16 +194,16 @@ def test_views_and_unknown_positions_are_drawn_at_the_configured_rates(mirrored)
 def before_step(monkeypatch, model, number, action):
     """Call `action()` before the step with this number, counted from 1 over all runs."""
     module = train_prior.MODELS[model]
-    real, count = module.compute_losses, 0
+    real, count = module.compute_loss, 0
 
-    def compute_losses(*arguments):
+    def compute_loss(*arguments):
         nonlocal count
         count += 1
         if count == number:
             action()
         return real(*arguments)
 
-    monkeypatch.setattr(module, "compute_losses", compute_losses)
+    monkeypatch.setattr(module, "compute_loss", compute_loss)
 
 
 @both_models
@@ -238,19 +212,19 @@ def test_a_signal_saves_at_the_step_and_resume_gives_the_same_prior(
 ):
     """After one of the two steps of the second epoch."""
     assert start(run, "--epochs 3", model) == 0
-    (run / "prior").rename(tmp_path / "uninterrupted")
+    (run / PRIORS[model]).rename(tmp_path / "uninterrupted")
     before_step(monkeypatch, model, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert start(run, "--epochs 3", model) == 128 + signal.SIGTERM
-    assert read_checkpoint(run / "prior" / "last.pt")["steps_done"] == 1
+    assert read_checkpoint(run / PRIORS[model] / "last.pt")["steps_done"] == 1
     assert f"train_prior.py --resume --run {run}" in capsys.readouterr().out.splitlines()[-1]
-    assert train_prior.main(["--run", "runs/a", "--resume"]) == 0
-    assert_same_priors(run / "prior", tmp_path / "uninterrupted")
+    assert train_prior.main(["--run", "runs/a", "--resume", "--model", model]) == 0
+    assert_same_priors(run / PRIORS[model], tmp_path / "uninterrupted")
 
 
 @both_models
 def test_an_epoch_that_ended_in_a_crash_is_repeated_by_resume(tmp_path, run, monkeypatch, model):
     assert start(run, "--epochs 3", model) == 0
-    (run / "prior").rename(tmp_path / "uninterrupted")
+    (run / PRIORS[model]).rename(tmp_path / "uninterrupted")
 
     def crash():
         raise RuntimeError("crash in the second step of epoch 2")
@@ -258,21 +232,21 @@ def test_an_epoch_that_ended_in_a_crash_is_repeated_by_resume(tmp_path, run, mon
     before_step(monkeypatch, model, 4, crash)
     with pytest.raises(RuntimeError, match="crash"):
         start(run, "--epochs 3", model)
-    assert train_prior.main(["--run", str(run), "--resume"]) == 0
-    assert_same_priors(run / "prior", tmp_path / "uninterrupted")
+    assert train_prior.main(["--run", str(run), "--resume", "--model", model]) == 0
+    assert_same_priors(run / PRIORS[model], tmp_path / "uninterrupted")
 
 
 def test_a_report_that_a_kill_prevented_is_written_by_resume(run):
     """Without --run, the newest prior is resumed."""
     start(run, "--epochs 1")
-    path = run / "prior" / "metrics.json"
+    path = run / "causal_prior" / "metrics.json"
     report = path.read_text()
     path.unlink()
-    assert train_prior.main(["--resume"]) == 0
+    assert train_prior.main(["--resume", "--model", "causal"]) == 0
     assert path.read_text() == report
     with pytest.raises(UserError, match="has finished 1 epochs"):
-        train_prior.main(["--resume"])
-    with pytest.raises(UserError, match="nowhere contains no prior to resume"):
+        train_prior.main(["--resume", "--model", "causal"])
+    with pytest.raises(UserError, match="nowhere contains no flow prior to resume"):
         train_prior.main(["--resume", "--runs-dir", "nowhere"])
 
 
@@ -284,14 +258,14 @@ def test_two_processes_train_as_one(tmp_path, run, monkeypatch, model):
     flags = ["--epochs", "2", "--plot-every", "9", "--data", str(data)]
     flags += ["--mirrored", "0"] if model == "causal" else []
     monkeypatch.setattr(PriorConfig, "unknown_position", 0)
-    monkeypatch.setattr(flow_training, "compute_losses", flow_training.compute_losses)
+    monkeypatch.setattr(flow_training, "compute_loss", flow_training.compute_loss)
     remove_random_draws()
     start(run, " ".join(flags), model)
-    (run / "prior").rename(tmp_path / "one")
+    (run / PRIORS[model]).rename(tmp_path / "one")
     flags = ["--run", run, *model_flags(model), *flags]
     ranks = processes.start_ranks(tmp_path, "train_prior.py", *flags, before=remove_random_draws)
     assert [processes.wait(rank) for rank in ranks] == [0, 0], (tmp_path / "log_0").read_text()
-    one, two = read_rows(tmp_path / "one"), read_rows(run / "prior")
+    one, two = read_rows(tmp_path / "one"), read_rows(run / PRIORS[model])
     for row, other in zip(one, two, strict=True):
         for name in row.keys() - {"seconds"}:
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
@@ -301,11 +275,11 @@ def remove_random_draws() -> None:
     """Replace what is drawn at random by fixed values, because draws differ between processes."""
     PriorConfig.unknown_position = 0
 
-    def compute_losses(model, components, position, precision, config):
+    def compute_loss(model, components, position, precision, config):
         x = components[:, 0].float()
-        return model.loss(x, x.roll(1, -1), torch.full((len(x),), 0.5), position).mean()[None]
+        return model.loss(x, x.roll(1, -1), torch.full((len(x),), 0.5), position).mean()
 
-    flow_training.compute_losses = compute_losses
+    flow_training.compute_loss = compute_loss
 
 
 def read_config(folder: Path) -> dict:
@@ -317,9 +291,11 @@ def read_config(folder: Path) -> dict:
 
 def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
     start(run, "--epochs 1")
-    with pytest.raises(UserError, match="prior exists; add --resume to continue it, or move it"):
+    with pytest.raises(
+        UserError, match="causal_prior exists; add --resume to continue it, or move it"
+    ):
         start(run, "--epochs 1")
-    resume = ["--run", str(run), "--resume"]
+    resume = ["--run", str(run), "--resume", "--model", "causal"]
     with pytest.raises(UserError, match="has finished 1 epochs"):
         train_prior.main(resume)
     with pytest.raises(UserError, match=r"cannot be resumed with --dropout 0.5 \(was 0.0\)"):
@@ -336,10 +312,12 @@ def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
     [
         ("--epochs 0", "--epochs is 0; expected 1 to"),
         ("--channels 30", "channels is 30; expected a multiple of 8"),
-        ("--model causal --channels 30", "channels is 30; expected a multiple of num_heads"),
         ("--model causal --dropout 1", "--dropout is 1.0; expected 0 to 0.99"),
         ("--model causal --mirrored 2", "--mirrored is 2.0; expected 0 to 1"),
-        ("--num-grids 1", "--num-grids does not apply to the flow prior; omit it, or train with "),
+        (
+            "--num-layers 1",
+            "--num-layers does not apply to the flow prior; omit it, or train with ",
+        ),
         ("--model causal --components 4", "--components does not apply to the causal prior"),
         ("--learning-rate nan", "--learning-rate is nan"),
         ("--batch-size 0", "--batch-size is 0"),
@@ -350,7 +328,7 @@ def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
 def test_values_that_cannot_work_are_errors_before_training(run, flags, message):
     with pytest.raises(UserError, match=message):
         train_prior.main(["--run", str(run), "--device", "cpu", *flags.split()])
-    assert not (run / "prior").exists()
+    assert not list(run.glob("*prior"))
 
 
 def test_runs_without_a_usable_vqvae_are_errors(tmp_path, run):
@@ -366,16 +344,23 @@ def test_runs_without_a_usable_vqvae_are_errors(tmp_path, run):
         train_prior.main(["--runs-dir", "runs", "--device", "cpu", "--model", "causal"])
 
 
-def test_a_prior_of_an_earlier_version_is_resumed_as_a_causal_prior(run):
-    """Its config.json has neither the model nor the options of the flow."""
-    start(run, "--epochs 1")
-    path = run / "prior" / "config.json"
-    config = json.loads(path.read_text())
-    del config["arguments"]["model"], config["arguments"]["components"]
-    path.write_text(json.dumps(config))
+def test_a_prior_of_an_earlier_version_is_an_error(run):
+    """Its config.json has no model."""
+    (run / "prior").mkdir()
+    utils.write_json(run / "prior" / "config.json", {"arguments": {"num_grids": 2}})
+    for flags in ([], ["--resume"]):
+        with pytest.raises(UserError, match="prior was trained by an earlier version; move it"):
+            train_prior.main(["--run", str(run), "--device", "cpu", *flags])
+
+
+def test_a_run_has_a_flow_and_a_causal_prior(run):
+    start(run, "--epochs 1", "flow")
+    start(run, "--epochs 1", "causal")
     assert train_prior.main(["--resume", "--epochs", "2"]) == 0
     assert len(read_rows(run / "prior")) == 2
-    assert read_config(run / "prior")["model"] == "causal"
+    assert len(read_rows(run / "causal_prior")) == 1
+    assert train_prior.main(["--resume", "--epochs", "3", "--model", "causal"]) == 0
+    assert len(read_rows(run / "causal_prior")) == 3
 
 
 def test_the_report_is_that_of_the_best_checkpoint(run, monkeypatch):
@@ -384,14 +369,13 @@ def test_the_report_is_that_of_the_best_checkpoint(run, monkeypatch):
 
     def validate(*arguments):
         calls.append(1)
-        scores = real(*arguments)
-        return scores | {"val_bits": scores["val_bits"] + 10 * (len(calls) == 2)}
+        return real(*arguments) + 10 * (len(calls) == 2)
 
     monkeypatch.setattr(causal_training, "validate", validate)
     start(run, "--epochs 2")
-    best = load_model(CodePrior, run / "prior" / "best.pt")
-    _, _, codes = encode(run, "validate", MIRRORS[:1])
-    bits = real(best, codes, PriorConfig(batch_size=4), CPU)["val_bits"]
-    report = json.loads((run / "prior" / "metrics.json").read_text())
+    best = load_model(CodePrior, run / "causal_prior" / "best.pt")
+    *_, codes = prepare_causal(run)
+    bits = real(best, codes, PriorConfig(batch_size=4), CPU)
+    report = json.loads((run / "causal_prior" / "metrics.json").read_text())
     assert report["validation"]["prior"]["bits_per_code"] == pytest.approx(bits, rel=1e-6)
-    assert read_checkpoint(run / "prior" / "best.pt")["epochs_done"] == 1
+    assert read_checkpoint(run / "causal_prior" / "best.pt")["epochs_done"] == 1

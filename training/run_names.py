@@ -18,7 +18,8 @@ from training.config import TrainConfig
 from utils import UserError
 
 RUN_FILES = ("config.json", "best.pt", "last.pt")  # a folder with any of these is a run
-PRIOR = "prior"  # folder that train_prior.py creates in a run; it does not count as a run
+# Folders that train_prior.py creates in a run, by --model; they do not count as runs
+PRIORS = {"flow": "prior", "causal": "causal_prior"}
 
 # ---------------------------------------------------------------- a new run
 
@@ -50,10 +51,12 @@ def new_run_folder(config: TrainConfig) -> Path:
             raise UserError(
                 f"--name {name} is inside the run {parent}; choose a --name outside of it"
             )
-    if PRIOR in parts[1:]:
-        raise UserError(
-            f"--name is {name}; choose one without {PRIOR}, which is reserved for train_prior.py"
-        )
+    for reserved in PRIORS.values():
+        if reserved in parts[1:]:
+            raise UserError(
+                f"--name is {name}; choose one without {reserved}, which is reserved for "
+                "train_prior.py"
+            )
     for file in RUN_FILES:
         for run in find_runs(folder, file)[:1]:
             raise UserError(f"{folder} contains other runs, such as {run}; choose another --name")
@@ -127,7 +130,7 @@ def find_runs(runs_dir: Path, file: str = "config.json") -> list[Path]:
             if target in visited:  # following a link to a parent folder would never end
                 continue
             visited.add(target)
-            if folder.name == PRIOR and folder.parent != runs_dir:
+            if folder.name in PRIORS.values() and folder.parent != runs_dir:
                 continue
             if (folder / file).exists():
                 runs.append(folder)
@@ -149,8 +152,8 @@ def resolve_run(path: str | Path) -> Path:
     """Return the folder of the run that `--run` names.
 
     Args:
-        path: the run's folder, its best.pt, last.pt or config.json, its folder prior/, or one of
-            these files in prior/.
+        path: the run's folder, its best.pt, last.pt or config.json, its folder prior/ or
+            causal_prior/, or one of these files there.
 
     Raises:
         UserError: if the path is any other file.
@@ -164,6 +167,6 @@ def resolve_run(path: str | Path) -> Path:
         )
     if folder.name in ("", ".."):  # the current folder, or one above it
         folder = folder.resolve()
-    if folder.name == PRIOR and is_run(folder.parent):
+    if folder.name in PRIORS.values() and is_run(folder.parent):
         folder = folder.parent
     return folder

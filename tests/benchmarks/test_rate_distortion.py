@@ -9,7 +9,7 @@ import pytest
 import rate_distortion
 import torch
 from image_codecs import ACCOUNTINGS, CODECS
-from models import save_model
+from models import make_prior, save_model
 from rate_distortion import Originals, measure_codec
 from rate_distortion_report import RULES, SCORES, table
 
@@ -37,24 +37,6 @@ def load_test_split(data: Path) -> Originals:
     args = rate_distortion.parse_arguments(["--data", str(data)])
     slices, _ = rate_distortion.load(args)
     return slices
-
-
-def make_prior(height: int, width: int) -> CodePrior:
-    """Return an untrained prior of the codes of the fixture `run`."""
-    torch.manual_seed(0)
-    prior = CodePrior(
-        num_embeddings=16,
-        embedding_dim=4,
-        height=height,
-        width=width,
-        channels=8,
-        num_layers=1,
-        num_heads=2,
-        num_outlines=8,
-    ).eval()
-    codes = torch.randint(16, (8, height, width))
-    prior.initialize(torch.randn(16, 4), torch.randn(16), codes, torch.rand(8))
-    return prior
 
 
 @pytest.fixture
@@ -122,19 +104,31 @@ def test_a_run_without_a_prior_is_counted_at_fixed_length(run, tmp_path, capsys)
     assert "has no causal prior and is counted at fixed length only" in capsys.readouterr().out
 
 
+def make_models(grid: tuple[int, int] = (8, 16)) -> tuple[CodePrior, VQVAE]:
+    """Return an untrained prior, and the VQ-VAE of the fixture `run`, whose codebook it has."""
+    prior = make_prior(16, 4, grid)
+    model = VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_embeddings=16)
+    prior.initialize(model.vector_quantization.embedding.weight, torch.randint(16, (8, *grid)))
+    return prior, model
+
+
 def test_codes_that_are_decoded_incorrectly_are_an_error(run, monkeypatch):
-    prior = make_prior(8, 16)
+    prior, model = make_models()
     codes = torch.randint(16, (2, 8, 16))
-    assert rate_distortion.coded_bits(prior, codes, run) > 0
+    assert rate_distortion.coded_bits(prior, codes, model, run) > 0
     monkeypatch.setattr(rate_distortion.entropy, "decode", lambda prior, streams: codes + 1)
     with pytest.raises(UserError, match="were decoded incorrectly"):
-        rate_distortion.coded_bits(prior, codes, run)
+        rate_distortion.coded_bits(prior, codes, model, run)
 
 
-def test_a_prior_for_other_grids_is_an_error(run):
+def test_a_prior_for_other_codes_is_an_error(run):
+    prior, model = make_models()
     codes = torch.randint(16, (2, 4, 16))
     with pytest.raises(UserError, match="is for grids of 8 x 16 codes; expected 4 x 16"):
-        rate_distortion.coded_bits(make_prior(8, 16), codes, run)
+        rate_distortion.coded_bits(prior, codes, model, run)
+    torch.nn.init.normal_(model.vector_quantization.embedding.weight)
+    with pytest.raises(UserError, match="was trained on the codes of a different model"):
+        rate_distortion.coded_bits(prior, codes, model, run)
 
 
 # ---------------------------------------------------------------- data and command
@@ -156,8 +150,10 @@ def test_a_volume_is_cut_into_undistorted_coronal_planes(tmp_path, write_nifti):
 
 
 def test_the_command_compares_runs_with_codecs(tmp_path, run, write_nifti, capsys):
-    prior = make_prior(64, 32)
-    save_model(run / "prior" / "best.pt", prior)
+    prior, _ = make_models((64, 32))
+    embedding = load_model(VQVAE, run / "best.pt").vector_quantization.embedding.weight
+    prior.initialize(embedding, torch.randint(16, (8, 64, 32)))
+    save_model(run / "causal_prior" / "best.pt", prior)
     constant = tmp_path / "data" / "keras_slices_test" / "case_041_week_0_slice_0.nii.gz"
     write_nifti(constant, np.zeros((256, 128), np.int16))
     out = tmp_path / "results" / "rd"

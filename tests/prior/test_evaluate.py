@@ -1,7 +1,6 @@
 """Tests of prior/evaluate.py, on phantoms, with a codec that needs no training."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ class Codec:
     """Stand-in for a `Sampler`: a code is the brightness of 2 x 2 pixels."""
 
     device = CPU
-    options = SimpleNamespace(seed=0)
+    seed = 0
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return ((F.avg_pool2d(images, 2)[:, 0] + 3) * 5).round().clamp(0, 40).long()

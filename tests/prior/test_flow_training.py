@@ -1,15 +1,13 @@
 """Tests of prior/flow_training.py: encoded splits, losses and validation."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from modules import VQVAE
 from prior import flow_training
+from prior.codes import EncodedDataset
 from prior.config import PriorConfig
-from prior.flow_training import LatentDataset
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -37,15 +35,12 @@ def test_mirror_images_are_encoded_and_not_mirrored_latents(slices, options):
     with torch.no_grad():
         for view, axes in enumerate(((), (2,))):
             expected = flow.to_components(vqvae.encoder(images.flip(axes)))
-            encoded = train.components[:, view].float()
+            encoded = train.encoded[:, view].float()
             torch.testing.assert_close(encoded, expected, atol=5e-3, rtol=5e-3)
-    assert train.components.dtype == torch.float16
-    assert train.components.shape == (5, 2, 4, 48 // vqvae.stride, 32 // vqvae.stride)
-    assert val.components.shape[:2] == (5, 1)
+    assert train.encoded.dtype == torch.float16
+    assert train.encoded.shape == (5, 2, 4, 48 // vqvae.stride, 32 // vqvae.stride)
+    assert val.encoded.shape[:2] == (5, 1)
     torch.testing.assert_close(train.positions, torch.linspace(0, 1, 5))
-    generator = torch.Generator().manual_seed(0)
-    codes = flow_training.sample_codes(flow, vqvae, torch.tensor([0.5, math.nan]), generator)
-    assert vqvae.decode_codes(codes).shape == (2, 1, 48, 32)
 
 
 def test_components_are_fitted_to_evenly_spread_slices(slices, monkeypatch):
@@ -62,15 +57,6 @@ def test_a_width_that_does_not_fit_is_an_error(slices):
         flow_training.prepare(make_vqvae(), slices, slices, PriorConfig(channels=20))
 
 
-def test_batches_hold_the_slices_of_their_indices():
-    components = torch.arange(5).half().view(5, 1, 1, 1, 1)
-    data = LatentDataset(components, torch.linspace(0, 1, 5), names=[])
-    ((batch, positions),) = data.batches([torch.tensor([3, 0])], CPU)
-    assert len(data) == 5
-    assert batch.flatten().tolist() == [3, 0]
-    assert positions.tolist() == [0.75, 0]
-
-
 class Recorder(torch.nn.Module):
     """A stub in place of a flow, which records the arguments of `loss`."""
 
@@ -84,9 +70,9 @@ def test_views_times_and_unknown_positions_are_drawn_at_their_rates():
     components = torch.arange(2).half().view(1, 2, 1, 1, 1).expand(4000, 2, 1, 2, 2)
     torch.manual_seed(0)
     stub = Recorder()
-    losses = flow_training.compute_losses(stub, components, torch.zeros(4000), "float32", CONFIG)
+    loss = flow_training.compute_loss(stub, components, torch.zeros(4000), "float32", CONFIG)
     x, noise, time, position = stub.arguments
-    assert losses.shape == (1,)
+    assert loss.shape == ()
     assert x.dtype == torch.float32
     assert torch.equal(x[:, 0, 0, 0], x[:, 0, 1, 1])
     assert x.mean() == pytest.approx(0.5, abs=0.03)
@@ -100,9 +86,9 @@ def test_views_times_and_unknown_positions_are_drawn_at_their_rates():
 def test_a_process_without_slices_computes_a_gradient(slices, precision):
     """The mean over no slices is NaN, which train_prior.py replaces by 0."""
     flow, train, _ = flow_training.prepare(make_vqvae(), slices, slices, CONFIG)
-    batch = (train.components[:0], train.positions[:0])
-    losses = flow_training.compute_losses(flow, *batch, precision, CONFIG)
-    losses.nan_to_num().sum().backward()
+    batch = (train.encoded[:0], train.positions[:0])
+    loss = flow_training.compute_loss(flow, *batch, precision, CONFIG)
+    loss.nan_to_num().backward()
     for parameter in flow.parameters():
         assert not parameter.grad.any()
 
@@ -110,13 +96,12 @@ def test_a_process_without_slices_computes_a_gradient(slices, precision):
 def test_validation_is_the_same_every_time(slices):
     """Other random numbers do not matter, and each slice counts once."""
     flow, _, val = flow_training.prepare(make_vqvae(), slices, slices, CONFIG)
-    scores = flow_training.validate(flow, val, CONFIG, CPU)
+    velocity = flow_training.validate(flow, val, CONFIG, CPU)
     torch.rand(7)
-    assert flow_training.validate(flow, val, CONFIG, CPU) == scores
-    assert scores["val_loss"] == scores["val_velocity"]
-    variance = float(val.components.float().square().mean()) + 1  # of data - noise
-    assert scores["val_velocity"] == pytest.approx(variance, rel=0.15)
+    assert flow_training.validate(flow, val, CONFIG, CPU) == velocity
+    variance = float(val.encoded.float().square().mean()) + 1  # of data - noise
+    assert velocity == pytest.approx(variance, rel=0.15)
     ((first, position),) = val.batches([torch.arange(2)], CPU)
-    alone = flow_training.validate(flow, LatentDataset(first, position, []), CONFIG, CPU)
-    rest = LatentDataset(val.components[:2], val.positions[:2], [])
+    alone = flow_training.validate(flow, EncodedDataset(first, position, []), CONFIG, CPU)
+    rest = EncodedDataset(val.encoded[:2], val.positions[:2], [])
     assert flow_training.validate(flow, rest, CONFIG, CPU) == alone

@@ -1,15 +1,14 @@
-"""Tests of prior/sampling.py: options of both models, and completions with a flow."""
+"""Tests of prior/sampling.py: settings in words, and completions."""
 
 import math
 
 import pytest
 import torch
-from models import make_prior, to_vectors
+from models import to_vectors
 
 from modules import VQVAE
 from prior.flow import FlowPrior
-from prior.sampling import CausalOptions, FlowOptions, make_sampler
-from utils import UserError
+from prior.sampling import Sampler
 
 CPU = torch.device("cpu")
 
@@ -28,29 +27,15 @@ def make_models(**options) -> tuple[VQVAE, FlowPrior]:
 
 
 def test_settings_are_described():
-    assert str(CausalOptions()) == "temperature 1, seed 0"
-    options = CausalOptions(temperature=0.8, top_k=5, top_p=0.9, seed=3)
-    assert str(options) == "temperature 0.8, top-k 5, top-p 0.9, seed 3"
-    assert str(FlowOptions()) == "25 steps, seed 0"
-    assert str(FlowOptions(10, 1.5, 3)) == "10 steps, guidance 1.5, seed 3"
-
-
-def test_options_of_the_other_model_are_errors():
-    vqvae, flow = make_models()
-    options = {"steps": None, "guidance": None, "temperature": 0.5}
-    with pytest.raises(UserError, match=r"--temperature does not apply .* is a flow; .*: --guidan"):
-        make_sampler(vqvae, flow, CPU, seed=0, **options)
-    options = {"temperature": None, "steps": 5}
-    with pytest.raises(UserError, match=r"--steps does not apply .* is a causal prior; omit it"):
-        make_sampler(vqvae, make_prior(1), CPU, seed=0, **options)
-    options = {"steps": 5, "temperature": None}
-    assert make_sampler(vqvae, flow, CPU, seed=2, **options).options == FlowOptions(5, 1.0, 2)
+    models = make_models()
+    assert Sampler(*models, CPU).settings == "25 steps, seed 0"
+    assert Sampler(*models, CPU, 10, 1.5, 3).settings == "10 steps, guidance 1.5, seed 3"
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 16}, {"num_codebooks": 2}])
 def test_a_flow_keeps_the_codes_of_the_first_half(options):
     vqvae, flow = make_models(**options)
-    sampler = make_sampler(vqvae, flow, CPU, seed=0, steps=2)
+    sampler = Sampler(vqvae, flow, CPU, steps=2)
     image = torch.randn(1, 64, 32)
     positions = torch.tensor([0.5, math.nan])
     codes = sampler.sample(positions, image)

@@ -242,7 +242,7 @@ def test_data_that_were_moved_are_named_with_the_flag_for_their_new_folder(
         load_run_data(run_copy, "validate")
     with pytest.raises(UserError, match=message):
         train.main(["--resume", "--name", "a", "--epochs", "9"])
-    write_config(run_copy / "prior", {"data": "/data/gone"})
+    write_config(run_copy / "prior", {"data": "/data/gone", "model": "flow"})
     with pytest.raises(UserError, match=message.replace("runs/a", "runs/a/prior")):
         train_prior.main(["--resume", "--run", "runs/a"])
     with pytest.raises(UserError, match="the data that --data names, 'typo'"):

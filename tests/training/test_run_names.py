@@ -10,6 +10,7 @@ import pytest
 import generate
 import train
 import train_prior
+import utils
 from evaluation import reconstruct, report
 from training import run_names
 from training.config import TrainConfig
@@ -106,6 +107,7 @@ def test_a_run_inside_another_run_is_refused(tmp_path):
         ("exp/a/b", "--name exp/a/b is inside the run .*exp/a;"),
         ("exp", "exp contains other runs, such as .*exp/a;"),
         ("new/prior", "choose one without prior, which is reserved for train_prior"),
+        ("x/causal_prior", "choose one without causal_prior, which is reserved for train_prior"),
     ):
         with pytest.raises(UserError, match=message):
             new_run_folder(TrainConfig(runs_dir=str(tmp_path), name=name))
@@ -122,6 +124,7 @@ def test_runs_in_subfolders_are_found(tmp_path):
     make_run(seed, "best.pt", modified=3)
     make_run(seed / "prior", modified=9)  # not a run of train.py
     make_run(seed / "prior", "best.pt", modified=9)
+    make_run(seed / "causal_prior", "best.pt", modified=9)
     other = make_run(runs / "prior", modified=2)  # a run of this name
     make_run(other, "best.pt", modified=2)
     assert find_runs(runs) == [seed, other]
@@ -154,10 +157,10 @@ def test_a_run_in_a_subfolder_is_resumed(run_copy):
 
 
 @pytest.mark.parametrize(
-    "path", ["", "/", "/best.pt", "/last.pt", "/config.json", "/prior", "/prior/best.pt"]
+    "path", ["", "/", "/best.pt", "/last.pt", "/config.json", "/prior", "/causal_prior/best.pt"]
 )
 def test_a_run_can_be_named_by_its_files(run_copy, path, monkeypatch):
-    make_run(run_copy / "prior")
+    utils.write_json(make_run(run_copy / "prior") / "config.json", {"arguments": {"model": "flow"}})
     (run_copy / "last.pt").unlink()  # not written yet
     path = f"runs/a{path}"
     assert resolve_run(path) == run_copy
