@@ -91,7 +91,7 @@ def evaluate_samples(
     cases = [name.case for name in training.names]
     training_images = training.images.to(device)
     features = realism.Features().to(device).fit(training_images)
-    # Distances are computed in float64 on the CPU, because mps has no float64.
+    # Features are compared on the CPU, because their distances are summed in float64.
     feature_sets = {"training": features(training_images).cpu()}
     for name, (images, _) in sets.items():
         feature_sets[name] = features(images.to(device)).cpu()
