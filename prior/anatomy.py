@@ -27,27 +27,24 @@ STEPS = 300  # number of training steps of the network
 FRAGMENT = 12  # components with fewer pixels are fragments
 # Smallest standard deviations of the statistics of an organ: area (pixels), parts, fragments,
 # largest part and mirror overlap (fractions).
-MIN_STD = np.array([20, 0.5, 0.5, 0.05, 0.05])
+MIN_STD = torch.tensor([20, 0.5, 0.5, 0.05, 0.05], dtype=torch.float64)
 
 
 class UNet(nn.Module):
     """Segment slices: (N, 1, H, W) -> logits (N, 6, H / 2, W / 2). See arXiv 1505.04597."""
 
-    def __init__(self, channels: tuple[int, ...] = (16, 32, 64)):
+    def __init__(self):
         super().__init__()
-        pairs = list(itertools.pairwise((1, *channels)))
-        self.down = nn.ModuleList(_block(inputs, outputs) for inputs, outputs in pairs)
-        self.up = nn.ModuleList(_block(low + high, low) for low, high in pairs[:0:-1])
-        self.head = nn.Conv2d(channels[0], len(ORGANS), 1)
+        self.down = nn.ModuleList([_block(1, 16), _block(16, 32), _block(32, 64)])
+        self.up = nn.ModuleList([_block(32 + 64, 32), _block(16 + 32, 16)])
+        self.head = nn.Conv2d(16, len(ORGANS), 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images
-        levels = []
-        for block in self.down:
-            x = block(F.avg_pool2d(x, 2))
-            levels.append(x)
-        for block, level in zip(self.up, levels[-2::-1], strict=True):
-            x = block(torch.cat([level, F.interpolate(x, level.shape[-2:])], 1))
+        fine = self.down[0](F.avg_pool2d(images, 2))  # (N, 16, H / 2, W / 2)
+        middle = self.down[1](F.avg_pool2d(fine, 2))  # (N, 32, H / 4, W / 4)
+        coarse = self.down[2](F.avg_pool2d(middle, 2))  # (N, 64, H / 8, W / 8)
+        x = self.up[0](torch.cat([middle, F.interpolate(coarse, middle.shape[-2:])], 1))
+        x = self.up[1](torch.cat([fine, F.interpolate(x, fine.shape[-2:])], 1))
         return self.head(x)
 
 
@@ -59,7 +56,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def train_network(images: Tensor, labels: Tensor, device: torch.device) -> UNet:
-    """Train a U-Net for STEPS batches of 16 slices, of which half are mirrored left-right.
+    """Train a U-Net for STEPS batches of 16 slices; every other batch is mirrored left-right.
 
     Args:
         images: z-scored slices, (N, 1, H, W).
@@ -68,17 +65,16 @@ def train_network(images: Tensor, labels: Tensor, device: torch.device) -> UNet:
         device: the device on which to train.
     """
     segmented = (labels.flatten(1).amax(1) > 0).nonzero().flatten()
-    generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = UNet().to(device)
+        batches = segmented[torch.randint(len(segmented), (STEPS, 16))]
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    for _ in tqdm(range(STEPS), desc="training the segmentation network", unit=" steps"):
-        indices = segmented[torch.randint(len(segmented), (16,), generator=generator)]
+    progress = tqdm(batches, desc="training the segmentation network", unit=" steps")
+    for step, indices in enumerate(progress):
         batch, target = images[indices], labels[indices].long()
-        mirrored = torch.rand(16, generator=generator) < 0.5
-        batch[mirrored] = batch[mirrored].flip(-2)
-        target[mirrored] = target[mirrored].flip(-2)
+        if step % 2:
+            batch, target = batch.flip(-2), target.flip(-2)
         loss = F.cross_entropy(network(batch.to(device)), target.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -104,18 +100,15 @@ def dice(prediction: Tensor, labels: Tensor) -> dict[str, float]:
         {organ: 2 |A & B| / (|A| + |B|)}, without organs that neither contains.
     """
     segmented = labels.flatten(1).amax(1) > 0
-    prediction, labels = prediction[segmented], labels[segmented]
-    scores = {}
-    for label, organ in enumerate(ORGANS[1:], start=1):
-        a, b = prediction == label, labels == label
-        total = int(a.sum() + b.sum())
-        if total:
-            scores[organ] = 2 * int((a & b).sum()) / total
-    return scores
+    pairs = len(ORGANS) * labels[segmented].long() + prediction[segmented]
+    confusion = torch.bincount(pairs.flatten(), minlength=len(ORGANS) ** 2).view(len(ORGANS), -1)
+    totals = confusion.sum(0) + confusion.sum(1)
+    scores = (2 * confusion.diagonal() / totals).tolist()
+    return {organ: scores[i] for i, organ in enumerate(ORGANS) if i and totals[i]}
 
 
-def organ_statistics(labels: Tensor) -> np.ndarray:
-    """Describe each organ in each label map, (N, h, w): return (N, 5 organs, 5 statistics).
+def organ_statistics(labels: Tensor) -> Tensor:
+    """Describe each organ in each label map, (N, h, w): return (N, 5 organs, 5 statistics) float64.
 
     The statistics are the area in pixels, the number of parts (4-connected components), the number
     of fragments (parts of fewer than FRAGMENT pixels), the largest part as a fraction of the area,
@@ -130,15 +123,12 @@ def organ_statistics(labels: Tensor) -> np.ndarray:
             fragments = (sizes < FRAGMENT).sum()
             overlap = (mask & mask[::-1]).sum() / area
             statistics[i, organ - 1] = area, len(sizes), fragments, sizes.max() / area, overlap
-    return statistics
+    return torch.from_numpy(statistics)
 
 
 def implausibility(
-    statistics: np.ndarray,
-    positions: Tensor,
-    training_statistics: np.ndarray,
-    training_positions: Tensor,
-) -> np.ndarray:
+    statistics: Tensor, positions: Tensor, training_statistics: Tensor, training_positions: Tensor
+) -> Tensor:
     """Return the mean absolute z score over all organs and statistics of each slice, (N,).
 
     The z scores are computed with the mean and standard deviation (at least MIN_STD) over the
@@ -150,12 +140,9 @@ def implausibility(
         positions, training_positions: positions of the slices, 0 to 1; NaN if unknown.
     """
     scores = []
-    for values, position in zip(statistics, positions.tolist(), strict=True):
-        distance = np.abs(training_positions.numpy() - position)
-        is_near = np.ones(len(distance), bool)
-        if not np.isnan(distance).all():
-            is_near = distance <= np.nanquantile(distance, 0.25)
-        reference = training_statistics[is_near]
-        std = np.maximum(reference.std(0), MIN_STD)
-        scores.append(np.abs((values - reference.mean(0)) / std).mean())
-    return np.array(scores)
+    for values, position in zip(statistics, positions, strict=True):
+        distance = (training_positions - position).abs().nan_to_num(1)
+        near = training_statistics[distance <= distance.quantile(0.25)]
+        std, mean = torch.std_mean(near, 0, correction=0)
+        scores.append(((values - mean) / torch.maximum(std, MIN_STD)).abs().mean())
+    return torch.stack(scores)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset import SliceDataset
 from evaluation.organs import ORGANS
@@ -18,13 +15,16 @@ from prior.sampling import Sampler
 
 NUM_SPLITS = 5  # number of random halves of the training cases, for the kernel distance
 ENOUGH_CASES = 30  # with fewer cases in a half, the kernel distance does not detect bad anatomy
-# Columns of the table, and how their values are printed.
+# Columns of the table: how values are printed, and what they are.
 COLUMNS = {
-    "implausible": ".1%",
-    "mean_z": ".2f",
-    "kernel_distance": ".3f",
-    "half_range": ".3f",
-    "coverage": ".1%",
+    "implausible": (".1%", "slices with a z score above the 95th percentile of held-out slices"),
+    "mean_z": (".2f", "mean |z| of the organs, compared with training slices of similar position"),
+    "bone": (".1%", "mean area of bone, in % of the slice"),
+    "symmetry": (".2f", "mean Dice overlap of bone with its left-right mirror image"),
+    "fragments": (".2f", f"mean number of parts of bone under {anatomy.FRAGMENT} pixels"),
+    "kernel_distance": (".3f", f"from half the training patients, mean over {NUM_SPLITS} halves"),
+    "half_range": (".3f", "half the range of the kernel distances over these halves"),
+    "coverage": (".1%", "held-out slices that have a slice of the set in their neighbourhood"),
 }
 
 
@@ -54,11 +54,7 @@ def read_slices(*splits: SliceDataset) -> RealSlices:
 
 
 def evaluate_samples(
-    sampler: Sampler,
-    sampled: Tensor,
-    positions: Tensor,
-    training: RealSlices,
-    held_out: RealSlices,
+    sampler: Sampler, sampled: Tensor, positions: Tensor, training: RealSlices, held_out: RealSlices
 ) -> dict:
     """Measure how realistic sampled slices are, and search for copies.
 
@@ -66,7 +62,7 @@ def evaluate_samples(
     chimeras (see `realism.make_chimeras`) and slices decoded from independently sampled codes.
 
     Args:
-        sampler: the VQ-VAE, the device and the seed.
+        sampler: encodes and decodes slices.
         sampled: the sampled slices, (count, 1, H, W).
         positions: their positions in the volume, (count,); NaN if unknown.
         training: the training slices.
@@ -77,13 +73,12 @@ def evaluate_samples(
 
         - "drawn", "held_out_slices", "training_slices", "cases": numbers of sampled, held-out and
           training slices, and of training cases;
-        - "measures": {set of slices: {name in COLUMNS: value}}, from `measure_anatomy` and
-          `measure_features`;
-        - "dice": Dice of the network for held-out slices, from `measure_anatomy`;
+        - "measures": {set of slices: results of `measure_features` and `measure_anatomy`};
+        - "dice": {set of slices: `anatomy.dice` of the segmentation network};
         - "audit": the result of `realism.search_copies`.
     """
     device = sampler.device
-    generator = torch.Generator().manual_seed(sampler.seed)
+    generator = torch.Generator().manual_seed(0)
     reconstructed = sampler.decode(sampler.encode(held_out.images))
     codes = sample_independently(sampler.encode(training.images), len(sampled), generator)
     sets = {
@@ -93,24 +88,21 @@ def evaluate_samples(
         "chimeras": (realism.make_chimeras(held_out.images, generator), held_out.positions),
         "independent codes": (sampler.decode(codes), positions),
     }
-    features = realism.Features().to(device).fit(training.images.to(device))
     cases = [name.case for name in training.names]
-    # Distances are computed in float64 on the CPU, because mps has no float64.
-    feature_sets = {"training": features(training.images.to(device)).cpu()}
+    training_images = training.images.to(device)
+    features = realism.Features().to(device).fit(training_images)
+    # Features are compared on the CPU, because their distances are summed in float64.
+    feature_sets = {"training": features(training_images).cpu()}
     for name, (images, _) in sets.items():
         feature_sets[name] = features(images.to(device)).cpu()
     measures = measure_features(feature_sets, cases, generator)
     dice = {}
     if training.labels.any():
         rows, dice = measure_anatomy(sets, training, held_out, device)
-        measures = {name: rows.get(name, {}) | measures[name] for name in measures}
+        for name, row in rows.items():
+            measures[name] |= row
     copies = realism.search_copies(
-        sampled.to(device),
-        reconstructed.to(device),
-        training.images.to(device),
-        features,
-        cases,
-        progress=partial(tqdm, desc="searching for copies", unit=" shifts"),
+        sampled.to(device), reconstructed.to(device), training_images, features, cases
     )
     return {
         "drawn": len(sampled),
@@ -147,11 +139,11 @@ def measure_features(
     rows = {}
     for name, x in features.items():
         distances = []
-        for first, second in halves:
-            compared = x[second] if name == "training" else x
-            distances.append(realism.kernel_distance(compared, features["training"][first]))
+        for in_first in halves:
+            compared = x[~in_first] if name == "training" else x
+            distances.append(realism.kernel_distance(compared, features["training"][in_first]))
         half_range = (max(distances) - min(distances)) / 2
-        rows[name] = {"kernel_distance": float(np.mean(distances)), "half_range": half_range}
+        rows[name] = {"kernel_distance": sum(distances) / NUM_SPLITS, "half_range": half_range}
         if name not in ("held-out", "reconstructed"):
             subset = x[torch.randperm(len(x), generator=generator)[:size]]
             rows[name]["coverage"] = realism.coverage(features["held-out"], subset)
@@ -159,15 +151,12 @@ def measure_features(
 
 
 def measure_anatomy(
-    sets: dict[str, tuple[Tensor, Tensor]],
-    training: RealSlices,
-    held_out: RealSlices,
-    device: torch.device,
+    sets: dict[str, tuple], training: RealSlices, held_out: RealSlices, device: torch.device
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Measure how plausible the anatomy of slices is, with a network trained on segmentations.
 
     Args:
-        sets: set of slices -> images, (N, 1, H, W), and positions, (N,). The first sets are
+        sets: set of slices -> images, (N, 1, H, W), and positions, (N,). The sets include
             "held-out" and "reconstructed".
         training, held_out: real slices. At least one training slice has a segmentation.
         device: the device of the network.
@@ -177,21 +166,26 @@ def measure_anatomy(
 
         - "implausible": fraction of slices whose `anatomy.implausibility` is above the 95th
           percentile of that of held-out slices;
-        - "mean_z": mean `anatomy.implausibility`.
+        - "mean_z": mean `anatomy.implausibility`;
+        - "bone", "symmetry", "fragments": mean area of bone as a fraction of the slice, mean Dice
+          overlap of bone with its mirror image, and mean number of fragments of bone.
     """
     network = anatomy.train_network(training.images, training.labels, device)
     reference = anatomy.organ_statistics(anatomy.segment(network, training.images))
-    scores, dice = {}, {}
+    rows, scores, dice = {}, {}, {}
     for name, (images, positions) in sets.items():
         labels = anatomy.segment(network, images)
         statistics = anatomy.organ_statistics(labels)
         scores[name] = anatomy.implausibility(statistics, positions, reference, training.positions)
+        area, _, fragments, _, symmetry = statistics[:, ORGANS.index("bone") - 1].mean(0).tolist()
+        area_of_slice = labels[0].numel()
+        rows[name] = {"bone": area / area_of_slice, "symmetry": symmetry, "fragments": fragments}
         if name in ("held-out", "reconstructed"):
             dice[name] = anatomy.dice(labels, held_out.labels)
-    threshold = np.quantile(scores["held-out"], 0.95)
-    rows = {}
+    threshold = scores["held-out"].quantile(0.95)
     for name, z in scores.items():
-        rows[name] = {"implausible": float((z > threshold).mean()), "mean_z": float(z.mean())}
+        rows[name]["implausible"] = (z > threshold).double().mean().item()
+        rows[name]["mean_z"] = z.mean().item()
     return rows, dice
 
 
@@ -203,21 +197,18 @@ def sample_independently(codes: Tensor, count: int, generator: torch.Generator) 
 
 def print_evaluation(result: dict) -> None:
     """Print the result of `evaluate_samples` as a table."""
-    print(f"\n{'':18}" + "".join(f"{name:>16}" for name in COLUMNS))
-    for name, row in result["measures"].items():
-        cells = [format(row[key], COLUMNS[key]) if key in row else "-" for key in COLUMNS]
-        print(f"{name:18}" + "".join(f"{cell:>16}" for cell in cells))
-    print(
-        "implausible: slices whose organs differ more from those of training slices at a similar\n"
-        "  position (mean_z: mean absolute z score) than those of 95 % of the held-out slices\n"
-        "kernel_distance: from half the training patients, mean ± half_range over "
-        f"{NUM_SPLITS} random halves\n"
-        "coverage: held-out slices that have a slice of the set in their neighbourhood"
-    )
+    print(f"\n{'':17}" + "".join(f"{name:>{len(name) + 2}}" for name in COLUMNS))
+    for set_name, row in result["measures"].items():
+        line = f"{set_name:17}"
+        for name, (spec, _) in COLUMNS.items():
+            cell = format(row[name], spec) if name in row else "-"
+            line += f"{cell:>{len(name) + 2}}"
+        print(line)
+    for name, (_, explanation) in COLUMNS.items():
+        print(f"{name:17}{explanation}")
     for name, scores in result["dice"].items():
-        values = [f"{organ} {score:.2f}" for organ, score in scores.items()]
-        text = ", ".join(values) or "no segmentations"
-        print(f"Dice of the segmentation network, {name} slices: {text}")
+        text = ", ".join(f"{organ} {score:.2f}" for organ, score in scores.items())
+        print(f"Dice of the segmentation network, {name} slices: {text or 'no segmentations'}")
     if not result["dice"]:
         print("note: anatomy is not measured, because no training slice has a segmentation")
     if result["cases"] < 2 * ENOUGH_CASES:
@@ -229,11 +220,11 @@ def print_evaluation(result: dict) -> None:
         "\ndistance to the nearest training slice: samples below the 1st percentile of held-out "
         "reconstructions are flagged as possible copies; about 1 % are flagged by chance"
     )
+    template = (
+        "held-out median {held_out_median:.3f}, 1st percentile {threshold:.3f}; sampled median "
+        "{drawn_median:.3f}; flagged {flagged:.1%}"
+    )
     for name, search in result["audit"].items():
         by_case = search["flagged_by_case"]
         suffix = f", by case of the nearest slice: {by_case}" if by_case else ""
-        print(
-            f"{name:10}held-out median {search['held_out_median']:.3f}, 1st percentile "
-            f"{search['threshold']:.3f}; sampled median {search['drawn_median']:.3f}; flagged "
-            f"{search['flagged']:.1%}{suffix}"
-        )
+        print(f"{name:10}{template.format(**search)}{suffix}")

@@ -23,32 +23,30 @@ or that are only a part of a slice.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from prior.codes import MIRRORS
 from utils import full_float32
 
 SHIFT = 8  # maximum shift in the search for copies, in pixels
 NUM_NEIGHBOURS = 5  # k of the neighbourhoods of `coverage`
+BLOCK = 512  # slices that are compared with all others at a time, to bound the memory
 
 
 # ---------------------------------------------------------------- copies
 
 
 def search_copies(
-    sampled: Tensor,
-    held_out: Tensor,
-    training: Tensor,
-    features: Features,
-    cases: Sequence[str],
-    progress: Callable = iter,
+    sampled: Tensor, held_out: Tensor, training: Tensor, features: Features, cases: Sequence[str]
 ) -> dict[str, dict]:
     """Search for sampled slices that may be copies, by pixels and by features.
 
@@ -60,7 +58,6 @@ def search_copies(
         training: the original training slices, not their reconstructions.
         features: `Features` fitted to the training slices.
         cases: case of each training slice.
-        progress: a function such as tqdm, which wraps the list of shifts.
 
     Returns:
         {"pixels": {...}, "features": {...}}; each of the two dictionaries contains
@@ -72,20 +69,16 @@ def search_copies(
         - "distance", "nearest": for each sampled slice, the distance to the nearest training slice,
           and the index of that training slice.
     """
-    by_pixels = (
-        nearest_pixels(held_out, training, progress),
-        nearest_pixels(sampled, training, progress),
-    )
-    by_features = (
-        nearest_features(held_out, training, features),
-        nearest_features(sampled, training, features),
-    )
+    training_features = features(training)
+    searches = {
+        "pixels": lambda images: nearest_pixels(images, training),
+        "features": lambda images: nearest_features(images, training_features, features),
+    }
     result = {}
-    for name, searches in (("pixels", by_pixels), ("features", by_features)):
-        (held_out_distance, _), (distance, nearest) = searches
-        held_out_distance = held_out_distance.cpu()
-        distance, nearest = distance.cpu(), nearest.cpu()
-        threshold = held_out_distance.double().quantile(0.01).item()
+    for name, search in searches.items():
+        held_out_distance, _ = search(held_out)
+        distance, nearest = search(sampled)
+        threshold = held_out_distance.quantile(0.01).item()
         flagged = distance < threshold
         flagged_cases = Counter(cases[i] for i in nearest[flagged].tolist())
         result[name] = {
@@ -100,9 +93,7 @@ def search_copies(
     return result
 
 
-def nearest_pixels(
-    images: Tensor, training: Tensor, progress: Callable = iter
-) -> tuple[Tensor, Tensor]:
+def nearest_pixels(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """Find the nearest training slice by root mean squared difference of pixels.
 
     The distance between two slices is the smallest over all flips and shifts. Slices are compared
@@ -111,37 +102,30 @@ def nearest_pixels(
     Args:
         images: the slices to compare with the training slices, (B, 1, H, W).
         training: training slices, (N, 1, H, W).
-        progress: a function such as tqdm, which wraps the list of shifts.
 
     Returns:
         For each image, the distance to the nearest training slice, (B,), and the index of that
-        training slice, (B,).
+        training slice, (B,); both on the CPU.
     """
     images = F.avg_pool2d(images, 2)[:, 0]
     training = F.avg_pool2d(training, 2)[:, 0]
     margin = SHIFT // 2
-    height = training.shape[1] - 2 * margin
-    width = training.shape[2] - 2 * margin
+    height, width = images.shape[1] - 2 * margin, images.shape[2] - 2 * margin
     inner = images[:, margin : margin + height, margin : margin + width]
-    flipped = torch.cat([inner.flip(axes) for axes in MIRRORS]).flatten(1)  # (4 B, P)
-    flipped_squares = flipped.square().sum(1, keepdim=True)
-    best = torch.full((len(images),), math.inf, device=images.device)  # squared distances
-    best_index = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    shifts = list(itertools.product(range(2 * margin + 1), repeat=2))
-    for top, left in progress(shifts):
-        for start in range(0, len(training), 1024):
-            part = training[start : start + 1024, top : top + height, left : left + width]
-            part = part.flatten(1)  # (n, P)
-            squares = flipped_squares + part.square().sum(1)
-            squares = torch.addmm(squares, flipped, part.T, alpha=-2)  # (4 B, n)
-            nearest = squares.view(len(MIRRORS), len(images), -1).amin(0).min(1)
-            better = nearest.values < best
-            best = torch.where(better, nearest.values, best)
-            best_index = torch.where(better, nearest.indices + start, best_index)
-    return (best.clamp_min(0) / flipped.shape[1]).sqrt(), best_index
+    windows = training.unfold(1, height, 1).unfold(2, width, 1)  # (N, shifts, shifts, h, w)
+
+    def distances(batch: Tensor) -> Iterator[Tensor]:  # (B, N) for each shift
+        mirrored = torch.cat([batch.flip(axes) for axes in MIRRORS])
+        for top, left in itertools.product(range(2 * margin + 1), repeat=2):
+            pairs = rms_distance(mirrored, windows[:, top, left])  # (4 B, N)
+            yield pairs.view(len(MIRRORS), len(batch), -1).amin(0)
+
+    return _find_nearest(inner, distances)
 
 
-def nearest_features(images: Tensor, training: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+def nearest_features(
+    images: Tensor, training_features: Tensor, features: Features
+) -> tuple[Tensor, Tensor]:
     """Find the nearest training slice by root mean squared difference of features.
 
     The distance between two slices is the smallest over all flips and over shifts of -SHIFT, 0 and
@@ -149,29 +133,38 @@ def nearest_features(images: Tensor, training: Tensor, features: Features) -> tu
 
     Args:
         images: the slices to compare with the training slices, (B, 1, H, W).
-        training: training slices, (N, 1, H, W).
+        training_features: features of the training slices, (N, F).
         features: `Features` fitted to the training slices.
 
     Returns:
-        For each image, the distance to the nearest training slice, (B,), and the index of that
-        training slice, (B,).
+        As `nearest_pixels`.
     """
-    training_features = features(training)
-    height, width = images.shape[-2:]
-    offsets = (0, SHIFT, 2 * SHIFT)
-    distances, indices = [], []
-    for batch in images.split(64):
+
+    def distances(batch: Tensor) -> Iterator[Tensor]:  # (B, N) for each shift and flip
         padded = F.pad(batch, (SHIFT,) * 4, mode="replicate")
-        variants = []
-        for top, left in itertools.product(offsets, offsets):
-            shifted = padded[..., top : top + height, left : left + width]
-            for axes in MIRRORS:
-                variants.append(features(shifted.flip(axes)))
-        pairs = torch.cdist(torch.cat(variants), training_features)  # (36 B, N)
-        nearest = pairs.view(-1, len(batch), len(training)).amin(0).min(1)
-        distances.append(nearest.values / math.sqrt(training_features.shape[1]))
-        indices.append(nearest.indices)
-    return torch.cat(distances), torch.cat(indices)
+        windows = padded.unfold(2, batch.shape[2], SHIFT).unfold(3, batch.shape[3], SHIFT)
+        for top, left, axes in itertools.product(range(3), range(3), MIRRORS):
+            yield rms_distance(features(windows[:, :, top, left].flip(axes)), training_features)
+
+    return _find_nearest(images, distances)
+
+
+def _find_nearest(
+    images: Tensor, distances: Callable[[Tensor], Iterator[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Minimise `distances(batch)`, which yields (B, N) for each variant of a batch of images."""
+    values, indices = [], []
+    for batch in tqdm(images.split(64), desc="searching for copies", unit=" batches"):
+        nearest = functools.reduce(torch.minimum, distances(batch)).min(1)
+        values.append(nearest.values.cpu())
+        indices.append(nearest.indices.cpu())
+    return torch.cat(values), torch.cat(indices)
+
+
+def rms_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Compute root mean squared differences: (B, ...) and (N, ...) -> (B, N)."""
+    a, b = a.flatten(1), b.flatten(1)
+    return torch.cdist(a, b) / math.sqrt(a.shape[1])
 
 
 # ---------------------------------------------------------------- features
@@ -244,7 +237,7 @@ def _normalise_filters(filters: Tensor) -> Tensor:
 # ---------------------------------------------------------------- distances
 
 
-def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def split_cases(cases: Sequence[str], generator: torch.Generator) -> Tensor:
     """Split slices at random into two groups of equally many cases, without a common case.
 
     If there is only one case, its slices are split.
@@ -254,34 +247,33 @@ def split_cases(cases: Sequence[str], generator: torch.Generator) -> tuple[Tenso
         generator: random generator on the CPU.
 
     Returns:
-        Indices of the slices in the first group and in the second group.
+        Whether each slice is in the first group, (N,) bool.
     """
-    names = sorted(set(cases))
+    groups = cases if len(set(cases)) > 1 else range(len(cases))
+    names = sorted(set(groups))
     order = torch.randperm(len(names), generator=generator)
-    first_cases = {names[i] for i in order[: len(names) // 2]}
-    in_first = torch.tensor([case in first_cases for case in cases])
-    if len(names) == 1:
-        in_first = torch.randperm(len(cases), generator=generator) < len(cases) // 2
-    return in_first.nonzero().flatten(), (~in_first).nonzero().flatten()
+    first = {names[i] for i in order[: len(names) // 2]}
+    return torch.tensor([group in first for group in groups])
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
     """Estimate the squared maximum mean discrepancy of x (N, F) and y (M, F), where N, M > 1.
 
     The estimate is unbiased (Gretton et al. 2012, equation 3), so its mean is 0 for equal
-    distributions. The kernel is (x.y / F + 1)^3, as in arXiv 1801.01401.
+    distributions. The kernel is (x.y / F + 1)^3, as in arXiv 1801.01401. Both are on the CPU.
     """
-    x = x.double()
-    y = y.double()
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    def kernel_sum(products: Tensor) -> float:
+        return ((products / x.shape[1] + 1) ** 3).sum(dtype=torch.float64).item()
 
-    def mean_of_pairs(k: Tensor) -> Tensor:  # (n, n), without the diagonal
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    def sum_of_pairs(a: Tensor, b: Tensor) -> float:
+        return sum(kernel_sum(block @ b.T) for block in a.split(BLOCK))
 
-    within = mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y))
-    return float(within - 2 * kernel(x, y).mean())
+    def mean_within(a: Tensor) -> float:  # without the pairs of a slice and itself
+        with_itself = kernel_sum(a.square().sum(1))
+        return (sum_of_pairs(a, a) - with_itself) / (len(a) * (len(a) - 1))
+
+    return mean_within(x) + mean_within(y) - 2 * sum_of_pairs(x, y) / (len(x) * len(y))
 
 
 def coverage(real: Tensor, samples: Tensor) -> float:
@@ -293,11 +285,12 @@ def coverage(real: Tensor, samples: Tensor) -> float:
     Args:
         real, samples: features, (N, F) and (M, F); N > 1.
     """
-    # The nearest real slice is the slice itself.
-    neighbours = min(NUM_NEIGHBOURS + 1, len(real))
-    radius = torch.cdist(real, real).kthvalue(neighbours, dim=1).values
-    nearest_sample = torch.cdist(real, samples).amin(1)
-    return (nearest_sample <= radius).float().mean().item()
+    neighbours = min(NUM_NEIGHBOURS + 1, len(real))  # the nearest real slice is the slice itself
+    covered = []
+    for block in real.split(BLOCK):
+        radius = torch.cdist(block, real).kthvalue(neighbours, dim=1).values
+        covered.append(torch.cdist(block, samples).amin(1) <= radius)
+    return torch.cat(covered).float().mean().item()
 
 
 def make_chimeras(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -310,5 +303,5 @@ def make_chimeras(images: Tensor, generator: torch.Generator) -> Tensor:
     for top, left in itertools.product(range(0, height, 64), range(0, width, 64)):
         sources = torch.randint(len(images), (len(images),), generator=generator)
         block = (..., slice(top, top + 64), slice(left, left + 64))
-        chimeras[block] = images[sources][block]
+        chimeras[block] = images[block][sources]
     return chimeras

@@ -1,6 +1,8 @@
-"""Fixtures for the tests of prior/: phantoms."""
+"""Fixtures for the tests of prior/: phantoms, and a codec."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import dataset
 from dataset import SliceDataset
@@ -20,3 +22,20 @@ def phantoms(tmp_path_factory) -> dict[str, SliceDataset]:
             source, split, cache_dir=folder / "cache", progress=False
         )
     return splits
+
+
+class Codec:
+    """Stand-in for a `Sampler`, without training: a code is the brightness of 2 x 2 pixels."""
+
+    device = torch.device("cpu")
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return ((F.avg_pool2d(images, 2)[:, 0] + 3) * 5).round().clamp(0, 40).long()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(codes[:, None] / 5 - 3, scale_factor=2.0)
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    return Codec()

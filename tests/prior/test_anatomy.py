@@ -63,10 +63,10 @@ def test_dice_is_pooled_over_slices_with_labels(labels):
 def test_scores_compare_with_slices_at_a_similar_position():
     """The area of bone is 100 at positions below 0.5, and 500 elsewhere."""
     training_positions = torch.linspace(0, 1, 40)
-    training = np.zeros((40, 5, 5))
-    training[:, 1, 0] = np.where(training_positions < 0.5, 100, 500)
-    statistics = np.zeros((3, 5, 5))
-    statistics[:, 1, 0] = [100, 500, 140]
+    training = torch.zeros(40, 5, 5)
+    training[:, 1, 0] = torch.where(training_positions < 0.5, 100.0, 500.0)
+    statistics = torch.zeros(3, 5, 5)
+    statistics[:, 1, 0] = torch.tensor([100.0, 500.0, 140.0])
     low = torch.tensor([0.1, 0.1, 0.1])
     scores = implausibility(statistics, low, training, training_positions)
     np.testing.assert_allclose(scores, [0, 400 / 20 / 25, 40 / 20 / 25])
@@ -76,11 +76,11 @@ def test_scores_compare_with_slices_at_a_similar_position():
 
 @pytest.mark.parametrize("training_position", [0.3, math.nan])
 def test_slices_at_an_unknown_position_are_compared_with_all(training_position):
-    training = np.zeros((40, 5, 5))
+    training = torch.zeros(40, 5, 5)
     training[::2, 1, 0] = 200
     training_positions = torch.full((40,), training_position)
     unknown = torch.tensor([math.nan, math.nan])
-    statistics = np.zeros((2, 5, 5))
+    statistics = torch.zeros(2, 5, 5)
     statistics[1, 1, 0] = 300
     scores = implausibility(statistics, unknown, training, training_positions)
     np.testing.assert_allclose(scores, [1 / 25, 2 / 25])
@@ -94,7 +94,7 @@ def test_slices_at_an_unknown_position_are_compared_with_all(training_position):
 
 
 def test_the_network_halves_the_resolution_of_any_size():
-    network = UNet(channels=(4, 4, 4))
+    network = UNet()
     assert network(torch.zeros(2, 1, 256, 128)).shape == (2, 6, 128, 64)
     assert network(torch.zeros(1, 1, 72, 40)).shape == (1, 6, 36, 20)
 
