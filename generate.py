@@ -1,15 +1,16 @@
 """Sample new slices from a trained prior, complete half a slice, or evaluate the samples.
 
-    python generate.py                               # 16 slices, from the newest prior in runs/
+    python generate.py                               # 16 slices (newest flow in runs/, or bundled)
     python generate.py --count 64 --steps 50 --position 0.5 --seed 1
     python generate.py --complete slice.nii.gz       # sample the right half of a slice, 4 times
     python generate.py --evaluate                    # measure realism, search for copies
 
-The output folder is <run>/generated/ or --out. The files are slices.png and drawn_<n>.nii.gz; with
---complete, completion.png and completion_<n>.nii.gz; with --evaluate, slices.png, closest.png and
-evaluation.json. Intensities in the NIfTI files are scaled to those of typical training slices. The
-voxel size is that of the training slices or, with --complete, of the given slice. The same flags on
-the same machine give the same slices.
+The output folder is <run>/generated/, generated/ for the bundled model, or --out. The files are
+slices.png and drawn_<n>.nii.gz; with --complete, completion.png and completion_<n>.nii.gz; with
+--evaluate, slices.png (sampled and held-out slices), closest.png and evaluation.json. Intensities
+in the NIfTI files are scaled to those of typical training slices. The voxel size is that of the
+training slices or, with --complete, of the given slice. The same flags on the same machine give the
+same slices.
 
 A sampled slice does not show a real patient, but it may be a near copy of a training slice;
 --evaluate searches for such copies.
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +28,17 @@ from torch import Tensor
 
 import dataset
 import utils
-from dataset import SliceDataset
 from evaluation import plots
-from mri import nifti, preprocessing
+from mri import nifti
 from mri.files import SPLITS
-from prior.evaluate import evaluate_samples, print_evaluation, read_slices
+from mri.preprocessing import Preprocessing, slice_affine
+from prior.evaluate import RealSlices, evaluate_samples, print_evaluation, read_slices
 from prior.sampling import Sampler, load_sampler
 from training import environment
 from training.guards import preserve_process_state
 from training.options import check_range
 from training.run_folder import load_run_data, newest_run
-from training.run_names import resolve_run
+from training.run_names import find_runs, resolve_run
 from utils import UserError
 
 NUM_SAMPLES = 16  # default of --count
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     check_arguments(args)
     run = find_run(args)
+    name = run.name if run else "the bundled model"
     sampler = load_sampler(
         run,
         utils.pick_device(args.device),
@@ -62,16 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         guidance=args.guidance,
         seed=args.seed,
     )
-    folder = Path(args.out) if args.out else run / "generated"
+    folder = Path(args.out) if args.out else (run or Path()) / "generated"
     utils.make_folder(folder)
     if args.evaluate:
         evaluate(sampler, run, folder, args)
+    elif args.complete:
+        complete(sampler, name, folder, args)
     else:
-        train_slices, _ = load_run_data(run, "train", args.data, args.cache_dir)
-        if args.complete:
-            complete(sampler, run, train_slices, folder, args)
-        else:
-            sample(sampler, run, train_slices, folder, args)
+        sample(sampler, name, folder, args)
     names = sorted(path.name for path in folder.iterdir() if path.suffix != ".gz")
     print(f"written: {', '.join(names)} in {folder}")
     return 0
@@ -88,7 +87,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag(
         "--run",
         metavar="DIR",
-        help="folder of the run (default: the run in --runs-dir with the newest prior)",
+        help="folder of the run (default: the run in --runs-dir with the newest flow; if there is "
+        "none, the bundled model)",
     )
     flag("--runs-dir", metavar="DIR", default="runs", help="folder of all runs (default: runs)")
     flag(
@@ -96,8 +96,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="checkpoint of the prior (default: <run>/prior/best.pt)",
     )
-    flag("--data", metavar="DIR", help="folder of slices or volumes (default: as in training)")
-    flag("--cache-dir", metavar="DIR", help="folder for cached slices (default: as in training)")
+    flag(
+        "--data",
+        metavar="DIR",
+        help="folder of the real slices for --evaluate (default: as in training)",
+    )
+    flag(
+        "--cache-dir",
+        metavar="DIR",
+        help="folder for cached slices for --evaluate (default: as in training)",
+    )
     flag = parser.add_argument_group("sampling").add_argument
     flag(
         "--count",
@@ -158,6 +166,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_range("--count", args.count, 2 if args.evaluate else 1, 1e6)
     if args.keep and not args.complete:
         raise UserError("--keep chooses the half that --complete keeps; add --complete FILE")
+    if (args.data or args.cache_dir) and not args.evaluate:
+        raise UserError(
+            "--data and --cache-dir are only for --evaluate, because sampling needs no "
+            "data; omit them"
+        )
     if args.evaluate and args.complete:
         raise UserError("--evaluate and --complete cannot be combined; give one of them")
 
@@ -165,56 +178,59 @@ def check_arguments(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- run
 
 
-def find_run(args: argparse.Namespace) -> Path:
-    """Return the run that `--run` names, or the run with the newest flow."""
+def find_run(args: argparse.Namespace) -> Path | None:
+    """Return the run that `--run` names, or the run with the newest flow; None if there is none."""
     if args.run:
         return resolve_run(args.run)
-    missing = (
-        f"no run in {args.runs_dir} has a flow; train one with train_prior.py, or name a run with "
-        "--run"
+    if find_runs(Path(args.runs_dir), "prior/best.pt"):
+        return newest_run(Path(args.runs_dir), "prior/best.pt")
+    if args.evaluate:
+        raise UserError(
+            f"no run in {args.runs_dir} has a flow to evaluate; train one with train_prior.py, or "
+            "name a run with --run"
+        )
+    print(
+        f"no run in {args.runs_dir} has a flow, so the bundled one is used. It was trained on "
+        "simulated pelves (mri/phantom.py): its slices show no patient, and little of the variety "
+        "of patients. For a flow of your own slices, run train.py and train_prior.py"
     )
-    return newest_run(Path(args.runs_dir), "prior/best.pt", missing)
+    return None
 
 
 # ---------------------------------------------------------------- sample
 
 
-def sample(
-    sampler: Sampler, run: Path, train_slices: SliceDataset, folder: Path, args: argparse.Namespace
-) -> None:
+def sample(sampler: Sampler, name: str, folder: Path, args: argparse.Namespace) -> None:
     """Sample slices, and write them as a figure and as NIfTI files."""
-    positions = choose_positions(args, train_slices, args.count or NUM_SAMPLES)
+    positions = choose_positions(args, sampler.slices, args.count or NUM_SAMPLES)
     images = sampler.decode(sampler.sample(positions))
-    write_slices(folder, "drawn", images, train_slices, train_slices.affine)
+    write_slices(folder, "drawn", images, sampler.slices, np.array(sampler.slices["affine"]))
     titles = []
     for position in positions[:MAX_PICTURES].tolist():
         titles.append("" if math.isnan(position) else f"position {position:.2f}")
-    heading = f"sampled from the prior of {run.name}: {sampler.settings}"
-    spacing = train_slices.description["spacing"]
-    plots.plot_slices(
-        folder / "slices.png", images[:MAX_PICTURES], titles, heading, spacing=spacing
-    )
+    heading = f"sampled from the prior of {name}: {sampler.settings}"
+    path = folder / "slices.png"
+    spacing = sampler.slices["spacing"]
+    plots.plot_slices(path, images[:MAX_PICTURES], titles, heading, spacing=spacing)
 
 
-def choose_positions(args: argparse.Namespace, train_slices: SliceDataset, count: int) -> Tensor:
+def choose_positions(args: argparse.Namespace, slices: dict, count: int) -> Tensor:
     """Return positions in the volume, (count,): --position, or quantiles of training positions."""
     if args.position is not None:
         return torch.full((count,), args.position)
-    positions = train_slices.positions.sort().values
-    return positions[torch.linspace(0, len(positions) - 1, count).round().long()]
+    quantiles = torch.tensor(slices["positions"])
+    return quantiles[torch.linspace(0, len(quantiles) - 1, count).round().long()]
 
 
-def write_slices(
-    folder: Path, name: str, images: Tensor, train_slices: SliceDataset, affine: np.ndarray
-) -> None:
+def write_slices(folder: Path, name: str, images: Tensor, slices: dict, affine: np.ndarray) -> None:
     """Write images (N, 1, H, W) as <name>_<n>.nii.gz; delete such files of an earlier call.
 
-    Images are multiplied by the median standard deviation of the training slices. The median of
-    their means is then added.
+    Images get the typical mean and standard deviation of the training slices (see
+    `prior.sampling.describe_slices`).
     """
     for old in folder.glob(f"{name}_*.nii.gz"):
         old.unlink()
-    intensities = images * train_slices.std.median() + train_slices.mean.median()
+    intensities = images * slices["std"] + slices["mean"]
     for number, image in enumerate(intensities.float().cpu().numpy()):
         voxels = image[0][..., None]  # (H, W, 1)
         utils.write_bytes(folder / f"{name}_{number:03d}.nii.gz", nifti.nifti_bytes(voxels, affine))
@@ -223,15 +239,15 @@ def write_slices(
 # ---------------------------------------------------------------- complete
 
 
-def complete(
-    sampler: Sampler, run: Path, train_slices: SliceDataset, folder: Path, args: argparse.Namespace
-) -> None:
+def complete(sampler: Sampler, name: str, folder: Path, args: argparse.Namespace) -> None:
     """Keep the codes of one half of a slice, and sample the other half several times."""
     half = args.keep or "left"
     is_right = half == "right"
     count = args.count or NUM_COMPLETIONS
     position = math.nan if args.position is None else args.position
-    image = dataset.read_slice(args.complete, train_slices.preprocessing)  # (1, H, W)
+    size, fit, axis, nan_value = (sampler.slices[k] for k in ("size", "fit", "axis", "nan_value"))
+    preprocessing = Preprocessing("2D", tuple(size), fit, axis, nan_value=nan_value)
+    image = dataset.read_slice(args.complete, preprocessing)  # (1, H, W)
 
     # The kept half must come first. If the right half is kept, the mirrored slice is completed.
     oriented = image.flip(-2) if is_right else image
@@ -244,21 +260,19 @@ def complete(
         completions = completions.flip(-2)
         masked = masked.flip(-2)
 
-    source = replace(train_slices.preprocessing, form="2D", planes=1)
-    affine = preprocessing.slice_affine(args.complete, source)
-    write_slices(folder, "completion", completions, train_slices, affine)
+    affine = slice_affine(args.complete, preprocessing)
+    write_slices(folder, "completion", completions, sampler.slices, affine)
     titles = ["the slice", f"its {half} half"]
     titles += [f"completion {number}" for number in range(1, count + 1)]
     images = torch.cat([image[None], masked[None], completions])
-    name = Path(args.complete).name
-    heading = f"{name}, completed by the prior of {run.name}: {sampler.settings}"
+    heading = f"{Path(args.complete).name}, completed by the prior of {name}: {sampler.settings}"
     plots.plot_slices(
         folder / "completion.png",
         images[:MAX_PICTURES],
         titles[:MAX_PICTURES],
         heading,
         columns=6,
-        spacing=train_slices.description["spacing"],
+        spacing=sampler.slices["spacing"],
     )
 
 
@@ -286,7 +300,7 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
     held_out = read_slices(slices["validate"], slices["test"])
     count = args.count or max(2, len(training.images) // 2)
 
-    positions = choose_positions(args, slices["train"], count)
+    positions = choose_positions(args, sampler.slices, count)
     sampled = sampler.decode(sampler.sample(positions))
     evaluation = evaluate_samples(sampler, sampled, positions, training, held_out)
     result = {
@@ -298,13 +312,23 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
     utils.write_json(folder / "evaluation.json", result)
     print_evaluation(evaluation)
     heading = f"sampled from the prior of {run.name}: {sampler.settings}"
-    spacing = slices["train"].description["spacing"]
-    shown = torch.linspace(0, count - 1, min(count, 16)).round().long()
-    titles = [""] * len(shown)
-    plots.plot_slices(folder / "slices.png", sampled[shown], titles, heading, spacing=spacing)
+    spacing = sampler.slices["spacing"]
+    shown = torch.linspace(0, count - 1, min(count, NUM_SAMPLES)).round().long()
+    real = held_out.images[match_positions(positions[shown], held_out, args.seed)]
+    titles = ["sampled"] * len(shown) + ["held-out"] * len(shown)
+    path = folder / "slices.png"
+    plots.plot_slices(path, torch.cat([sampled[shown], real]), titles, heading, spacing=spacing)
     stems = [name.stem for name in training.names]
     path = folder / "closest.png"
     plot_closest(path, evaluation["audit"], sampled, training.images, stems, heading, spacing)
+
+
+def match_positions(positions: Tensor, held_out: RealSlices, seed: int) -> Tensor:
+    """Return the index of a held-out slice at about each position; which of several is random."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(held_out.positions), generator=generator)
+    distances = (positions[:, None] - held_out.positions[order]).abs().nan_to_num(0)
+    return order[distances.argmin(1)]
 
 
 def plot_closest(

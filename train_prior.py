@@ -39,6 +39,7 @@ from prior.config import (
     parse_prior_flags,
     resolve_prior_config,
 )
+from prior.sampling import describe_slices
 from training import distributed, environment
 from training.checkpoint import load_model
 from training.guards import preserve_process_state
@@ -121,6 +122,7 @@ def train(flags: dict) -> int:
             "slices": {"train": len(train_data), "validate": len(val_data)},
             "vqvae": str((vqvae_run / "best.pt").resolve()),
         },
+        extra_state={"slices": describe_slices(train_slices)},
         resume_command=utils.format_command(
             "train_prior.py", "--resume", "--run", vqvae_run, "--model", config.model
         ),

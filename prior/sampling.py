@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset import SliceDataset
+from evaluation.reconstruct import PELVIS_MODEL
 from modules import VQVAE
 from prior.codes import hash_codebook
 from prior.flow import FlowPrior
@@ -22,6 +24,7 @@ from training.run_names import PRIORS
 from utils import UserError, format_command
 
 BATCH_SIZE = 40  # number of slices that are sampled at a time, to bound the memory
+PELVIS_PRIOR = PELVIS_MODEL.with_name("pelvis_prior.pt")  # a flow for the bundled model
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Sampler:
     vqvae: VQVAE
     prior: FlowPrior
     device: torch.device
+    slices: dict  # result of `describe_slices` for the training slices
     steps: int = 25  # as for `FlowPrior.sample`
     guidance: float = 1.0  # as for `FlowPrior.sample`
     seed: int = 0
@@ -91,37 +95,62 @@ class Sampler:
         return codes
 
 
+def describe_slices(slices: SliceDataset) -> dict:
+    """Describe the training slices for the checkpoint of a flow, so that sampling needs no data.
+
+    Returns:
+        - "size", "spacing", "axis", "nan_value": `SliceDataset.description`;
+        - "fit": as in `mri.preprocessing.Preprocessing`;
+        - "affine": the affine of the first slice, (4, 4);
+        - "mean", "std": medians of the means and of the standard deviations of the slices;
+        - "positions": up to 101 quantiles of the positions of the slices; NaN if unknown.
+    """
+    positions = slices.positions.sort().values
+    quantiles = torch.linspace(0, len(positions) - 1, min(101, len(positions))).round().long()
+    return {
+        **slices.description,
+        "fit": slices.preprocessing.fit,
+        "affine": slices.affine.tolist(),
+        "mean": float(slices.mean.median()),
+        "std": float(slices.std.median()),
+        "positions": positions[quantiles].tolist(),
+    }
+
+
 def load_sampler(
-    run: Path, device: torch.device, path: Path | None = None, **options: float
+    run: Path | None, device: torch.device, path: Path | None = None, **options: float
 ) -> Sampler:
-    """Load the VQ-VAE and the prior of a run.
+    """Load the VQ-VAE and the prior of a run, or the bundled ones.
 
     Args:
-        run, device: folder of the run, and the device to compute on.
+        run: folder of the run; None for the bundled VQ-VAE and prior.
+        device: the device to compute on.
         path: checkpoint of the prior (default: <run>/prior/best.pt).
         options: steps, guidance and seed (see Sampler).
 
     Raises:
         UserError: if a checkpoint cannot be read, or the prior is not a flow for this VQ-VAE.
     """
-    if path is None:
+    vqvae_path = run / "best.pt" if run else PELVIS_MODEL
+    if path is None and run:
         paths = [run / folder / "best.pt" for folder in PRIORS.values()]  # the flow first
         path = next(filter(Path.exists, paths), paths[0])
-    vqvae = load_model(VQVAE, run / "best.pt", device)
+    path = path or PELVIS_PRIOR
+    vqvae = load_model(VQVAE, vqvae_path, device)
     checkpoint = read_checkpoint(path)
-    command = format_command("train_prior.py", "--run", run)
-    arguments = checkpoint["model_args"]
-    if isinstance(arguments, dict) and "num_heads" in arguments:
+    command = format_command("train_prior.py", *(("--run", run) if run else ()))
+    arguments, slices = checkpoint["model_args"], checkpoint.get("slices")
+    if not isinstance(slices, dict) or not isinstance(arguments, dict):
         raise UserError(f"{path} was trained by an earlier version; train it again with {command}")
-    if isinstance(arguments, dict) and "num_embeddings" in arguments:
+    if "num_embeddings" in arguments:
         raise UserError(
             f"{path} is a causal prior, which gives code lengths only; train a flow with {command}"
         )
     prior = load_model(FlowPrior, path, device)
     if str(checkpoint.get("fingerprint")).split()[-1:] != [hash_codebook(vqvae)]:
         raise UserError(
-            f"{path} was trained on the codes of a different model, not on those of this run's "
-            "best.pt; train the prior again"
+            f"{path} was trained on the codes of a different model, not on those of {vqvae_path}; "
+            f"train it again with {command}"
         )
-    print(f"models: {run / 'best.pt'}, {path}")
-    return Sampler(vqvae, prior, device, **options)
+    print(f"models: {vqvae_path}, {path}")
+    return Sampler(vqvae, prior, device, slices, **options)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ import utils
 from modules import VQVAE
 from prior import realism, sampling
 from prior.codes import hash_codebook
+from prior.evaluate import RealSlices
 from prior.flow import FlowPrior
-from prior.sampling import Sampler
+from prior.sampling import Sampler, describe_slices
 from training.run_folder import load_run_data
 from utils import UserError
 
@@ -47,7 +49,6 @@ def write_run(root: Path, write_slices: Callable, size: tuple[int, int] = (64, 3
     folder = root / "runs" / "a"
     save_model(folder / "best.pt", vqvae)
     fingerprint = f"train validate {hash_codebook(vqvae)}"
-    save_model(folder / "prior" / "best.pt", prior, fingerprint=fingerprint)
     arguments = {
         "data": str(data),
         "size": size,
@@ -57,6 +58,9 @@ def write_run(root: Path, write_slices: Callable, size: tuple[int, int] = (64, 3
         "skip_bad_files": False,
     }
     utils.write_json(folder / "config.json", {"arguments": arguments})
+    slices = describe_slices(load_run_data(folder, "train")[0])
+    content = {"fingerprint": fingerprint, "slices": slices}
+    save_model(folder / "prior" / "best.pt", prior, **content)
     return folder
 
 
@@ -138,6 +142,34 @@ def test_positions_are_the_flag_or_those_of_the_training_slices(run, monkeypatch
     call_generate("--count 4")
     assert [len(position) for position in calls] == [3, 1]
     torch.testing.assert_close(torch.cat(calls), torch.tensor([0, 2 / 7, 5 / 7, 1]))
+
+
+def test_sampling_needs_no_data(run, capsys):
+    """The checkpoint describes the training slices."""
+    shutil.rmtree(run.parents[1] / "data")
+    assert len(read_images(call_generate("--count 2"))) == 2
+
+
+def test_the_bundled_flow_is_used_if_no_run_has_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--count", "2", "--steps", "1", "--device", "cpu"]) == 0
+    assert read_images(Path("generated")).shape == (2, 256, 128)
+    printed = capsys.readouterr().out
+    assert "no run in runs has a flow, so the bundled one is used" in printed
+    assert "its slices show no patient" in printed
+    assert (sampling.PELVIS_PRIOR.stat().st_size) <= 5e6
+
+
+def test_real_slices_next_to_samples_have_their_positions():
+    """Which of several slices at a position is chosen depends on the seed."""
+    positions = torch.linspace(0, 1, 11).repeat(20)
+    held_out = RealSlices(torch.zeros(220, 1), torch.zeros(220, 1), positions, [])
+    chosen = generate.match_positions(torch.tensor([0.0, 0.52, 1.0]), held_out, seed=0)
+    torch.testing.assert_close(positions[chosen], torch.tensor([0.0, 0.5, 1.0]))
+    other = generate.match_positions(torch.tensor([0.0, 0.52, 1.0]), held_out, seed=1)
+    assert not torch.equal(chosen, other)
+    unknown = generate.match_positions(torch.full((3,), math.nan), held_out, seed=0)
+    assert unknown.tolist() != chosen.tolist()
 
 
 # ---------------------------------------------------------------- completing
@@ -257,7 +289,8 @@ def test_a_prior_that_copies_is_detected(make_run, monkeypatch):
         ("--complete nowhere.nii.gz", r"nowhere.nii.gz"),
         ("--complete runs/a/config.json", "is not a NIfTI file"),
         ("--run nowhere", "checkpoint nowhere.* does not exist"),
-        ("--runs-dir nowhere", "no run in nowhere has a flow; train one with train_prior.py"),
+        ("--evaluate --runs-dir nowhere", "no run in nowhere has a flow to evaluate; train one"),
+        ("--data data", "--data and --cache-dir are only for --evaluate"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_written(run, flags, message):
@@ -267,7 +300,7 @@ def test_mistakes_are_reported_before_anything_is_written(run, flags, message):
 
 
 def test_a_causal_prior_does_not_sample(run):
-    save_model(run / "causal_prior" / "best.pt", make_prior())
+    save_model(run / "causal_prior" / "best.pt", make_prior(), slices={})
     message = (
         r"causal_prior/best\.pt is a causal prior, which gives code lengths only; train a flow "
         r"with .*train_prior\.py --run runs/a"
@@ -280,9 +313,9 @@ def test_a_causal_prior_does_not_sample(run):
 
 
 def test_a_prior_of_an_earlier_version_is_an_error(run):
-    """Its model had attention heads."""
+    """It does not describe the training slices."""
     checkpoint = torch.load(run / "prior" / "best.pt")
-    checkpoint["model_args"] = {"num_embeddings": 16, "num_heads": 4}
+    del checkpoint["slices"]
     torch.save(checkpoint, run / "prior" / "best.pt")
     with pytest.raises(UserError, match=r"was trained by an earlier version; train it again with"):
         call_generate("")
@@ -290,6 +323,6 @@ def test_a_prior_of_an_earlier_version_is_an_error(run):
 
 def test_a_prior_of_another_model_is_refused(run):
     save_model(run / "best.pt", make_vqvae())
-    message = r"prior/best\.pt was trained on .* different model, not on those of .* best\.pt"
+    message = r"prior/best\.pt was trained on .* different model, not on those of runs/a/best\.pt"
     with pytest.raises(UserError, match=message):
         call_generate("")

@@ -28,14 +28,14 @@ def make_models(**options) -> tuple[VQVAE, FlowPrior]:
 
 def test_settings_are_described():
     models = make_models()
-    assert Sampler(*models, CPU).settings == "25 steps, seed 0"
-    assert Sampler(*models, CPU, 10, 1.5, 3).settings == "10 steps, guidance 1.5, seed 3"
+    assert Sampler(*models, CPU, {}).settings == "25 steps, seed 0"
+    assert Sampler(*models, CPU, {}, 10, 1.5, 3).settings == "10 steps, guidance 1.5, seed 3"
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 16}, {"num_codebooks": 2}])
 def test_a_flow_keeps_the_codes_of_the_first_half(options):
     vqvae, flow = make_models(**options)
-    sampler = Sampler(vqvae, flow, CPU, steps=2)
+    sampler = Sampler(vqvae, flow, CPU, {}, steps=2)
     image = torch.randn(1, 64, 32)
     positions = torch.tensor([0.5, math.nan])
     codes = sampler.sample(positions, image)
