@@ -111,7 +111,7 @@ test-pythons:              ## run the tests on every installed Python from 3.10 
 # ---------------------------------------------------------------- environment
 
 clean:                     ## delete the environments, the sample and caches; keep runs/
-	rm -rf .venv .venv-3.* sample_data .sample_data-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* sample_data .sample_data-* phantom_data .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 CHECK_VERSION = import sys; sys.version_info < (3, 10) and sys.exit( \

@@ -87,8 +87,10 @@ def prepare_causal(run: Path, split: str = "validate"):
 )
 def test_a_run_writes_its_files(vqvae_runs, tmp_path, capsys, model, flags, metric):
     run = shutil.copytree(vqvae_runs / "runs", tmp_path / "runs") / "a"
-    assert start(run, f"--epochs 3 {flags}", model) == 0
+    assert start(run, f"--epochs 3 --keep-every 2 {flags}", model) == 0
     folder = run / PRIORS[model]
+    assert sorted(path.name for path in folder.glob("*.pt")) == ["best.pt", "epoch_2.pt", "last.pt"]
+    assert read_checkpoint(folder / "epoch_2.pt")["epochs_done"] == 2
     rows = read_rows(folder)
     assert [int(row["step"]) for row in rows] == [2, 4, 6]
     columns = ["epoch", "step", "train_loss", "val_loss", f"val_{metric}", "lr", "seconds"]
