@@ -11,7 +11,7 @@ from dataset import SliceDataset
 from modules import VQVAE
 from prior.codes import MIRRORS, EncodedDataset, encode_split
 from prior.config import PriorConfig
-from prior.flow import FlowPrior
+from prior.flow import FlowPrior, shift_time
 from training import distributed
 from utils import UserError
 
@@ -65,8 +65,7 @@ def compute_loss(
 ) -> Tensor:
     """Compute the mean squared error of the velocity, a scalar, for a random view of each slice.
 
-    Times are logit-normal (Esser et al. 2024, arXiv 2403.03206), so that those in the middle, where
-    the velocity is hard to predict, are frequent.
+    Times are logit-normal (Esser et al. 2024, arXiv 2403.03206), and shifted as in sampling.
 
     Args:
         model: the flow.
@@ -80,7 +79,7 @@ def compute_loss(
     is_hidden = torch.rand(count, device=device) < config.unknown_position
     x = torch.where(is_mirrored, components[:, 1], components[:, 0]).float()
     noise = torch.randn_like(x)
-    time = torch.randn(count, device=device).sigmoid()
+    time = shift_time(torch.randn(count, device=device).sigmoid())
     position = position.masked_fill(is_hidden, math.nan)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return model.loss(x, noise, time, position).mean()
@@ -103,7 +102,7 @@ def validate(
         generator = torch.Generator().manual_seed(number)
         x = components[:, 0].float()
         noise = torch.randn(x.shape, generator=generator).to(device)
-        time = torch.randn(len(x), generator=generator).sigmoid().to(device)
+        time = shift_time(torch.randn(len(x), generator=generator).sigmoid()).to(device)
         total += model.loss(x, noise, time, position).sum()
     return float(distributed.all_reduce_sum(total)) / len(val)
 
