@@ -243,8 +243,8 @@ def check_ranking(training, held_out, reconstruct) -> None:
     """Check that reconstructions of training slices are nearer to them than held-out ones are."""
     features = Features(FILTERS).fit(training)
     training_features = features(training)
-    copies = reconstruct(training[::6])
-    not_copies = reconstruct(held_out[::6])
+    copies = reconstruct(training[::4])
+    not_copies = reconstruct(held_out[::4])
     by_pixels = [nearest_pixels(images, training)[0] for images in (copies, not_copies)]
     by_features = [
         nearest_features(images, training_features, features)[0] for images in (copies, not_copies)
