@@ -1,6 +1,6 @@
 """Train resources/pelvis_prior.pt, the prior that generate.py uses if none has been trained.
 
-    python resources/make_prior.py                # an hour on two CPU cores
+    python resources/make_prior.py                # half an hour on a CPU; continues if interrupted
 
 The prior is a flow over the latents of resources/pelvis.pt, for the slices of 200 simulated
 patients (mri/phantom.py). The file contains its weights in half precision, without the state of the
@@ -22,7 +22,7 @@ from training.checkpoint import read_checkpoint, write_checkpoint
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "phantom_data"
 RUN = ROOT / "runs" / "pelvis_prior"
-FLAGS = "--channels 48 --epochs 12 --plot-every 4"
+FLAGS = "--channels 48 --epochs 8 --plot-every 4"
 TRAINED_ON = "the slices of 200 simulated patients; no real patient"
 
 
@@ -32,7 +32,10 @@ def main() -> int:
     RUN.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "resources" / "pelvis.pt", RUN / "best.pt")
     utils.write_json(RUN / "config.json", {"arguments": {"data": str(DATA)}})
-    code = train_prior.main(["--run", str(RUN), *FLAGS.split()])
+    flags = ["--run", str(RUN), *FLAGS.split()]
+    if (RUN / "prior" / "config.json").exists():
+        flags.append("--resume")
+    code = train_prior.main(flags)
     if code:
         return code
     best = read_checkpoint(RUN / "prior" / "best.pt")
