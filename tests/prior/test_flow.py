@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prior.flow import FlowPrior
+from prior.flow import FlowPrior, shift_time
 from prior.unet import fold, unfold
 
 UNKNOWN = torch.tensor([math.nan, math.nan])
@@ -139,6 +139,11 @@ def test_a_step_of_heuns_method():
         first = flow.unet(noise, torch.zeros(2), UNKNOWN)
         second = flow.unet(noise + first, torch.ones(2), UNKNOWN)
     torch.testing.assert_close(sample(flow, steps=1), noise + (first + second) / 2)
+
+
+def test_the_first_steps_are_the_smallest():
+    times = [shift_time(i / 4) for i in range(5)]
+    assert times == pytest.approx([0, 0.1, 0.25, 0.5, 1])
 
 
 def test_guidance_exaggerates_the_effect_of_the_position():
