@@ -1,8 +1,8 @@
 """Tests of prior/flow_training.py: encoded splits, losses and validation."""
 
-import numpy as np
 import math
 
+import numpy as np
 import pytest
 import torch
 
