@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import utils
 from evaluation import plots
@@ -92,7 +92,7 @@ def train(flags: dict) -> int:
     prior = MODELS[config.model]
     torch.manual_seed(config.seed)
     model, train_data, val_data = prior.prepare(vqvae, train_slices, val_slices, config)
-    optimizer = make_optimizer(model, config)
+    optimizer = prior.make_optimizer(model, config)
     modules = {"model": model}
     average = model  # the weights that are validated and saved as the model
     if config.model == "flow":
@@ -231,18 +231,7 @@ def open_prior(flags: dict) -> tuple[Path, PriorConfig, dict | None]:
     return run, config, unfinished_checkpoint(folder, config.epochs)
 
 
-# ---------------------------------------------------------------- optimizer, plots
-
-
-def make_optimizer(model: nn.Module, config: PriorConfig) -> torch.optim.Optimizer:
-    """Return an AdamW optimizer with weight decay on all matrices."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+# ---------------------------------------------------------------- plots
 
 
 @torch.no_grad()
@@ -260,7 +249,7 @@ def plot_epoch(run: Run, vqvae: VQVAE, val_data: EncodedDataset) -> None:
         position = torch.full_like(position, math.nan)
         titles = ["position unknown"] * 4
     generator = torch.Generator().manual_seed(run.config.seed)
-    latents = flow.to_latents(flow.sample(position, generator))
+    latents = flow.pca.inverse_transform(flow.sample(position, generator))
     codes = vqvae.vector_quantization(latents).indices
     images = vqvae.decode_codes(codes).float().cpu()
     name = f"epoch_{run.epochs_done}"

@@ -54,6 +54,21 @@ def prepare(
     return model.to(device), train, val
 
 
+def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.AdamW:
+    """Return an AdamW optimizer with weight decay on all matrices."""
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+
 # ---------------------------------------------------------------- loss, validation
 
 

@@ -44,7 +44,7 @@ class PriorConfig(RunConfig):
     # Both models
     epochs: int = _prior(200, "passes over the training split", low=1, resumable=True)
     batch_size: int = _prior(16, "slices per step", low=1)
-    learning_rate: float = _prior(1e-3, "peak learning rate of AdamW", low=0, high=1)
+    learning_rate: float = _prior(4e-3, "peak learning rate", low=0, high=1)
     weight_decay: float = _prior(0.01, "weight decay of all matrices", low=0, high=10)
     channels: int = _prior(
         64,
@@ -79,6 +79,7 @@ class PriorConfig(RunConfig):
     warmup = 0.05
     clip_grad_norm = 1.0
     unknown_position = 0.1  # fraction of training slices whose position is hidden
+    completed = 0.2  # fraction of training slices of which one half is given
 
     @property
     def schedule(self) -> str:

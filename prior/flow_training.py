@@ -13,6 +13,7 @@ from prior.codes import MIRRORS, EncodedDataset, encode_split
 from prior.config import PriorConfig
 from prior.flow import FlowPrior, shift_time
 from training import distributed
+from training.muon import Muon
 from utils import UserError
 
 METRIC = "velocity"  # its mean squared error
@@ -43,18 +44,27 @@ def prepare(
         model = FlowPrior(latent_channels, tuple(grid), num_components, config.channels)
     except ValueError as error:
         raise UserError(str(error)) from None
-    fraction = model.to(device).fit_components(latents)
+    fraction = model.to(device).pca.fit(latents)
     print(
         f"latents: {num_components} of {latent_channels} principal components, with "
         f"{fraction:.1%} of the variance"
     )
 
     def encode(images: Tensor) -> Tensor:  # (B, 1, H, W) -> (B, C, h, w) float16
-        return model.to_components(vqvae.encoder(images)).half()
+        return model.pca.transform(vqvae.encoder(images)).half()
 
     train = encode_split(encode, train_slices, MIRRORS[:2], device)
     val = encode_split(encode, val_slices, MIRRORS[:1], device)
     return model, train, val
+
+
+def make_optimizer(model: FlowPrior, config: PriorConfig) -> Muon:
+    """Return Muon for the weights of the blocks, and AdamW for all other parameters."""
+    hidden, others = [], []
+    for name, parameter in model.unet.named_parameters():
+        is_hidden = name.startswith(("down", "middle", "up")) and parameter.ndim > 1
+        (hidden if is_hidden else others).append(parameter)
+    return Muon(hidden, others, config.learning_rate, config.weight_decay)
 
 
 # ---------------------------------------------------------------- loss, validation
@@ -65,7 +75,8 @@ def compute_loss(
 ) -> Tensor:
     """Compute the mean squared error of the velocity, a scalar, for a random view of each slice.
 
-    Times are logit-normal (Esser et al. 2024, arXiv 2403.03206), and shifted as in sampling.
+    Times are logit-normal (Esser et al. 2024, arXiv 2403.03206), and shifted as in sampling. Some
+    slices have a given half, so that the flow learns to complete slices.
 
     Args:
         model: the flow.
@@ -81,8 +92,10 @@ def compute_loss(
     noise = torch.randn_like(x)
     time = shift_time(torch.randn(count, device=device).sigmoid())
     position = position.masked_fill(is_hidden, math.nan)
+    is_completed = torch.rand(count, device=device) < config.completed
+    given = is_completed.long() * (model.grid[0] // 2)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return model.loss(x, noise, time, position).mean()
+        return model.loss(x, noise, time, position, given).mean()
 
 
 @torch.no_grad()
@@ -103,7 +116,8 @@ def validate(
         x = components[:, 0].float()
         noise = torch.randn(x.shape, generator=generator).to(device)
         time = shift_time(torch.randn(len(x), generator=generator).sigmoid()).to(device)
-        total += model.loss(x, noise, time, position).sum()
+        given = torch.zeros(len(x), dtype=torch.long, device=device)
+        total += model.loss(x, noise, time, position, given).sum()
     return float(distributed.all_reduce_sum(total)) / len(val)
 
 

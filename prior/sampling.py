@@ -71,11 +71,11 @@ class Sampler:
                 kept; the others are sampled.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        prefix, prefix_rows = None, 0
+        prefix = None
         if image is not None:
             image = image[None].to(self.device)
-            prefix = self.prior.to_components(self.vqvae.encoder(image))
-            prefix_rows = prefix.shape[2] // 2
+            prefix = self.prior.pca.transform(self.vqvae.encoder(image))
+            prefix = prefix[:, :, : prefix.shape[2] // 2]
         batches = []
         for position in positions.to(self.device).split(BATCH_SIZE):
             components = self.prior.sample(
@@ -84,14 +84,14 @@ class Sampler:
                 self.steps,
                 self.guidance,
                 prefix,
-                prefix_rows,
                 partial(tqdm, desc=f"sampling {len(position)} of {len(positions)}", unit=" steps"),
             )
-            latents = self.prior.to_latents(components)
+            latents = self.prior.pca.inverse_transform(components)
             batches.append(self.vqvae.vector_quantization(latents).indices.cpu())
         codes = torch.cat(batches)
         if image is not None:  # the components left out could change a few of these codes
-            codes[:, :prefix_rows] = self.vqvae.encode(image)[:, :prefix_rows].cpu()
+            rows = prefix.shape[2]
+            codes[:, :rows] = self.vqvae.encode(image)[:, :rows].cpu()
         return codes
 
 

@@ -1,4 +1,4 @@
-"""The network of `prior.flow`: a U-Net that predicts velocities on the grid of latents."""
+"""The network of `prior.flow`: a U-Net on the grid of latents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ NUM_HEADS = 4  # attention heads
 
 
 class UNet(nn.Module):
-    """Predict velocities (B, C, h, w) from noisy components of the same shape, at any h and w.
+    """Map noisy components (B, C, h, w) to an output (B, D, h, w), at any h and w.
 
     The input is folded 2 x 2, which quarters the number of positions (as by space-to-depth). Each
     grid below has half the height and width of the previous one. All grids but the first have
     attention, so that distant parts of a slice fit together.
 
     Args:
-        components: C.
+        inputs: C, number of input channels.
+        outputs: D, number of output channels.
         grid: h and w.
         widths: number of channels at each grid, from fine to coarse; multiples of 8.
 
@@ -29,11 +30,11 @@ class UNet(nn.Module):
         ValueError: if there are no or too many widths, or one is not a multiple of 8.
     """
 
-    def __init__(self, components: int, grid: tuple[int, int], widths: tuple[int, ...]):
+    def __init__(self, inputs: int, outputs: int, grid: tuple[int, int], widths: tuple[int, ...]):
         super().__init__()
         if not 1 <= len(widths) <= 8 or any(width % NUM_GROUPS for width in widths):
             raise ValueError(f"the widths are {widths}; expected 1 to 8 multiples of {NUM_GROUPS}")
-        height, width = (math.ceil(side / 2) for side in grid)
+        places = [math.ceil(side / 2) for side in grid]
         coarsest = widths[-1]
         self.condition = nn.Sequential(
             nn.Linear(4 * FREQUENCIES + 1, coarsest),
@@ -41,21 +42,21 @@ class UNet(nn.Module):
             nn.Linear(coarsest, coarsest),
             nn.SiLU(),
         )
-        self.first = nn.Conv2d(4 * components, widths[0], 3, padding=1)
-        self.places = nn.Parameter(torch.zeros(widths[0], height, width))  # differ by location
+        self.first = nn.Conv2d(4 * inputs, widths[0], 3, padding=1)
+        self.places = nn.Parameter(torch.zeros(widths[0], *places))  # differ by location
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
-        inputs = widths[0]
-        for level, outputs in enumerate(widths):
-            self.down.append(Block(inputs, outputs, coarsest, attends=level > 0))
-            self.up.insert(0, Block(2 * outputs, inputs, coarsest, attends=level > 0))
-            inputs = outputs
+        previous = widths[0]
+        for level, width in enumerate(widths):
+            self.down.append(Block(previous, width, coarsest, attends=level > 0))
+            self.up.insert(0, Block(2 * width, previous, coarsest, attends=level > 0))
+            previous = width
         self.middle = Block(coarsest, coarsest, coarsest, attends=True)
         self.norm = nn.GroupNorm(NUM_GROUPS, widths[0])
-        self.last = zero_init(nn.Conv2d(widths[0], 4 * components, 1))
+        self.last = zero_init(nn.Conv2d(widths[0], 4 * outputs, 1))
 
     def forward(self, x: Tensor, time: Tensor, position: Tensor) -> Tensor:
-        """Predict velocities at times (B,) and positions (B,), 0 to 1; NaN: unknown position."""
+        """Compute the output at times (B,) and positions (B,), 0 to 1; NaN: unknown position."""
         height, width = x.shape[-2:]
         x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
         x = self.first(fold(x)) + self.places  # (B, widths[0], h/2, w/2)
@@ -74,7 +75,7 @@ class UNet(nn.Module):
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:])
             x = block(torch.cat([x, skip], 1), condition)
-        x = self.last(F.silu(self.norm(x)))  # (B, 4 C, h/2, w/2)
+        x = self.last(F.silu(self.norm(x)))  # (B, 4 D, h/2, w/2)
         return unfold(x)[..., :height, :width]
 
 

@@ -45,7 +45,7 @@ def write_run(root: Path, write_slices: Callable, size: tuple[int, int] = (64, 3
     vqvae = make_vqvae()
     rows, columns = (side // vqvae.stride for side in size)
     prior = FlowPrior(4, (rows, columns), components=2, channels=16)
-    prior.fit_components(torch.randn(8, 4, rows, columns))
+    prior.pca.fit(torch.randn(8, 4, rows, columns))
     folder = root / "runs" / "a"
     save_model(folder / "best.pt", vqvae)
     fingerprint = f"train validate {hash_codebook(vqvae)}"

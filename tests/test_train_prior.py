@@ -279,7 +279,8 @@ def remove_random_draws() -> None:
 
     def compute_loss(model, components, position, precision, config):
         x = components[:, 0].float()
-        return model.loss(x, x.roll(1, -1), torch.full((len(x),), 0.5), position).mean()
+        time, given = torch.full((len(x),), 0.5), torch.zeros(len(x), dtype=torch.long)
+        return model.loss(x, x.roll(1, -1), time, position, given).mean()
 
     flow_training.compute_loss = compute_loss
 

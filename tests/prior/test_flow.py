@@ -1,14 +1,15 @@
-"""Tests of prior/flow.py and prior/unet.py: components, velocities and samples of small flows."""
+"""Tests of prior/flow.py, prior/pca.py and prior/unet.py: components, velocities, samples."""
 
 import math
 
 import pytest
 import torch
 
-from prior.flow import FlowPrior, shift_time
+from prior.flow import VARIANCE, FlowPrior, shift_time
 from prior.unet import fold, unfold
 
 UNKNOWN = torch.tensor([math.nan, math.nan])
+NONE_GIVEN = torch.tensor([0, 0])
 
 
 def make_flow(grid: tuple[int, int] = (8, 4), components: int = 2) -> FlowPrior:
@@ -34,32 +35,32 @@ def test_latents_are_restored_from_their_components():
     torch.manual_seed(0)
     latents = 100 + torch.einsum("bchw,dc->bdhw", torch.randn(6, 3, 8, 4), torch.randn(5, 3))
     flow = FlowPrior(latent_channels=5, grid=(8, 4), components=3, channels=16)
-    assert flow.fit_components(latents) == pytest.approx(1, abs=1e-4)
-    components = flow.to_components(latents)
+    assert flow.pca.fit(latents) == pytest.approx(1, abs=1e-4)
+    components = flow.pca.transform(latents)
     vectors = components.movedim(1, 0).flatten(1)  # (3, N)
     torch.testing.assert_close(torch.cov(vectors, correction=0), torch.eye(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(vectors.mean(1), torch.zeros(3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(flow.to_latents(components), latents, atol=1e-3, rtol=0)
+    torch.testing.assert_close(flow.pca.inverse_transform(components), latents, atol=1e-3, rtol=0)
 
 
 def test_the_first_components_have_the_most_variance():
     latents = torch.randn(50, 3, 2, 2) * torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1)
     flow = FlowPrior(latent_channels=3, grid=(2, 2), components=2, channels=16)
-    assert flow.fit_components(latents) == pytest.approx(13 / 14, abs=0.05)
-    stds = flow.directions.norm(dim=0).tolist()
+    assert flow.pca.fit(latents) == pytest.approx(13 / 14, abs=0.05)
+    stds = flow.pca.directions.norm(dim=0).tolist()
     assert stds == pytest.approx([3, 2], rel=0.2)
-    directions = flow.directions.clone()
-    flow.fit_components(-latents)  # the sign of a principal component is arbitrary
-    torch.testing.assert_close(flow.directions, directions, atol=1e-4, rtol=0)
+    directions = flow.pca.directions.clone()
+    flow.pca.fit(-latents)  # the sign of a principal component is arbitrary
+    torch.testing.assert_close(flow.pca.directions, directions, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("latents", [torch.zeros(2, 3, 4, 4), torch.full((1, 3, 1, 1), 7.0)])
 def test_latents_without_variance_have_finite_components(latents):
     flow = FlowPrior(latent_channels=3, grid=latents.shape[2:], components=3, channels=16)
-    flow.fit_components(latents)
-    components = flow.to_components(latents)
+    flow.pca.fit(latents)
+    components = flow.pca.transform(latents)
     assert components.abs().max() < 1
-    torch.testing.assert_close(flow.to_latents(components), latents)
+    torch.testing.assert_close(flow.pca.inverse_transform(components), latents)
 
 
 # ---------------------------------------------------------------- velocities
@@ -74,37 +75,61 @@ def test_blocks_of_positions_are_folded_to_channels():
 
 
 @pytest.mark.parametrize("grid", [(8, 4), (7, 5), (1, 1), (32, 16)])
-def test_the_first_loss_is_the_mean_square_of_the_velocity(grid):
-    """An untrained flow predicts velocities of 0, for any grid, time and position."""
+def test_an_untrained_flow_predicts_the_data_from_each_value_alone(grid):
+    """For any grid, time and position, and for components whose variance is VARIANCE."""
+    torch.manual_seed(0)
     flow = FlowPrior(latent_channels=4, grid=grid, components=3, channels=16)
     data, noise = torch.randn(2, 3, 3, *grid)
-    time, position = torch.rand(3), torch.tensor([0.0, 1.0, math.nan])
-    loss = flow.loss(data, noise, time, position)
-    torch.testing.assert_close(loss, (data - noise).square().mean((1, 2, 3)))
+    time, position = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.0, 1.0, math.nan])
+    x = noise.lerp(data, time[:, None, None, None])
+    velocity = flow.velocity(x, time, position, torch.tensor([0, 0, 0]))
+    torch.testing.assert_close(velocity[0], -noise[0])  # nothing is known about the data
+    torch.testing.assert_close(velocity[2], data[2])  # nothing is known about the noise
+    # The slope of the regression of data - noise on their mean
+    expected = (VARIANCE - 1) / (VARIANCE + 1) * 2 * x[1]
+    torch.testing.assert_close(velocity[1], expected)
+
+
+def test_given_rows_are_data_and_do_not_count_in_the_loss():
+    flow = make_flow()
+    data, noise = torch.randn(2, 2, 2, 8, 4)
+    given = torch.tensor([3, 0])
+    loss = flow.loss(data, noise, torch.tensor([0.5, 0.5]), UNKNOWN, given)
+    other_noise = noise.clone()
+    other_noise[:, :, :3] = 9
+    other = flow.loss(data, other_noise, torch.tensor([0.5, 0.5]), UNKNOWN, given)
+    torch.testing.assert_close(other[0], loss[0])
+    assert not torch.allclose(other[1], loss[1])
+    other_data = data.clone()
+    other_data[:, :, :3] = 9
+    other = flow.loss(other_data, noise, torch.tensor([0.5, 0.5]), UNKNOWN, given)
+    assert not torch.allclose(other[0], loss[0])  # the other rows are predicted from them
 
 
 def test_components_with_more_variance_have_more_weight_in_the_loss():
     flow = make_flow()
-    flow.fit_components(torch.randn(9, 4, 8, 4) * torch.tensor([1.0, 3.0, 0.0, 0.0]).view(4, 1, 1))
+    flow.pca.fit(torch.randn(9, 4, 8, 4) * torch.tensor([1.0, 3.0, 0.0, 0.0]).view(4, 1, 1))
     data, noise = torch.randn(2, 2, 2, 8, 4)
     time = torch.rand(2)
-    velocity = flow.unet(noise.lerp(data, time[:, None, None, None]), time, UNKNOWN)
+    x = noise.lerp(data, time[:, None, None, None])
+    velocity = flow.velocity(x, time, UNKNOWN, NONE_GIVEN)
     errors = (velocity - (data - noise)).square().mean((2, 3))
-    loss = flow.loss(data, noise, time, UNKNOWN)
+    loss = flow.loss(data, noise, time, UNKNOWN, NONE_GIVEN)
     torch.testing.assert_close(loss, errors @ torch.tensor([0.75, 0.25]), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("grid", [(8, 4), (7, 5)])
-def test_velocities_depend_on_data_time_and_position(grid):
+def test_velocities_depend_on_all_arguments(grid):
     flow = make_flow(grid)
     x = torch.randn(1, 2, *grid)
-    inputs = (x, torch.tensor([0.5]), torch.tensor([0.5]))
-    velocity = flow.unet(*inputs)
+    half, given = torch.tensor([0.5]), torch.tensor([0])
+    velocity = flow.velocity(x, half, half, given)
     assert velocity.shape == x.shape
-    changes = [(x.roll(1, -1), *inputs[1:]), (x, torch.tensor([0.1]), inputs[2])]
-    changes += [(*inputs[:2], torch.tensor([value])) for value in (0.0, math.nan)]
+    changes = [(x.roll(1, -1), half, half, given), (x, half / 5, half, given)]
+    changes += [(x, half, half * 0, given), (x, half, half * math.nan, given)]
+    changes += [(x, half, half, given + 3)]
     for changed in changes:
-        assert not torch.allclose(flow.unet(*changed), velocity)
+        assert not torch.allclose(flow.velocity(*changed), velocity)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +161,8 @@ def test_a_step_of_heuns_method():
     flow = make_flow()
     noise = torch.randn(2, 2, 8, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        first = flow.unet(noise, torch.zeros(2), UNKNOWN)
-        second = flow.unet(noise + first, torch.ones(2), UNKNOWN)
+        first = flow.velocity(noise, torch.zeros(2), UNKNOWN, NONE_GIVEN)
+        second = flow.velocity(noise + first, torch.ones(2), UNKNOWN, NONE_GIVEN)
     torch.testing.assert_close(sample(flow, steps=1), noise + (first + second) / 2)
 
 
@@ -162,15 +187,11 @@ def test_guidance_exaggerates_the_effect_of_the_position():
 @pytest.mark.parametrize("grid", [(8, 4), (7, 5)])
 def test_the_rows_of_a_prefix_are_kept(grid):
     flow = make_flow(grid)
-    prefix = torch.randn(2, 2, *grid)
-    completed = sample(flow, prefix=prefix, prefix_rows=3)
-    torch.testing.assert_close(completed[:, :, :3], prefix[:, :, :3])
-    below = completed[:, :, 3:]
-    assert not torch.allclose(below, prefix[:, :, 3:])
-    assert not torch.allclose(below, sample(flow)[:, :, 3:])  # they fit the prefix
-    other_below = prefix.clone()
-    other_below[:, :, 3:] = 9  # is not used
-    assert torch.equal(sample(flow, prefix=other_below, prefix_rows=3), completed)
+    prefix = torch.randn(2, 2, 3, grid[1])
+    completed = sample(flow, prefix=prefix)
+    assert torch.equal(completed[:, :, :3], prefix)
+    assert not torch.allclose(completed[:, :, 3:], sample(flow)[:, :, 3:])  # they fit the prefix
+    assert torch.equal(sample(flow, prefix=prefix), completed)
 
 
 def test_a_flow_learns_two_slices_at_their_positions():
@@ -178,11 +199,12 @@ def test_a_flow_learns_two_slices_at_their_positions():
     flow = FlowPrior(latent_channels=2, grid=(8, 4), components=2, channels=16)
     slices = torch.randn(2, 2, 8, 4).clamp(-1, 1)
     position = torch.tensor([0.0, 1.0])
+    given = torch.zeros(8, dtype=torch.long)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-2)
     for _ in range(100):
         data = slices.repeat(4, 1, 1, 1)
         time = torch.randn(8).sigmoid()
-        loss = flow.loss(data, torch.randn_like(data), time, position.repeat(4)).mean()
+        loss = flow.loss(data, torch.randn_like(data), time, position.repeat(4), given).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

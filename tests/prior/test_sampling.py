@@ -22,7 +22,7 @@ def make_models(**options) -> tuple[VQVAE, FlowPrior]:
     with torch.no_grad():
         latents = vqvae.encoder(torch.randn(4, 1, 64, 32))
     vqvae.vector_quantization.init_codebook(to_vectors(latents))
-    flow.fit_components(latents)
+    flow.pca.fit(latents)
     return vqvae, flow
 
 

@@ -1,0 +1,92 @@
+"""Muon: an optimizer for the weights of convolutions and linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+SCALE = 0.2  # the root mean square of an update, divided by the learning rate; about that of AdamW
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the hidden weights, AdamW for all other parameters (Jordan et al. 2024).
+
+    Muon replaces the momentum of each weight by the nearest orthogonal matrix, so that all
+    directions are learned equally fast (https://kellerjordan.github.io/posts/muon). Updates are
+    scaled as by Liu et al. 2025, arXiv 2502.16982, section 2.2, so that both methods use the same
+    learning rate and weight decay. `torch.optim.Muon` needs torch 2.9, and rejects convolutions.
+
+    Args:
+        hidden: weights of at least two dimensions, (out_channels, ...). Weights of the first and
+            the last layer are better updated by AdamW.
+        others: all other parameters.
+        learning_rate: learning rate of all parameters.
+        weight_decay: decoupled weight decay of all parameters of at least two dimensions.
+    """
+
+    def __init__(
+        self,
+        hidden: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        learning_rate: float,
+        weight_decay: float,
+    ):
+        others = list(others)
+        groups = [
+            {"params": list(hidden), "orthogonal": True},
+            {"params": [p for p in others if p.ndim > 1], "orthogonal": False},
+            {"params": [p for p in others if p.ndim <= 1], "orthogonal": False, "weight_decay": 0},
+        ]
+        super().__init__(
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the parameters, unless the tensor `found_inf`, (), is 1."""
+        for group in self.param_groups:
+            if not group["orthogonal"]:
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group["lr"], group["weight_decay"])
+                    parameter.grad = None  # AdamW skips parameters without a gradient
+        super().step()
+
+    def _update(self, parameter: nn.Parameter, rate: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if not state:  # with the names that AdamW expects in a checkpoint
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+        is_finite = 1 - getattr(self, "found_inf", torch.zeros((), device=parameter.device))
+        gradient = parameter.grad.nan_to_num(0, 0, 0)
+        momentum = state["exp_avg"]
+        momentum.lerp_(gradient, (1 - MOMENTUM) * is_finite)
+        direction = gradient.lerp(momentum, MOMENTUM)  # Nesterov momentum
+        matrix = orthogonalize(direction.flatten(1))
+        size = SCALE * max(matrix.shape) ** 0.5
+        parameter.mul_(1 - rate * weight_decay * is_finite)
+        parameter.sub_(rate * size * is_finite * matrix.view_as(parameter))
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Return (M, N), about the nearest matrix with orthogonal rows or columns, whichever are fewer.
+
+    Five Newton-Schulz iterations bring the singular values to between about 0.7 and 1.2. The
+    coefficients are those of Jordan et al.
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:
+        x = x.T
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if is_tall else x
