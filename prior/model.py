@@ -7,7 +7,7 @@
 
 Masked convolutions predict each code from the codes before it in reading order, as in PixelCNN (van
 den Oord et al. 2016, arXiv 1601.06759). There are only ReLUs, no normalisation and no attention, so
-that the network can be evaluated in integer arithmetic (Balle et al. 2019, Integer Networks).
+that the network can be evaluated in integer arithmetic (`prior.integer.IntegerPrior`).
 
 Shapes: B slices; codes (B, h, w); positions of the slices in their volumes (B,), from 0 to 1, or
 NaN if unknown; views (B,) int64, indices into `prior.codes.MIRRORS`.
@@ -139,7 +139,9 @@ class CodePrior(nn.Module):
         """
         for block in self.blocks:
             x = block(x, condition, pad)
-        vectors = self.last(F.relu(x)).movedim(1, -1)
+        return self.compare(self.last(F.relu(x)).movedim(1, -1))
+
+    def compare(self, vectors: Tensor) -> Tensor:  # (B, h, w, D) -> (B, h, w, K) float32
         return (vectors @ self.embedding.T).float() + self.bias
 
     @torch.no_grad()
