@@ -40,6 +40,7 @@ from evaluation.reconstruct import reconstruct_files
 from modules import VQVAE
 from mri.files import printable
 from mri.preprocessing import parse_axis
+from prior.coding import EntropyCoder, load_prior
 from training import environment
 from training.checkpoint import load_model
 from training.guards import preserve_process_state
@@ -52,7 +53,8 @@ MIN_CASES = 10  # with fewer cases, no confidence interval is printed
 # ---------------------------------------------------------------- flags
 
 SPLIT_FLAGS = ("data", "split", "html", "batch_size", "skip_bad_files", "cache_dir")
-FILE_FLAGS = ("axis", "nan_value", "resize", "error_map", "export_codes", "from_codes", "figures")
+FILE_FLAGS = ("axis", "nan_value", "resize", "error_map", "export_codes", "entropy_coded")
+FILE_FLAGS += ("from_codes", "figures")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,12 +117,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag("--export-codes", action="store_true", help="also write the codes as an .npz file")
     flag(
+        "--entropy-coded",
+        action="store_true",
+        help="with --export-codes: compress the codes with the run's causal prior, as a .vqc file",
+    )
+    flag(
         "--from-codes",
         action="store_true",
-        help="decode the codes in PATH, an .npz file from --export-codes or a folder of them, and "
-        "write the reconstructions",
+        help="decode the codes in PATH, an .npz or .vqc file from --export-codes or a folder of "
+        "them, and write the reconstructions",
     )
-
     flag(
         "--figures",
         metavar="N",
@@ -164,6 +170,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("the output folder is missing; name it with -o")
     if not args.paths and file_flag:
         parser.error(f"{file_flag} is for your own files; name them as PATH")
+    if args.entropy_coded and not args.export_codes:
+        parser.error("--entropy-coded is for --export-codes; add it")
     if not (args.paths or args.export) and args.out:
         parser.error("--out is for your own files; name them as PATH")
 
@@ -336,6 +344,8 @@ def main(argv: list[str] | None = None) -> int:
             error_map=args.error_map,
             export_codes=args.export_codes,
             from_codes=args.from_codes,
+            entropy_coded=args.entropy_coded,
+            load_coder=lambda run, model: EntropyCoder(load_prior(run, model)),
             figures=args.figures,
         )
         return 0

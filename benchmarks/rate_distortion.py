@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import entropy
 import image_codecs
 from image_codecs import ACCOUNTINGS, CODECS, Codec, Encoded, search
 from ms_ssim import ms_ssim
@@ -42,7 +41,7 @@ from modules import VQVAE
 from mri import hipmri
 from mri.files import Source
 from mri.preprocessing import SIZE, Preprocessing
-from prior.model import CodePrior
+from prior.coding import EntropyCoder, load_prior
 from training import environment
 from training.checkpoint import load_model
 from training.config import TrainConfig
@@ -203,11 +202,10 @@ def measure_run(
     }
     num_weights = sum(p.numel() for p in model.parameters())
     rates = {"fixed length": (model.bits_per_pixel, num_weights)}
-    prior_path = run / PRIORS["causal"] / "best.pt"
-    if entropy_coded and prior_path.exists():
-        prior = load_model(CodePrior, prior_path, device)
+    if entropy_coded and (run / PRIORS["causal"] / "best.pt").exists():
+        prior = load_prior(run, model)
         num_weights += sum(p.numel() for p in prior.parameters())
-        bits = coded_bits(prior, torch.cat(codes), model, run)
+        bits = coded_bits(EntropyCoder(prior), torch.cat(codes).cpu().numpy(), run)
         rates["entropy-coded"] = (bits / PIXELS, num_weights)
     elif entropy_coded:
         print(
@@ -222,30 +220,15 @@ def measure_run(
     return rows
 
 
-def coded_bits(prior: CodePrior, codes: Tensor, model: VQVAE, run: Path) -> float:
-    """Entropy-code codes (N, h, w) with the prior, and return the mean number of bits per slice.
+def coded_bits(coder: EntropyCoder, codes: np.ndarray, run: Path) -> float:
+    """Entropy-code codes (N, h, w), and return the mean number of bits per slice.
 
     Raises:
-        UserError: if the prior was trained for another model or for code grids of another size, or
-            if decoding does not return the same codes.
+        DataError: if decoding does not return the same codes.
     """
-    if not prior.has_codebook(model.vector_quantization.embedding.weight):
-        raise UserError(
-            f"the causal prior of {run} was trained on the codes of a different model; train it "
-            "again"
-        )
-    if tuple(codes.shape[1:]) != prior.grid:
-        raise UserError(
-            f"the causal prior of {run} is for grids of {prior.grid[0]} x {prior.grid[1]} codes; "
-            f"expected {' x '.join(map(str, codes.shape[1:]))}, as in the run. Train another prior"
-        )
-    streams = entropy.encode(prior, codes)
-    if not torch.equal(entropy.decode(prior, streams), codes):
-        raise UserError(
-            f"the codes of {run} were decoded incorrectly, because the decoder's probabilities "
-            "differ from the encoder's; try --device cpu"
-        )
-    return 32 * sum(map(len, streams)) / len(streams)
+    arrays = coder.encode(codes, run)
+    coder.decode(arrays, run)  # compares a checksum
+    return 32 * len(arrays["words"]) / len(codes)
 
 
 # ---------------------------------------------------------------- the command
@@ -314,8 +297,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     versions = environment.versions() | image_codecs.versions(args.codecs)
-    if args.entropy_coded:
-        entropy.check_installed()
     device = utils.pick_device(args.device)
     utils.keep_freed_memory()
     originals, num_excluded = load(args)

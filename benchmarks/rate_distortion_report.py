@@ -35,8 +35,8 @@ RULES = """\
   RGB. AVIF (libavif, libaom): monochrome, speed 2, 8, 10 and 12 bits. Speed 0 takes three times as
   long and gives no better scores.
 - The codes of a run are counted at fixed length. `entropy-coded` counts the bits of each slice's
-  own stream, which an arithmetic coder writes with the run's prior (benchmarks/entropy.py) and
-  which is decoded again to the same codes. Its rate is the mean over slices, whereas a codec must
+  own stream, which a range coder writes with the run's prior (prior/coding.py) and which is
+  decoded again to the same codes. Its rate is the mean over slices, whereas a codec must
   fit the budget with every slice. The table gives the number of weights of a run, including those
   of its prior if it is used; they are not counted, and neither is the program of a codec.
 - The methods are optimised for different goals. A run is optimised for slices like its training

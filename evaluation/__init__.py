@@ -5,7 +5,7 @@
     plots.py        figures of slices, codes and runs
     report.py       HTML page of a run, comparison of runs
     reconstruct.py  find, reconstruct, score and plot the user's own files
-    codec.py        encoding as codes and decoding, in memory and as .npz files
+    codec.py        encoding as codes and decoding, in memory and as .npz or .vqc files
     export_onnx.py  export of encoder.onnx and decoder.onnx
 
 The commands are `python -m evaluation.report` and `python -m evaluation.export_onnx`.

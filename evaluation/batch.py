@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dataset import prefetch
 from evaluation.batch_figures import MAX_FIGURES, BatchFigures
-from evaluation.codec import BATCH_SIZE
+from evaluation.codec import BATCH_SIZE, Coder
 from evaluation.reconstruct_group import (
     LoadedFile,
     Result,
@@ -43,8 +43,8 @@ MAX_READ_BYTES = 1 << 23  # a read task ends when its files exceed 8 MiB in tota
 class Batch:
     """All files of one call of predict.py: reconstruct or decode them, and report the results."""
 
-    def __init__(self, model: VQVAE, inputs: list[Path], out: Path):
-        """Choose the names of all outputs.
+    def __init__(self, model: VQVAE, inputs: list[Path], out: Path, coder: Coder | None = None):
+        """Choose the names of all outputs. With a coder, files of codes are entropy-coded.
 
         Raises:
             DataError: if an earlier scores.csv in `out` cannot be used.
@@ -53,6 +53,7 @@ class Batch:
         self.model = model
         self.inputs = inputs
         self.out = out
+        self.coder = coder
         self.table = ScoreTable(out)
         self.names = self.table.claim_names(inputs)
         self._finished: set[str] = set()  # output names
@@ -90,8 +91,10 @@ class Batch:
                 written = []
                 for result in results:
                     try:
-                        write_outputs(self.model, result, self.out, error_map, export_codes)
-                    except OSError as error:
+                        write_outputs(
+                            self.model, result, self.out, error_map, export_codes, self.coder
+                        )
+                    except (DataError, OSError) as error:
                         written.append((result, str(error)))
                         continue
                     result.row |= {"in_training": result.source.in_training, "figure": ""}
@@ -115,7 +118,7 @@ class Batch:
         self._report()
 
     def decode(self) -> None:
-        """Decode .npz files of codes, and write the slices.
+        """Decode files of codes, and write the slices.
 
         Raises:
             UserError, KeyboardInterrupt, SystemExit: as in `reconstruct`.
@@ -126,7 +129,7 @@ class Batch:
                     break
                 path = output_path(self.out, name, "_reconstruction.nii.gz")
                 try:
-                    shape = decode_file(self.model, file, path)
+                    shape = decode_file(self.model, file, path, self.coder)
                 except (DataError, OSError) as error:
                     self._fail(name, str(error))
                     continue

@@ -1,4 +1,4 @@
-"""Encode slices as codes and decode them, in memory and as .npz files.
+"""Encode slices as codes and decode them, in memory and as .npz or .vqc files.
 
     scan = nifti.read_scan("scan.nii.gz")       # scan.planes: (N, rows, columns)
     coded = encode_planes(model, scan.planes)   # codes, and the mean and std of each slice
@@ -15,8 +15,9 @@ import hashlib
 import io
 import math
 import zipfile
+import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import nibabel as nib
 import numpy as np
@@ -29,7 +30,7 @@ from mri.preprocessing import floor_std, is_constant, resize
 from utils import DataError, first_line, full_float32, write_bytes
 
 BATCH_SIZE = 16  # slices per batch, if they have at most 512 x 512 pixels
-CODES_FORMAT = 1  # version of the .npz files
+CODES_FORMAT = 1  # version of the .npz and .vqc files
 
 
 class Coded(NamedTuple):
@@ -40,6 +41,13 @@ class Coded(NamedTuple):
     std: np.ndarray  # (N,) float32; 0 for a constant slice, whose codes are meaningless
     size: tuple[int, int]  # rows and columns of the slices
     resized: bool = False  # whether slices were resized; if so, decoding resizes to `size`
+
+
+class Coder(Protocol):
+    """A lossless coder of codes: `prior.coding.EntropyCoder`, which documents the methods."""
+
+    def encode(self, codes: np.ndarray, path: Path) -> dict[str, object]: ...
+    def decode(self, arrays: dict[str, np.ndarray], path: Path) -> np.ndarray: ...
 
 
 @full_float32()
@@ -120,20 +128,31 @@ def fingerprint(model: VQVAE) -> str:
     return content.hexdigest()[:16]
 
 
-def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int:
-    """Write codes as an .npz file and return its size in bytes.
+def is_entropy_coded(path: Path) -> bool:
+    """Return whether a file of codes is a .vqc file, by its name."""
+    return path.suffix.lower() == ".vqc"
+
+
+def write_codes(
+    path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan, coder: Coder | None = None
+) -> int:
+    """Write codes as an .npz file or, with a coder, as a .vqc file; return its size in bytes.
 
     Besides codes, means and stds, the file contains the scan's geometry and data type, and the
     model's fingerprint. Nothing else from the original's header is written. `affine`, in mm,
     repeats information in `geometry`, because files of earlier versions have only `affine`.
+
+    A .vqc file contains the coder's arrays instead of the codes. It is an .npz file whose arrays
+    are compressed together, because their headers would be larger than the codes of a slice.
     """
     orientation = scan.cut.orientation
     content = io.BytesIO()
-    np.savez_compressed(
+    save = np.savez if coder else np.savez_compressed
+    save(
         content,
         format=CODES_FORMAT,
         model=fingerprint(model),
-        codes=coded.codes,
+        **(coder.encode(coded.codes, path) if coder else {"codes": coded.codes}),
         mean=coded.mean,
         std=coded.std,
         size=coded.size,
@@ -145,12 +164,13 @@ def write_codes(path: Path, model: VQVAE, coded: Coded, scan: nifti.Scan) -> int
         turn=np.zeros((0, 2)) if orientation is None else orientation,
         geometry=geometry_record(scan.header),
     )
-    write_bytes(path, content.getbuffer())
-    return content.tell()
+    data = zlib.compress(content.getvalue(), 9) if coder else content.getvalue()
+    write_bytes(path, data)
+    return len(data)
 
 
-def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
-    """Read a file that `write_codes` wrote.
+def read_codes(path: Path, model: VQVAE, coder: Coder | None = None) -> tuple[Coded, nifti.Scan]:
+    """Read a file that `write_codes` wrote; a .vqc file is decoded by the coder.
 
     Returns:
         The codes, and a scan that has the original's geometry but no slices.
@@ -158,7 +178,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
     Raises:
         DataError: if the file is damaged, has another format, or was made by another model.
     """
-    not_codes = f"{path} is not an .npz file from --export-codes"
+    not_codes = f"{path} is not an .npz or .vqc file from --export-codes"
     damaged = f"{path} is damaged: its arrays are inconsistent; export it again"
     content = _load_arrays(path, not_codes)
     if content.get("format") is None:
@@ -176,7 +196,7 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
             )
         rows, columns = map(int, content["size"])
         coded = Coded(
-            codes=content["codes"],
+            codes=coder.decode(content, path) if coder else content["codes"],
             mean=content["mean"],
             std=content["std"],
             size=(rows, columns),
@@ -199,23 +219,34 @@ def read_codes(path: Path, model: VQVAE) -> tuple[Coded, nifti.Scan]:
 
 
 def _load_arrays(path: Path, message: str) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file.
+    """Return the arrays of an .npz or .vqc file.
 
     Raises:
         DataError: if the file cannot be read (the error is then `message`), or if it is too large.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        file = io.BytesIO(_unpack(path)) if is_entropy_coded(path) else path
+        with zipfile.ZipFile(file) as archive:
             size = sum(record.file_size for record in archive.infolist())
         if size <= nifti.MAX_VOXELS:
-            with np.load(path, allow_pickle=False) as file:
-                return {name: np.asarray(file[name]) for name in file.files}
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: np.asarray(arrays[name]) for name in arrays.files}
     except Exception as error:  # damaged files raise many types of exceptions
         raise DataError(f"{message} ({first_line(error)})") from error
     raise DataError(
         f"{path} unpacks to {size:,} bytes, more than any file from --export-codes; name such a "
         "file"
     )
+
+
+def _unpack(path: Path) -> bytes:
+    """Return the content of a .vqc file; raise ValueError if it is too large or has no end."""
+    unpacker = zlib.decompressobj()
+    with open(path, "rb") as file:
+        content = unpacker.decompress(file.read(nifti.MAX_VOXELS), nifti.MAX_VOXELS)
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError("it is truncated or too large")
+    return content
 
 
 def _read_geometry(content: dict[str, np.ndarray], message: str) -> nib.Nifti1Header:

@@ -22,7 +22,7 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
         paths: files of any name, folders, and patterns such as `*.nii.gz`, which not every shell
             expands.
         out: the output folder; files in it are skipped, unless `out` itself is one of `paths`.
-        file_type: type of the files to look for in folders, "nifti" or "npz".
+        file_type: type of the files to look for in folders, "nifti" or "codes".
 
     Raises:
         UserError: if a path does not exist, or a folder contains no file to read.
@@ -33,7 +33,7 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
         if not path.is_dir():
             named.append(path)
             inputs.append(path)
-        elif file_type == "npz":
+        elif file_type == "codes":
             inputs += _find_codes(path, out)
         else:
             images, notes = find_images(path, out=out)
@@ -49,13 +49,13 @@ def find_files(paths: Sequence[str | Path], out: Path, file_type: str) -> list[P
 
 
 def _find_codes(folder: Path, out: Path) -> list[Path]:
-    """Return the .npz files at any depth of a folder; raise UserError if there are none."""
+    """Return the files of codes at any depth of a folder; raise UserError if there are none."""
     files = files_outside(search_folder(folder).files, out, folder)
-    codes = sorted(file for file in files if file.name.lower().endswith(".npz"))
+    codes = sorted(file for file in files if file.name.lower().endswith((".npz", ".vqc")))
     if not codes:
         raise UserError(
-            f"no .npz file in {folder}; name a file of codes (predict.py --export-codes writes "
-            "them), or its folder"
+            f"no .npz or .vqc file in {folder}; name a file of codes (predict.py --export-codes "
+            "writes them), or its folder"
         )
     return codes
 

@@ -2,12 +2,12 @@
 
 `predict.py PATH... -o OUT` calls `reconstruct_files`. For each file, it writes a NIfTI file with
 the same shape and geometry to OUT, and adds a row to scores.csv. On request, it also writes the
-absolute error as NIfTI and the codes as .npz. Figures show the first files.
+absolute error as NIfTI and the codes as .npz or .vqc. Figures show the first files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 import utils
 from evaluation.batch import Batch
 from evaluation.batch_figures import MAX_FIGURES
-from evaluation.codec import decode_planes, encode_planes
+from evaluation.codec import Coder, decode_planes, encode_planes, is_entropy_coded
 from evaluation.inputs import find_files
 from evaluation.reconstruct_group import MIN_SIDE, LoadedFile
 from evaluation.scan_warnings import warn_of_size, warn_of_spacing
@@ -50,6 +50,8 @@ def reconstruct_files(
     error_map: bool = False,
     export_codes: bool = False,
     from_codes: bool = False,
+    entropy_coded: bool = False,
+    load_coder: Callable[[Path | None, VQVAE], Coder] | None = None,
     figures: int = MAX_FIGURES,
 ) -> None:
     """Reconstruct files, and write the results and scores.csv to a folder.
@@ -68,8 +70,10 @@ def reconstruct_files(
         resize: whether to resize slices to the size of the training slices, and to resize the
             reconstructions back to the original size.
         error_map: whether to also write the absolute error as NIfTI.
-        export_codes: whether to also write the codes as .npz.
-        from_codes: whether `paths` are .npz files from `export_codes`, to be decoded.
+        export_codes: whether to also write the codes.
+        from_codes: whether `paths` are files from `export_codes`, to be decoded.
+        entropy_coded: whether to write the codes as .vqc.
+        load_coder: function (run folder or None, model) -> the coder of .vqc files.
         figures: maximum number of figures: one per volume, and contact sheets of 2D files.
 
     Raises:
@@ -79,12 +83,15 @@ def reconstruct_files(
         KeyboardInterrupt, SystemExit: after a stop signal.
     """
     out = Path(out)
-    inputs = _without_repetitions(find_files(paths, out, "npz" if from_codes else "nifti"))
+    inputs = _without_repetitions(find_files(paths, out, "codes" if from_codes else "nifti"))
     run_folder = find_run(run, runs_dir)
     model, description = load_run_model(run_folder, device)
+    coder = None
+    if entropy_coded or (from_codes and any(map(is_entropy_coded, inputs))):
+        coder = load_coder(run_folder, model)
     utils.make_folder(out)
     with utils.lock(out / ".lock", f"another process is writing to {out}; waiting for its end"):
-        batch = Batch(model, inputs, out)
+        batch = Batch(model, inputs, out, coder)
         if from_codes:
             batch.decode()
             return

@@ -24,8 +24,10 @@ from evaluation import metrics, plots
 from evaluation.codec import (
     BATCH_SIZE,
     Coded,
+    Coder,
     decode_planes,
     encode_planes,
+    is_entropy_coded,
     read_codes,
     split_batches,
     write_codes,
@@ -35,6 +37,7 @@ from evaluation.score_table import input_path
 from modules import VQVAE
 from mri import nifti, preprocessing
 from mri.files import printable
+from utils import DataError
 
 MIN_SIDE = 11  # pixels, the side of the SSIM window; smaller slices get no scores
 MAX_WAITING = 8 * BATCH_SIZE  # maximum number of slices that wait until their groups are full
@@ -236,13 +239,16 @@ def write_outputs(
     out: Path,
     error_map: bool = False,
     export_codes: bool = False,
+    coder: Coder | None = None,
 ) -> None:
     """Write the reconstruction of a file and, on request, the absolute error and the codes.
 
-    The sizes of the codes and of the input file, in bytes, are added to the result's row.
+    The sizes of the codes and of the input file, in bytes, are added to the result's row. The codes
+    are written as .vqc if there is a coder, else as .npz.
 
     Raises:
-        OSError: if an output cannot be written; outputs that were written before are deleted.
+        DataError, OSError: if an output cannot be written; outputs that were written before are
+            deleted.
     """
     scan, planes = result.source.scan, result.planes
     written = []
@@ -255,26 +261,30 @@ def write_outputs(
             utils.write_bytes(path, _error_bytes(scan, planes))
             written.append(path)
         if export_codes:
-            path = output_path(out, result.source.name, "_codes.npz")
-            result.row["npz_bytes"] = write_codes(path, model, result.coded, scan)
+            file_type = "npz" if coder is None else "vqc"
+            path = output_path(out, result.source.name, f"_codes.{file_type}")
+            num_bytes = write_codes(path, model, result.coded, scan, coder)
+            result.row[f"{file_type}_bytes"] = num_bytes
         result.row["file_bytes"] = result.source.file.stat().st_size
-    except OSError:
+    except (DataError, OSError):
         for path in written:
             with contextlib.suppress(OSError):
                 path.unlink()
         raise
 
 
-def decode_file(model: VQVAE, file: Path, path: Path) -> tuple[int, int, int]:
-    """Decode an .npz file of codes, and write the slices to `path` as NIfTI.
+def decode_file(
+    model: VQVAE, file: Path, path: Path, coder: Coder | None = None
+) -> tuple[int, int, int]:
+    """Decode a file of codes, .npz or .vqc, and write the slices to `path` as NIfTI.
 
     Returns:
         (N, rows, columns), the shape of the slices.
 
     Raises:
-        DataError: if the .npz file cannot be used.
+        DataError: if the file of codes cannot be used.
     """
-    coded, scan = read_codes(file, model)
+    coded, scan = read_codes(file, model, coder if is_entropy_coded(file) else None)
     planes = decode_planes(model, coded)
     utils.write_bytes(path, scan.to_bytes(planes))
     return planes.shape

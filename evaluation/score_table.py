@@ -25,7 +25,8 @@ from mri import files
 from mri.files import nfc, printable
 from utils import DataError
 
-ENDINGS = ("_reconstruction.nii.gz", "_error.nii.gz", "_codes.npz", ".png")  # of output files
+# Of output files
+ENDINGS = ("_reconstruction.nii.gz", "_error.nii.gz", "_codes.npz", "_codes.vqc", ".png")
 SHEET_NAME = re.compile(r"contact_sheet_(\d+)\.png", re.I)  # figures of several inputs
 MAX_PRINTED = 20  # maximum number of files in the printed table
 WRITE_INTERVAL = 2.0  # minimum time between two writes of scores.csv, in seconds
@@ -188,7 +189,8 @@ def input_path(file: str | Path) -> Path:
 
 def output_stem(file: Path) -> str:
     """Return the preferred output name of a file, before `output_names` shortens or numbers it."""
-    stem = files.parse_name(file.name).stem.removesuffix(".npz").removesuffix("_codes")
+    stem = files.parse_name(file.name).stem.removesuffix(".npz").removesuffix(".vqc")
+    stem = stem.removesuffix("_codes")
     return stem or "unnamed"
 
 

@@ -4,14 +4,12 @@
     frequencies = integer_prior(codes)                   # all codes at once, to encode them
     codes = integer_prior.decode(count, choose)          # code by code
 
-An arithmetic decoder needs exactly the probabilities of the encoder, but those of a `CodePrior`
-are rounded differently on other machines, with other numbers of threads and other batch sizes.
-Here, all weights and activations are integers, as in Balle et al. 2019, Integer Networks for Data
-Compression with Latent-Variable Models. They are stored as float64, in which every product and
-partial sum is an exact integer below 2^53, so that the order of summation does not matter.
-Everything else is elementwise, and exact: clamping, rounding, and scaling by powers of two.
-
-A CPU always computes the frequencies, because not every accelerator has float64.
+A decoder needs exactly the probabilities of the encoder, but floating-point sums depend on the
+machine, the number of threads and the batch size. Here, weights and activations are integers (Balle
+et al. 2019, Integer Networks for Data Compression with Latent-Variable Models). They are stored as
+float64, in which each product and partial sum is an exact integer of at most 2^53, in any order of
+summation. The other operations are elementwise and exact: rounding, and scaling by powers of two.
+It is always computed on the CPU, because not every accelerator has float64.
 """
 
 from __future__ import annotations
@@ -28,71 +26,66 @@ from torch import Tensor, nn
 from prior.model import CausalConv2d, CodePrior
 from utils import UserError
 
-EXACT = 2**53  # float64 is exact for integers up to this magnitude
-FRACTION = 16  # bits: activations are integers in units of 2^-16
-LIMIT = 2**27  # inputs of layers are clamped to +- this value, which is 2048
-WEIGHT_BITS = 20  # weights are integers in units of 2^-20, or more if sums could exceed EXACT
-TOTAL = 2**24  # sum of the frequencies, as in the range coder of the package constriction
-EXP_STEP = 8  # bits: probabilities are computed from logits in units of 2^-8
-EXP_BITS = 22  # of the largest entry of the table of exp; K < 2^16 keeps products below 2^63
+EXACT = 2**53  # float64 represents all integers up to this magnitude
+FRACTION = 16  # bits: activations are in units of 2^-16
+LIMIT = 2**27  # activations are clamped to +- 2^27, which is 2048
+WEIGHT_BITS = 20  # weights are in units of 2^-20, or larger units if a sum could exceed EXACT
+EXP_STEP = 8  # bits: differences of logits are rounded to units of 2^-8
+EXP_BITS = 22  # bits of exp(0); with K <= 2^16, products in `compare` stay below 2^63
+TOTAL = 2**24  # sum of the frequencies
 
 
 class IntegerLayer(nn.Module):
-    """Compute floor((W x + b) / 2^bits), clamped, with integers W, x and b.
+    """Compute floor((W x + b) / 2^bits) in integers, for x (B, in_channels) or padded (B, _, _, _).
 
     Args:
         weight: (out_channels, in_channels) or (out_channels, in_channels, rows, columns).
-        bias: (out_channels,), or None.
-
-    The input is (B, in_channels) or (B, in_channels, _, _), and is padded like a `CausalConv2d`'s.
+        bias: (out_channels,).
     """
 
     pad = CausalConv2d.pad
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__()
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
-        bits = WEIGHT_BITS + 1
-        largest_sum = math.inf
-        while largest_sum > EXACT:
+        self.in_channels, self.margin = weight.shape[1], weight.shape[-1] // 2
+        largest_sum, bits = math.inf, WEIGHT_BITS + 1
+        while largest_sum > EXACT:  # for the worst input
             bits -= 1
-            integers = to_integers(weight, bits)
-            offsets = to_integers(bias, FRACTION + bits)
+            integers, offsets = to_integers(weight, bits), to_integers(bias, FRACTION + bits)
             largest_sum = (integers.abs().flatten(1).sum(1) * LIMIT + offsets.abs()).max()
         self.register_buffer("weight", integers)
         self.register_buffer("bias", offsets)
         self.register_buffer("bits", torch.tensor(bits))
         self.scale = 2.0**-bits
-        self.in_channels = weight.shape[1]
-        self.margin = weight.shape[-1] // 2 if weight.ndim == 4 else 0
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clamp(-LIMIT, LIMIT)
-        if x.shape[2:] in ((), self.weight.shape[2:]):  # one position: faster than F.conv2d
+        if x.shape[2:] in ((), self.weight.shape[2:]):  # one position, faster than with conv2d
             sums = F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
-            sums = sums.view(*sums.shape, *(1 for _ in x.shape[2:]))
+            sums = sums.view(*sums.shape, *(1,) * (x.ndim - 2))
         else:
             sums = F.conv2d(x, self.weight, self.bias)
         return (sums * self.scale).floor().clamp(-LIMIT, LIMIT)
 
 
 class IntegerPrior(CodePrior):
-    """A trained `CodePrior` in integers, for slices of unknown position that are not mirrored.
+    """A trained `CodePrior` in integers, for unmirrored slices of unknown position.
 
     Raises:
-        UserError: if weights are not finite or extremely large, or if there are too many codes.
+        UserError: if weights are not finite or too large, or if there are more than 65,536 codes.
     """
 
     def __init__(self, prior: CodePrior):
         super().__init__(**prior.arguments)
         self.load_state_dict(prior.state_dict())
         self.eval().requires_grad_(False)
+        if len(self.bias) > 1 << 16:
+            raise UserError(f"the model has {len(self.bias):,} codes; expected at most 65,536")
         for name, layer in list(self.named_modules()):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 weight = layer.weight * getattr(layer, "mask", 1)
-                self.set_submodule(name, IntegerLayer(weight, layer.bias))
-        if len(self.bias) > 1 << 16:
-            raise UserError(f"the model has {len(self.bias):,} codes; expected at most 65,536")
+                bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+                self.set_submodule(name, IntegerLayer(weight, bias))
         self.similarity = IntegerLayer(self.embedding, self.bias)
         self.bias = None
         for tensor in (self.embedding, self.places, self.views):
@@ -101,18 +94,11 @@ class IntegerPrior(CodePrior):
 
     @torch.no_grad()
     def forward(self, codes: Tensor) -> Tensor:
-        """Compute the frequencies of each code, given the codes before it.
-
-        Args:
-            codes: (B, h, w) int64.
-
-        Returns:
-            (B, h, w, K) int64, at least 1, with sums of TOTAL.
-        """
+        """Compute (B, h, w, K) int64 frequencies, whose sum over K is TOTAL, of codes (B, h, w)."""
         return super().forward(codes, *_unknown(len(codes)))
 
     def decode(self, count: int, choose: Callable, progress: Callable = iter) -> Tensor:
-        """Choose the codes (count, h, w) as `CodePrior.decode` does, from frequencies (B, K)."""
+        """Choose the codes of `count` slices as `CodePrior.decode`, from frequencies (B, K)."""
         return super().decode(*_unknown(count), choose, progress)
 
     def compare(self, vectors: Tensor) -> Tensor:  # (B, h, w, D) -> (B, h, w, K) int64
@@ -131,11 +117,7 @@ class IntegerPrior(CodePrior):
 
 
 def to_integers(values: Tensor, bits: int) -> Tensor:
-    """Round values to integers in units of 2^-bits, as float64.
-
-    Raises:
-        UserError: if values are not finite or extremely large.
-    """
+    """Round values to integers in units of 2^-bits, as float64; UserError if that is impossible."""
     integers = (values.detach().double() * 2.0**bits).round()
     if not bool((integers.abs() <= EXACT).all()):
         raise UserError("weights of the causal prior are not finite or too large; train it again")
@@ -143,18 +125,17 @@ def to_integers(values: Tensor, bits: int) -> Tensor:
 
 
 def exp_table() -> Tensor:
-    """Return round(2^EXP_BITS exp(-i / 2^EXP_STEP)) until it is 0, as int64.
+    """Return 2^EXP_BITS exp(-i / 2^EXP_STEP), rounded to int64, for all i up to the first 0.
 
-    `math.exp` differs between platforms in the last bit; `decimal` is correctly rounded everywhere.
+    `decimal` rounds correctly on every platform, whereas `math.exp` differs in the last bit.
     """
-    context = decimal.Context(prec=40)
-    table = []
-    while not table or table[-1] > 0:
+    context, table = decimal.Context(prec=40), [2**EXP_BITS]
+    while table[-1] > 0:
         power = context.divide(decimal.Decimal(-len(table)), decimal.Decimal(2**EXP_STEP))
         table.append(round(context.multiply(context.exp(power), decimal.Decimal(2**EXP_BITS))))
     return torch.tensor(table)
 
 
 def _unknown(count: int) -> tuple[Tensor, Tensor]:
-    """Return unknown positions and unmirrored views; other positions need cosines, not exact."""
+    """Return unknown positions and unmirrored views. (Known positions would need cosines.)"""
     return torch.full((count,), torch.nan, dtype=torch.float64), torch.zeros(count).long()
