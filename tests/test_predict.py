@@ -147,6 +147,8 @@ def test_mistakes_are_reported(run):
     [
         ("scan.nii", "the output folder is missing; name it with -o"),
         ("--export", "the output folder is missing; name it with -o"),
+        ("--entropy-coded", "--entropy-coded is for your own files"),
+        ("scan.nii -o x --entropy-coded", "--entropy-coded is for --export-codes; add it"),
         ("--error-map", "--error-map is for your own files"),
         ("--axis 0", "--axis is for your own files"),
         ("scan.nii -o x --axis 3", "invalid choice: '3'"),

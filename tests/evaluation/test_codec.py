@@ -120,7 +120,7 @@ def test_damaged_codes_are_reported(codes_path, untrained_run):
     without_axis = io.BytesIO()
     np.savez_compressed(without_axis, **{k: v for k, v in arrays.items() if k != "axis"})
     cases = {
-        "is not an .npz file from --export-codes": [
+        "is not an .npz or .vqc file from --export-codes": [
             b"text",
             codes_path.read_bytes()[:-50],
             without_axis.getvalue(),

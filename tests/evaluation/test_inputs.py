@@ -12,7 +12,7 @@ from utils import UserError
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     names = ("a.nii", "b.nii.gz", "b_seg.nii.gz", "sub/gt/c.nii", "sub/c.nii", "a_error.nii.gz")
-    for name in (*names, "a.npz", "out/d.nii.gz"):
+    for name in (*names, "a.npz", "b.VQC", "out/d.nii.gz"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -32,7 +32,7 @@ def test_folders_are_searched_for_images(folder, capsys):
         "b_seg.nii.gz",
     ]
     assert find("out") == ["out/d.nii.gz"]
-    assert find(".", file_type="npz") == ["a.npz"]
+    assert find(".", file_type="codes") == ["a.npz", "b.VQC"]
 
 
 def test_named_files_are_always_used(folder):
@@ -69,5 +69,5 @@ def test_folders_without_images_say_what_they_contain(folder):
         UserError, match=r"none of the 1 .*(?s:.*)named like outputs of predict\.py"
     ):
         find("only")
-    with pytest.raises(UserError, match=r"no \.npz file in only"):
-        find("only", file_type="npz")
+    with pytest.raises(UserError, match=r"no \.npz or \.vqc file in only"):
+        find("only", file_type="codes")
