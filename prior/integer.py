@@ -94,7 +94,7 @@ class IntegerPrior(CodePrior):
 
     @torch.no_grad()
     def forward(self, codes: Tensor) -> Tensor:
-        """Compute (B, h, w, K) int64 frequencies, whose sum over K is TOTAL, of codes (B, h, w)."""
+        """Compute (B, h, w, K) int64 frequencies of codes (B, h, w), with a sum over K of TOTAL."""
         return super().forward(codes, *_unknown(len(codes)))
 
     def decode(self, count: int, choose: Callable, progress: Callable = iter) -> Tensor:

@@ -76,7 +76,7 @@ def test_blocks_of_positions_are_folded_to_channels():
 
 @pytest.mark.parametrize("grid", [(8, 4), (7, 5), (1, 1), (32, 16)])
 def test_an_untrained_flow_predicts_the_data_from_each_value_alone(grid):
-    """For any grid, time and position, and for components whose variance is VARIANCE."""
+    """Given x alone, for components with a variance of VARIANCE, on any grid."""
     torch.manual_seed(0)
     flow = FlowPrior(latent_channels=4, grid=grid, components=3, channels=16)
     data, noise = torch.randn(2, 3, 3, *grid)
