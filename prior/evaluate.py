@@ -14,6 +14,7 @@ from prior import anatomy, realism
 from prior.sampling import Sampler
 
 NUM_SPLITS = 5  # number of random halves of the training cases, for the kernel distance
+MAX_REFERENCES = 512  # maximum number of held-out slices that set the threshold for copies
 ENOUGH_CASES = 30  # with fewer cases in a half, the kernel distance does not detect bad anatomy
 # Columns of the table: how values are printed, and what they are.
 COLUMNS = {
@@ -101,8 +102,10 @@ def evaluate_samples(
         rows, dice = measure_anatomy(sets, training, held_out, device)
         for name, row in rows.items():
             measures[name] |= row
+    count = min(len(reconstructed), MAX_REFERENCES)
+    references = reconstructed[torch.linspace(0, len(reconstructed) - 1, count).round().long()]
     copies = realism.search_copies(
-        sampled.to(device), reconstructed.to(device), training_images, features, cases
+        sampled.to(device), references.to(device), training_images, features, cases
     )
     return {
         "drawn": len(sampled),
