@@ -32,6 +32,7 @@ from evaluation import plots
 from mri import nifti
 from mri.files import SPLITS
 from mri.preprocessing import Preprocessing, slice_affine
+from prior.codes import evenly_spaced
 from prior.evaluate import RealSlices, evaluate_samples, print_evaluation, read_slices
 from prior.sampling import Sampler, load_sampler
 from training import environment
@@ -219,7 +220,7 @@ def choose_positions(args: argparse.Namespace, slices: dict, count: int) -> Tens
     if args.position is not None:
         return torch.full((count,), args.position)
     quantiles = torch.tensor(slices["positions"])
-    return quantiles[torch.linspace(0, len(quantiles) - 1, count).round().long()]
+    return quantiles[evenly_spaced(len(quantiles), count)]
 
 
 def write_slices(folder: Path, name: str, images: Tensor, slices: dict, affine: np.ndarray) -> None:
@@ -313,7 +314,7 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
     print_evaluation(evaluation)
     heading = f"sampled from the prior of {run.name}: {sampler.settings}"
     spacing = sampler.slices["spacing"]
-    shown = torch.linspace(0, count - 1, min(count, NUM_SAMPLES)).round().long()
+    shown = evenly_spaced(count, min(count, NUM_SAMPLES))
     real = held_out.images[match_positions(positions[shown], held_out, args.seed)]
     titles = ["sampled"] * len(shown) + ["held-out"] * len(shown)
     path = folder / "slices.png"

@@ -41,7 +41,7 @@ from modules import VQVAE
 from mri import hipmri
 from mri.files import Source
 from mri.preprocessing import SIZE, Preprocessing
-from prior.coding import EntropyCoder, load_prior
+from prior.coding import EntropyCoder, check_installed, load_prior
 from training import environment
 from training.checkpoint import load_model
 from training.config import TrainConfig
@@ -297,6 +297,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     versions = environment.versions() | image_codecs.versions(args.codecs)
+    if args.entropy_coded:
+        check_installed()  # before minutes of work
     device = utils.pick_device(args.device)
     utils.keep_freed_memory()
     originals, num_excluded = load(args)

@@ -14,6 +14,7 @@ from prior.codes import MIRRORS, EncodedDataset, compressed_bits, encode_split
 from prior.config import PriorConfig
 from prior.model import CodePrior
 from training import distributed
+from training.step import decay_groups
 from utils import UserError
 
 METRIC = "bits"  # per code
@@ -56,12 +57,8 @@ def prepare(
 
 def make_optimizer(model: CodePrior, config: PriorConfig) -> torch.optim.AdamW:
     """Return an AdamW optimizer with weight decay on all matrices."""
-    groups = [
-        {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1]},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0},
-    ]
     return torch.optim.AdamW(
-        groups,
+        decay_groups(model.parameters()),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         betas=(0.9, 0.95),

@@ -70,6 +70,11 @@ def encode_split(
     )
 
 
+def evenly_spaced(length: int, count: int) -> Tensor:
+    """Return `count` indices, (count,) int64, spread evenly from 0 to length - 1."""
+    return torch.linspace(0, length - 1, count).round().long()
+
+
 def hash_codebook(model: VQVAE) -> str:
     """Return a hash of the codebook, or of all codebooks, as 16 hexadecimal digits."""
     digest = hashlib.sha256()

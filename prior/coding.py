@@ -29,10 +29,18 @@ from utils import DataError, UserError, format_command
 
 try:
     import constriction
-except ImportError:  # EntropyCoder explains how to install it
+except ImportError:  # `check_installed` explains how to install it
     constriction = None
 
 BATCH_SIZE = 16  # slices per batch; does not affect results
+
+
+def check_installed() -> None:
+    """Raise UserError if constriction is not installed."""
+    if constriction is None:
+        raise UserError(
+            "constriction, the range coder, is not installed; run pip install constriction"
+        )
 
 
 def load_prior(run: Path | None, model: VQVAE) -> CodePrior:
@@ -63,10 +71,7 @@ class EntropyCoder:
     """
 
     def __init__(self, prior: CodePrior):
-        if constriction is None:
-            raise UserError(
-                "constriction, the range coder, is not installed; run pip install constriction"
-            )
+        check_installed()
         self.prior = IntegerPrior(prior)
         self.fingerprint = self.prior.fingerprint()
         self._categorical = constriction.stream.model.Categorical(perfect=False)

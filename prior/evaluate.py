@@ -11,6 +11,7 @@ from dataset import SliceDataset
 from evaluation.organs import ORGANS
 from mri.files import SliceName
 from prior import anatomy, realism
+from prior.codes import evenly_spaced
 from prior.sampling import Sampler
 
 NUM_SPLITS = 5  # number of random halves of the training cases, for the kernel distance
@@ -103,7 +104,7 @@ def evaluate_samples(
         for name, row in rows.items():
             measures[name] |= row
     count = min(len(reconstructed), MAX_REFERENCES)
-    references = reconstructed[torch.linspace(0, len(reconstructed) - 1, count).round().long()]
+    references = reconstructed[evenly_spaced(len(reconstructed), count)]
     copies = realism.search_copies(
         sampled.to(device), references.to(device), training_images, features, cases
     )

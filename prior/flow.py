@@ -76,7 +76,7 @@ class FlowPrior(nn.Module):
     def loss(
         self, components: Tensor, noise: Tensor, time: Tensor, position: Tensor, given: Tensor
     ) -> Tensor:
-        """Compute the weighted mean squared error of the velocity of each slice, (B,).
+        """Compute the weighted mean squared error of the velocity from noise to each slice, (B,).
 
         Components are weighted by their standard deviation in the latents. The first ones describe
         tissues, and the last ones little more than noise. Given rows are not counted.
@@ -112,16 +112,17 @@ class FlowPrior(nn.Module):
         count, rows = len(position), 0 if prefix is None else prefix.shape[2]
         x = torch.randn((count, len(self.pca.stds), *self.grid), generator=generator)
         x = x.to(position.device)
+        if rows:
+            x[:, :, :rows] = prefix
         unknown = torch.full_like(position, math.nan)
         given = torch.full((count,), rows, device=position.device)
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            if rows:
-                x[:, :, :rows] = prefix
             times = torch.full_like(position, time)
             result = self.velocity(x, times, position, given)
             if guidance != 1:
                 result = self.velocity(x, times, unknown, given).lerp(result, guidance)
+            result[:, :, :rows] = 0  # given rows stay as they are
             return result
 
         for step in progress(range(steps)):
@@ -130,8 +131,6 @@ class FlowPrior(nn.Module):
             first = velocity(x, time)
             second = velocity(x + duration * first, next_time)
             x = x + duration * (first + second) / 2
-        if rows:
-            x[:, :, :rows] = prefix
         return x
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dataset import SliceDataset
 from modules import VQVAE
-from prior.codes import MIRRORS, EncodedDataset, encode_split
+from prior.codes import MIRRORS, EncodedDataset, encode_split, evenly_spaced
 from prior.config import PriorConfig
 from prior.flow import FlowPrior, shift_time
 from training import distributed
@@ -35,7 +35,7 @@ def prepare(
     """
     device = next(vqvae.parameters()).device
     count = min(NUM_FITTED, len(train_slices))
-    indices = torch.linspace(0, len(train_slices) - 1, count).round().long()
+    indices = evenly_spaced(len(train_slices), count)
     batches = train_slices.batches(indices.split(16), device)
     latents = torch.cat([vqvae.encoder(images) for images in batches])
     latent_channels, *grid = latents.shape[1:]

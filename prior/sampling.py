@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dataset import SliceDataset
 from evaluation.reconstruct import PELVIS_MODEL
 from modules import VQVAE
-from prior.codes import hash_codebook
+from prior.codes import evenly_spaced, hash_codebook
 from prior.flow import FlowPrior
 from training.checkpoint import load_model, read_checkpoint
 from training.run_names import PRIORS
@@ -106,7 +106,7 @@ def describe_slices(slices: SliceDataset) -> dict:
         - "positions": up to 101 quantiles of the positions of the slices; NaN if unknown.
     """
     positions = slices.positions.sort().values
-    quantiles = torch.linspace(0, len(positions) - 1, min(101, len(positions))).round().long()
+    quantiles = evenly_spaced(len(positions), min(101, len(positions)))
     return {
         **slices.description,
         "fit": slices.preprocessing.fit,

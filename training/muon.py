@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from training.step import decay_groups
+
 MOMENTUM = 0.95
 SCALE = 0.2  # the root mean square of an update, divided by the learning rate; about that of AdamW
 
@@ -34,14 +36,8 @@ class Muon(torch.optim.AdamW):
         learning_rate: float,
         weight_decay: float,
     ):
-        others = list(others)
-        groups = [
-            {"params": list(hidden), "orthogonal": True},
-            {"params": [p for p in others if p.ndim > 1], "orthogonal": False},
-            {"params": [p for p in others if p.ndim <= 1], "orthogonal": False, "weight_decay": 0},
-        ]
         super().__init__(
-            [group for group in groups if group["params"]],
+            [{"params": list(hidden)}, *decay_groups(others)],
             lr=learning_rate,
             weight_decay=weight_decay,
             betas=(0.9, 0.95),
@@ -51,21 +47,21 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update the parameters, unless the tensor `found_inf`, (), is 1."""
-        for group in self.param_groups:
-            if not group["orthogonal"]:
-                continue
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # AdamW skips parameters without a gradient
+        hidden = self.param_groups[0]
+        found_inf = getattr(self, "found_inf", torch.zeros((), device=hidden["params"][0].device))
+        for parameter in hidden["params"]:
+            if parameter.grad is not None:
+                self._update(parameter, hidden["lr"], hidden["weight_decay"], 1 - found_inf)
+                parameter.grad = None  # AdamW skips parameters without a gradient
         super().step()
 
-    def _update(self, parameter: nn.Parameter, rate: float, weight_decay: float) -> None:
+    def _update(
+        self, parameter: nn.Parameter, rate: float, weight_decay: float, is_finite: Tensor
+    ) -> None:
         state = self.state[parameter]
         if not state:  # with the names that AdamW expects in a checkpoint
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
-        is_finite = 1 - getattr(self, "found_inf", torch.zeros((), device=parameter.device))
         gradient = parameter.grad.nan_to_num(0, 0, 0)
         momentum = state["exp_avg"]
         momentum.lerp_(gradient, (1 - MOMENTUM) * is_finite)

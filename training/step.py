@@ -42,6 +42,15 @@ def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
     return torch.stack(norms).isfinite().all()
 
 
+def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict]:
+    """Return two groups for an optimizer: matrices, and other parameters without weight decay."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0},
+    ]
+
+
 def may_step(finite: Tensor, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether to call `optimizer.step()`, so that non-finite gradients change nothing.
 

@@ -17,6 +17,7 @@ from dataset import load_split
 from evaluation import metrics
 from modules import VQVAE
 from mri.hipmri import find_hipmri
+from prior import coding
 from prior.model import CodePrior
 from training.checkpoint import load_model
 from utils import UserError
@@ -128,6 +129,13 @@ def test_a_volume_is_cut_into_undistorted_coronal_planes(tmp_path, write_nifti):
     assert 8192 < loaded.images.max() <= 16384
     inside = loaded.images[0, 0] > loaded.images.max() / 2
     assert int(inside.any(1).sum()) == pytest.approx(int(inside.any(0).sum()), abs=2)  # round
+
+
+def test_a_missing_range_coder_is_reported_before_slices_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(coding, "constriction", None)
+    flags = ["--data", str(tmp_path / "missing"), "--codecs", "jpeg", "--entropy-coded"]
+    with pytest.raises(UserError, match="run pip install constriction"):
+        rate_distortion.main(flags)
 
 
 def test_the_command_compares_runs_with_codecs(tmp_path, run, write_nifti, capsys):

@@ -30,7 +30,7 @@ def set_threads():
 
 
 def test_frequencies_do_not_depend_on_batches_threads_and_order(set_threads):
-    """In batches of 1, 3 and all, with 1 and 2 threads, all codes at once and one by one."""
+    """Compare batches of 1, 3 and all, 1 and 2 threads, and codes at once and one by one."""
     prior = IntegerPrior(make_varied_prior())
     codes = torch.randint(20, (4, 8, 16), generator=torch.Generator().manual_seed(1))
     expected = prior(codes)
