@@ -173,10 +173,11 @@ def full_float32() -> Iterator[None]:
     for backend in (cudnn, matmul):
         try:
             previous.append((backend, "allow_tf32", backend.allow_tf32))
-        except RuntimeError:  # the caller has set the newer `fp32_precision`
-            parts = [cudnn.conv, cudnn.rnn] if backend is cudnn else [matmul]
-            previous += [(part, "fp32_precision", part.fp32_precision) for part in parts]
-        backend.allow_tf32 = False
+            backend.allow_tf32 = False
+        except RuntimeError:  # the caller has set the newer `fp32_precision`; don't mix the two
+            for part in [cudnn.conv, cudnn.rnn] if backend is cudnn else [matmul]:
+                previous.append((part, "fp32_precision", part.fp32_precision))
+                part.fp32_precision = "ieee"
     try:
         yield
     finally:

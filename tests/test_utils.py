@@ -131,15 +131,16 @@ def test_full_float32_is_a_block_or_a_decorator_and_restores_the_settings():
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older versions of torch")
 def test_full_float32_accepts_settings_through_the_newer_api():
     """After `fp32_precision` has been set, torch refuses to return `allow_tf32`."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
+    convolutions, recurrent = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    legacy, before = tf32_settings(), convolutions.fp32_precision
     try:
         convolutions.fp32_precision = "ieee"
         with utils.full_float32():
-            assert tf32_settings() == (False, False)
+            assert (convolutions.fp32_precision, recurrent.fp32_precision) == ("ieee", "ieee")
         assert convolutions.fp32_precision == "ieee"
     finally:
         convolutions.fp32_precision = before
+    assert tf32_settings() == legacy  # and the older API works again
 
 
 @pytest.mark.parametrize(
