@@ -52,14 +52,14 @@ drawings: .venv/dev        ## train a VQ-VAE and a flow on 280 phantoms, generat
 	    $(BIN)/python -m mri.phantom --out phantom_data --patients 200 40 40
 	rm -rf $(DRAWN)
 	$(BIN)/python train.py --data phantom_data --gan --epochs 4 --name phantom_gan
-	$(BIN)/python train_prior.py --run $(DRAWN) --epochs 16 --keep-every 4
-	for n in 4 8 12; do \
-	    $(BIN)/python generate.py --run $(DRAWN) --evaluate --count 64 --guidance 2 \
+	$(BIN)/python train_prior.py --run $(DRAWN) --epochs 24 --keep-every 6
+	for n in 6 12 18; do \
+	    $(BIN)/python generate.py --run $(DRAWN) --evaluate --count 64 \
 	        --prior $(DRAWN)/prior/epoch_$$n.pt --out $(DRAWN)/epoch_$$n || exit 1; \
 	    cp $(DRAWN)/epoch_$$n/evaluation.json benchmarks/results/generated_epoch_$$n.json; \
 	done
 	$(BIN)/python generate.py --run $(DRAWN) --complete $(TEST_SLICE)
-	$(BIN)/python generate.py --run $(DRAWN) --evaluate --count 160 --guidance 2
+	$(BIN)/python generate.py --run $(DRAWN) --evaluate --count 160
 	for name in slices closest completion; do \
 	    cp $(DRAWN)/generated/$$name.png resources/generated_$$name.png; \
 	done

@@ -1,7 +1,7 @@
 """Sample new slices from a trained prior, complete half a slice, or evaluate the samples.
 
     python generate.py                               # 16 slices (newest flow in runs/, or bundled)
-    python generate.py --count 64 --steps 50 --position 0.5 --seed 1
+    python generate.py --count 64 --steps 100 --position 0.5 --seed 1
     python generate.py --complete slice.nii.gz       # sample the right half of a slice, 4 times
     python generate.py --evaluate                    # measure realism, search for copies
 
@@ -125,17 +125,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag(
         "--steps",
         type=int,
-        default=25,
+        default=50,
         metavar="N",
-        help="steps from noise to latents (default: 25)",
+        help="steps from noise to latents (default: 50)",
     )
     flag(
         "--guidance",
         type=float,
-        default=1.0,
+        default=1.8,
         metavar="X",
-        help="weight of the position in the volume; values above 1 make slices more typical of "
-        "their position and less varied (default: 1)",
+        help="weight of the position and of distant parts of the slice; higher values make "
+        "anatomy more pronounced and slices less varied; 1: no guidance (default: 1.8)",
     )
     flag("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     flag(

@@ -1,6 +1,6 @@
 """Sample slices from a VQ-VAE and its prior, a flow.
 
-sampler = load_sampler(Path("runs/x"), device, seed=0, steps=25)
+sampler = load_sampler(Path("runs/x"), device, seed=0, steps=50)
 images = sampler.decode(sampler.sample(positions))
 """
 
@@ -35,15 +35,14 @@ class Sampler:
     prior: FlowPrior
     device: torch.device
     slices: dict  # result of `describe_slices` for the training slices
-    steps: int = 25  # as for `FlowPrior.sample`
-    guidance: float = 1.0  # as for `FlowPrior.sample`
+    steps: int = 50  # as for `FlowPrior.sample`
+    guidance: float = 1.8  # as for `FlowPrior.sample`
     seed: int = 0
 
     @property
     def settings(self) -> str:
         """The options and the seed in words, for headings and tables."""
-        guidance = f", guidance {self.guidance:g}" if self.guidance != 1 else ""
-        return f"{self.steps} steps{guidance}, seed {self.seed}"
+        return f"{self.steps} steps, guidance {self.guidance:g}, seed {self.seed}"
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -55,8 +55,15 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(NUM_GROUPS, widths[0])
         self.last = zero_init(nn.Conv2d(widths[0], 4 * outputs, 1))
 
-    def forward(self, x: Tensor, time: Tensor, position: Tensor) -> Tensor:
-        """Compute the output at times (B,) and positions (B,), 0 to 1; NaN: unknown position."""
+    def forward(self, x: Tensor, time: Tensor, position: Tensor, attend: bool = True) -> Tensor:
+        """Compute the output, (B, D, h, w).
+
+        Args:
+            x: noisy components, (B, C, h, w).
+            time: times, (B,), 0 to 1.
+            position: positions of the slices, (B,), 0 to 1; NaN if unknown.
+            attend: False: without the effect of attention between places, for guidance.
+        """
         height, width = x.shape[-2:]
         x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
         x = self.first(fold(x)) + self.places  # (B, widths[0], h/2, w/2)
@@ -67,14 +74,14 @@ class UNet(nn.Module):
         for level, block in enumerate(self.down):
             if level:
                 x = F.avg_pool2d(x, 2, ceil_mode=True)
-            x = block(x, condition)  # (B, widths[level], ...)
+            x = block(x, condition, attend)  # (B, widths[level], ...)
             skips.append(x)
-        x = self.middle(x, condition)
+        x = self.middle(x, condition, attend)
         for block in self.up:
             skip = skips.pop()
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:])
-            x = block(torch.cat([x, skip], 1), condition)
+            x = block(torch.cat([x, skip], 1), condition, attend)
         x = self.last(F.silu(self.norm(x)))  # (B, 4 D, h/2, w/2)
         return unfold(x)[..., :height, :width]
 
@@ -90,13 +97,15 @@ class Block(nn.Module):
         self.norm2 = nn.GroupNorm(NUM_GROUPS, outputs)
         self.conv2 = zero_init(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        self.attention = Attention(outputs) if attends else nn.Identity()
+        self.attention = Attention(outputs) if attends else None
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (B, inputs, h, w), (B, condition)
+    def forward(self, x: Tensor, condition: Tensor, attend: bool) -> Tensor:
+        # x: (B, inputs, h, w); condition: (B, condition)
         scale, shift = self.film(condition)[:, :, None, None].chunk(2, 1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        return self.attention(self.skip(x) + h)  # (B, outputs, h, w)
+        x = self.skip(x) + h  # (B, outputs, h, w)
+        return x if self.attention is None else self.attention(x, attend)
 
 
 class Attention(nn.Module):
@@ -108,10 +117,11 @@ class Attention(nn.Module):
         self.queries_keys_values = nn.Conv2d(channels, 3 * channels, 1)
         self.project = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, channels, h, w)
+    def forward(self, x: Tensor, attend: bool) -> Tensor:  # (B, channels, h, w)
         qkv = self.queries_keys_values(self.norm(x)).flatten(2)  # (B, 3 channels, h w)
         qkv = qkv.unflatten(1, (3, NUM_HEADS, -1)).mT  # (B, 3, heads, h w, channels / heads)
-        attended = F.scaled_dot_product_attention(*qkv.unbind(1))
+        queries, keys, values = qkv.unbind(1)
+        attended = F.scaled_dot_product_attention(queries, keys, values) if attend else values
         return x + self.project(attended.mT.flatten(1, 2).unflatten(2, x.shape[-2:]))
 
 

@@ -75,14 +75,18 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Return (M, N), about the nearest matrix with orthogonal rows or columns, whichever are fewer.
 
-    Five Newton-Schulz iterations bring the singular values to between about 0.7 and 1.2. The
-    coefficients are those of Jordan et al.
+    Five Newton-Schulz iterations, x <- (a + b x x^T + c (x x^T)^2) x, bring the singular values to
+    between about 0.7 and 1.2. The coefficients are those of Jordan et al. Most matrices have many
+    more columns than rows. To multiply by x only twice, the polynomials are computed for x x^T
+    alone, with which they commute.
     """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
-    is_tall = x.shape[0] > x.shape[1]
-    if is_tall:
-        x = x.T
+    square = x @ x.T
+    product = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if is_tall else x
+        factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        product = factor @ product
+        square = factor @ square @ factor
+    return product @ x

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prior.flow import VARIANCE, FlowPrior, shift_time
+from prior.flow import RENEWED, VARIANCE, FlowPrior, shift_time
 from prior.unet import fold, unfold
 
 UNKNOWN = torch.tensor([math.nan, math.nan])
@@ -157,13 +157,21 @@ def test_samples_depend_on_the_seed_only():
     assert not torch.allclose(samples[0], samples[1])
 
 
-def test_a_step_of_heuns_method():
+def test_steps_of_sampling():
+    """The noise of the first step is replaced in part by new noise; the last step ends at data."""
     flow = make_flow()
-    noise = torch.randn(2, 2, 8, 4, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        first = flow.velocity(noise, torch.zeros(2), UNKNOWN, NONE_GIVEN)
-        second = flow.velocity(noise + first, torch.ones(2), UNKNOWN, NONE_GIVEN)
-    torch.testing.assert_close(sample(flow, steps=1), noise + (first + second) / 2)
+    generator = torch.Generator().manual_seed(0)
+    noise, fresh = torch.randn(2, 2, 2, 8, 4, generator=generator)
+    middle = shift_time(0.5)
+
+    def velocity(x, time):
+        with torch.no_grad():
+            return flow.velocity(x, torch.full((2,), time), UNKNOWN, NONE_GIVEN)
+
+    data = noise + velocity(noise, 0.0)
+    x = (1 - middle) * (math.sqrt(1 - RENEWED**2) * noise + RENEWED * fresh) + middle * data
+    expected = x + (1 - middle) * velocity(x, middle)
+    torch.testing.assert_close(sample(flow, steps=2, guidance=1.0), expected)
 
 
 def test_the_first_steps_are_the_smallest():
@@ -171,17 +179,24 @@ def test_the_first_steps_are_the_smallest():
     assert times == pytest.approx([0, 0.1, 0.25, 0.5, 1])
 
 
-def test_guidance_exaggerates_the_effect_of_the_position():
+@pytest.mark.parametrize("attends", [True, False])
+def test_guidance_exaggerates_the_effects_of_the_position_and_of_attention(attends):
     flow = make_flow()
-    position = torch.tensor([0.2, 0.8])
+    for block in (*flow.unet.down, flow.unet.middle, *flow.unet.up):
+        if attends and block.attention is not None:
+            torch.nn.init.normal_(block.attention.project.weight, std=0.5)
+    position = UNKNOWN if attends else torch.tensor([0.2, 0.8])
     samples = {}
     for guidance in (0.0, 1.0, 2.0):
         samples[guidance] = sample(flow, position=position, guidance=guidance, steps=1)
-    torch.testing.assert_close(samples[0.0], sample(flow, steps=1))
-    differences = [(samples[value] - samples[0.0]).abs().mean() for value in (1.0, 2.0)]
-    assert differences[1] > 1.5 * differences[0] > 0
-    unguided = sample(flow)
-    torch.testing.assert_close(sample(flow, guidance=3.0), unguided)  # the positions are unknown
+    differences = [samples[value] - samples[0.0] for value in (1.0, 2.0)]
+    assert differences[0].abs().mean() > 0.01
+    torch.testing.assert_close(differences[1], 2 * differences[0])
+
+
+def test_guidance_changes_nothing_that_the_weaker_network_knows():
+    flow = make_flow()  # without position, and with attention that has no effect yet
+    torch.testing.assert_close(sample(flow, guidance=3.0), sample(flow, guidance=1.0))
 
 
 @pytest.mark.parametrize("grid", [(8, 4), (7, 5)])
