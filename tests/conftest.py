@@ -25,6 +25,24 @@ def own_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HIPMRI_CACHE", str(tmp_path / "default_cache"))
 
 
+@pytest.fixture(autouse=True)
+def own_torch_settings():
+    """No test changes settings of torch for the tests that follow in the same process."""
+    before = torch_settings()
+    yield
+    assert torch_settings() == before
+
+
+def torch_settings() -> dict:
+    return {
+        "threads": torch.get_num_threads(),
+        "data type": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "TF32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+    }
+
+
 @pytest.fixture(scope="session")
 def small() -> list[str]:
     """Flags of a model that trains in seconds, with 4 slices per step."""
