@@ -125,17 +125,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag(
         "--steps",
         type=int,
-        default=50,
+        default=Sampler.steps,
         metavar="N",
-        help="steps from noise to latents (default: 50)",
+        help=f"steps from noise to latents (default: {Sampler.steps})",
     )
     flag(
         "--guidance",
         type=float,
-        default=1.8,
+        default=Sampler.guidance,
         metavar="X",
         help="weight of the position and of distant parts of the slice; higher values make "
-        "anatomy more pronounced and slices less varied; 1: no guidance (default: 1.8)",
+        f"anatomy more pronounced and slices less varied; 1: none (default: {Sampler.guidance})",
     )
     flag("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     flag(

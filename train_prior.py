@@ -39,7 +39,7 @@ from prior.config import (
     parse_prior_flags,
     resolve_prior_config,
 )
-from prior.sampling import describe_slices
+from prior.sampling import Sampler, describe_slices
 from training import distributed, environment
 from training.checkpoint import load_model
 from training.guards import preserve_process_state
@@ -249,7 +249,8 @@ def plot_epoch(run: Run, vqvae: VQVAE, val_data: EncodedDataset) -> None:
         position = torch.full_like(position, math.nan)
         titles = ["position unknown"] * 4
     generator = torch.Generator().manual_seed(run.config.seed)
-    latents = flow.pca.inverse_transform(flow.sample(position, generator))
+    components = flow.sample(position, generator, Sampler.steps, Sampler.guidance)
+    latents = flow.pca.inverse_transform(components)
     codes = vqvae.vector_quantization(latents).indices
     images = vqvae.decode_codes(codes).float().cpu()
     name = f"epoch_{run.epochs_done}"

@@ -3,7 +3,7 @@
     flow = FlowPrior(latent_channels=64, grid=(64, 32))
     flow.pca.fit(latents)                                 # (N, 64, 64, 32), before quantisation
     losses = flow.loss(flow.pca.transform(latents), noise, time, position)
-    components = flow.sample(position, generator)
+    components = flow.sample(position, generator, steps=50, guidance=1.8)
     codes = vqvae.vector_quantization(flow.pca.inverse_transform(components)).indices
 
 The flow moves noise to data along straight lines (Liu et al. 2022, arXiv 2209.03003; Lipman et al.
@@ -28,7 +28,7 @@ from prior.unet import UNet
 
 SHIFT = 3  # odds of noise, by which times are shifted (see `shift_time`)
 VARIANCE = 0.1  # variance of a component that its neighbourhood does not explain, roughly
-RENEWED = 0.5  # part of the noise that is replaced in each step of sampling
+RENEWED = 0.5  # amplitude of the new noise in each step of sampling
 
 
 class FlowPrior(nn.Module):
@@ -97,8 +97,8 @@ class FlowPrior(nn.Module):
         self,
         position: Tensor,
         generator: torch.Generator,
-        steps: int = 50,
-        guidance: float = 1.8,
+        steps: int,
+        guidance: float,
         prefix: Tensor | None = None,
         progress: Callable = iter,
     ) -> Tensor:

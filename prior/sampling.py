@@ -35,8 +35,8 @@ class Sampler:
     prior: FlowPrior
     device: torch.device
     slices: dict  # result of `describe_slices` for the training slices
-    steps: int = 50  # as for `FlowPrior.sample`
-    guidance: float = 1.8  # as for `FlowPrior.sample`
+    steps: int = 50  # as for `FlowPrior.sample`; this is the default of --steps
+    guidance: float = 1.8  # as for `FlowPrior.sample`; this is the default of --guidance
     seed: int = 0
 
     @property

@@ -24,7 +24,7 @@ def make_flow(grid: tuple[int, int] = (8, 4), components: int = 2) -> FlowPrior:
 
 def sample(flow: FlowPrior, seed: int = 0, position=UNKNOWN, **options) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return flow.sample(position, generator, **{"steps": 4} | options)
+    return flow.sample(position, generator, **{"steps": 4, "guidance": 1.8} | options)
 
 
 # ---------------------------------------------------------------- principal components
