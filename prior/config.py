@@ -47,9 +47,9 @@ class PriorConfig(RunConfig):
     learning_rate: float = _prior(4e-3, "peak learning rate", low=0, high=1)
     weight_decay: float = _prior(0.01, "weight decay of all matrices", low=0, high=10)
     channels: int = _prior(
-        64,
-        "width of the network: of the U-Net at its finest grid, a multiple of 8; of the causal "
-        "network (on a GPU with thousands of slices, try 128 | 256)",
+        48,
+        "width of the network: of the U-Net on the grid of latents, a multiple of 12; of the causal "
+        "network (on a GPU with thousands of slices, try 96 | 256)",
         low=1,
     )
 

@@ -38,23 +38,23 @@ class FlowPrior(nn.Module):
         latent_channels: D.
         grid: h and w.
         components: C, number of principal components, at most D.
-        channels: width of the U-Net at its finest grid, a multiple of 8. The two coarser grids are
-            2 and 3 times as wide.
+        channels: width of the U-Net on the grid of latents, a multiple of 12. The three coarser
+            grids are 4/3, 8/3 and 4 times as wide.
 
     Raises:
         ValueError: if `components` or `channels` is invalid.
     """
 
     def __init__(
-        self, latent_channels: int, grid: tuple[int, int], components: int = 8, channels: int = 64
+        self, latent_channels: int, grid: tuple[int, int], components: int = 8, channels: int = 48
     ):
         self.arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        if channels % 8 or channels < 8:
-            raise ValueError(f"channels is {channels}; expected a multiple of 8")
+        if channels % 12 or channels < 12:
+            raise ValueError(f"channels is {channels}; expected a multiple of 12")
         self.grid = tuple(grid)
         self.pca = PCA(latent_channels, components)
-        widths = (channels, 2 * channels, 3 * channels)
+        widths = tuple(channels * n // 3 for n in (3, 4, 8, 12))
         self.unet = UNet(components + 1, components, self.grid, widths)
 
     def velocity(

@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREQUENCIES = 8  # number of sines, and of cosines, that encode a time or a position
-NUM_GROUPS = 8  # groups of channels that GroupNorm normalises separately
+NUM_GROUPS = 4  # groups of channels that GroupNorm normalises separately
 NUM_HEADS = 4  # attention heads
 
 
 class UNet(nn.Module):
     """Map noisy components (B, C, h, w) to an output (B, D, h, w), at any h and w.
 
-    The input is folded 2 x 2, which quarters the number of positions (as by space-to-depth). Each
-    grid below has half the height and width of the previous one. All grids but the first have
-    attention, so that distant parts of a slice fit together.
+    Each grid has half the height and width of the previous one. The coarser ones have attention, so
+    that distant parts of a slice fit together; on the first two, it would take too long.
 
     Args:
         inputs: C, number of input channels.
@@ -34,7 +33,6 @@ class UNet(nn.Module):
         super().__init__()
         if not 1 <= len(widths) <= 8 or any(width % NUM_GROUPS for width in widths):
             raise ValueError(f"the widths are {widths}; expected 1 to 8 multiples of {NUM_GROUPS}")
-        places = [math.ceil(side / 2) for side in grid]
         coarsest = widths[-1]
         self.condition = nn.Sequential(
             nn.Linear(4 * FREQUENCIES + 1, coarsest),
@@ -42,18 +40,18 @@ class UNet(nn.Module):
             nn.Linear(coarsest, coarsest),
             nn.SiLU(),
         )
-        self.first = nn.Conv2d(4 * inputs, widths[0], 3, padding=1)
-        self.places = nn.Parameter(torch.zeros(widths[0], *places))  # differ by location
+        self.first = nn.Conv2d(inputs, widths[0], 3, padding=1)
+        self.places = nn.Parameter(torch.zeros(widths[0], *grid))  # differ by location
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         previous = widths[0]
         for level, width in enumerate(widths):
-            self.down.append(Block(previous, width, coarsest, attends=level > 0))
-            self.up.insert(0, Block(2 * width, previous, coarsest, attends=level > 0))
+            self.down.append(Block(previous, width, coarsest, attends=level > 1))
+            self.up.insert(0, Block(2 * width, previous, coarsest, attends=level > 1))
             previous = width
         self.middle = Block(coarsest, coarsest, coarsest, attends=True)
         self.norm = nn.GroupNorm(NUM_GROUPS, widths[0])
-        self.last = zero_init(nn.Conv2d(widths[0], 4 * outputs, 1))
+        self.last = zero_init(nn.Conv2d(widths[0], outputs, 1))
 
     def forward(self, x: Tensor, time: Tensor, position: Tensor, attend: bool = True) -> Tensor:
         """Compute the output, (B, D, h, w).
@@ -64,9 +62,7 @@ class UNet(nn.Module):
             position: positions of the slices, (B,), 0 to 1; NaN if unknown.
             attend: False: without the effect of attention between places, for guidance.
         """
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
-        x = self.first(fold(x)) + self.places  # (B, widths[0], h/2, w/2)
+        x = self.first(x) + self.places  # (B, widths[0], h, w)
         is_known = (~position.isnan()).float()[:, None]
         encodings = [encode_scalar(time), encode_scalar(position.nan_to_num()) * is_known, is_known]
         condition = self.condition(torch.cat(encodings, 1))  # (B, widths[-1])
@@ -82,8 +78,7 @@ class UNet(nn.Module):
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:])
             x = block(torch.cat([x, skip], 1), condition, attend)
-        x = self.last(F.silu(self.norm(x)))  # (B, 4 D, h/2, w/2)
-        return unfold(x)[..., :height, :width]
+        return self.last(F.silu(self.norm(x)))  # (B, D, h, w)
 
 
 class Block(nn.Module):
@@ -123,21 +118,6 @@ class Attention(nn.Module):
         queries, keys, values = qkv.unbind(1)
         attended = F.scaled_dot_product_attention(queries, keys, values) if attend else values
         return x + self.project(attended.mT.flatten(1, 2).unflatten(2, x.shape[-2:]))
-
-
-def fold(x: Tensor) -> Tensor:
-    """Move blocks of 2 x 2 positions to channels: (B, C, 2h, 2w) -> (B, 4 C, h, w).
-
-    Unlike `F.pixel_unshuffle`, this also works for B = 0, in a process without slices.
-    """
-    blocks = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
-    return blocks.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-
-
-def unfold(x: Tensor) -> Tensor:
-    """Invert `fold`: (B, 4 C, h, w) -> (B, C, 2h, 2w)."""
-    blocks = x.unflatten(1, (-1, 2, 2))  # (B, C, 2, 2, h, w)
-    return blocks.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 def encode_scalar(values: Tensor) -> Tensor:

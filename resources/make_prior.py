@@ -22,7 +22,7 @@ from training.checkpoint import read_checkpoint, write_checkpoint
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "phantom_data"
 RUN = ROOT / "runs" / "pelvis_prior"
-FLAGS = "--channels 48 --epochs 8 --plot-every 4"
+FLAGS = "--channels 36 --epochs 8 --plot-every 4"
 TRAINED_ON = "the slices of 200 simulated patients; no real patient"
 
 

@@ -44,7 +44,7 @@ def write_run(root: Path, write_slices: Callable, size: tuple[int, int] = (64, 3
     torch.manual_seed(0)
     vqvae = make_vqvae()
     rows, columns = (side // vqvae.stride for side in size)
-    prior = FlowPrior(4, (rows, columns), components=2, channels=16)
+    prior = FlowPrior(4, (rows, columns), components=2, channels=12)
     prior.pca.fit(torch.randn(8, 4, rows, columns))
     folder = root / "runs" / "a"
     save_model(folder / "best.pt", vqvae)

@@ -95,7 +95,7 @@ def run_command(command: str, small: list[str]) -> int:
     elif script == "predict.py":
         flags += ["--device", "cpu"]
     elif script == "train_prior.py":
-        flags += ["--epochs", "1", "--channels", "16", "--device", "cpu"]
+        flags += ["--epochs", "1", "--channels", "24", "--device", "cpu"]
     elif script == "generate.py":
         flags += ["--count", "2", "--device", "cpu"]
     return SCRIPTS[script].main(flags)

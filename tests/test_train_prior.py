@@ -26,7 +26,7 @@ from training.run_names import PRIORS
 from utils import CheckpointError, UserError
 
 FLAGS = ["--device", "cpu", "--precision", "float32", "--batch-size", "4", "--learning-rate",
-         "5e-3", "--channels", "16"]  # fmt: skip
+         "5e-3", "--channels", "24"]  # fmt: skip
 CAUSAL_FLAGS = ["--model", "causal", "--num-layers", "1"]
 CPU = torch.device("cpu")
 both_models = pytest.mark.parametrize("model", ["flow", "causal"])
@@ -314,7 +314,7 @@ def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
     ("flags", "message"),
     [
         ("--epochs 0", "--epochs is 0; expected 1 to"),
-        ("--channels 30", "channels is 30; expected a multiple of 8"),
+        ("--channels 30", "channels is 30; expected a multiple of 12"),
         ("--model causal --dropout 1", "--dropout is 1.0; expected 0 to 0.99"),
         ("--model causal --mirrored 2", "--mirrored is 2.0; expected 0 to 1"),
         (

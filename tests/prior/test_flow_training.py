@@ -13,7 +13,7 @@ from prior.config import PriorConfig
 from utils import UserError
 
 CPU = torch.device("cpu")
-CONFIG = PriorConfig(channels=16, batch_size=2, device="cpu")
+CONFIG = PriorConfig(channels=12, batch_size=2, device="cpu")
 
 
 def make_vqvae(**options) -> VQVAE:
@@ -55,7 +55,7 @@ def test_components_are_fitted_to_evenly_spread_slices(slices, monkeypatch):
 
 
 def test_a_width_that_does_not_fit_is_an_error(slices):
-    with pytest.raises(UserError, match="channels is 20; expected a multiple of 8"):
+    with pytest.raises(UserError, match="channels is 20; expected a multiple of 12"):
         flow_training.prepare(make_vqvae(), slices, slices, PriorConfig(channels=20))
 
 

@@ -18,7 +18,7 @@ def make_models(**options) -> tuple[VQVAE, FlowPrior]:
     torch.manual_seed(0)
     sizes = {"hidden_channels": 8, "residual_channels": 4, "embedding_dim": 4}
     vqvae = VQVAE(**sizes, num_embeddings=16, **options).eval()
-    flow = FlowPrior(4, (64 // vqvae.stride, 32 // vqvae.stride), components=2, channels=16)
+    flow = FlowPrior(4, (64 // vqvae.stride, 32 // vqvae.stride), components=2, channels=12)
     with torch.no_grad():
         latents = vqvae.encoder(torch.randn(4, 1, 64, 32))
     vqvae.vector_quantization.init_codebook(to_vectors(latents))

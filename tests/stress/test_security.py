@@ -154,7 +154,7 @@ def test_odd_names_and_private_headers_do_not_leave_the_data(
     monkeypatch.chdir(tmp_path)
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     run_flags = ["--run", "runs/a"]
-    prior_flags = ["--epochs", "1", "--channels", "16"]
+    prior_flags = ["--epochs", "1", "--channels", "24"]
     slice_path = os.fsdecode(os.fsencode(f"data/train/{private_data[0]}.nii"))
     train_flags = ["--size", "64", "64", "--epochs", "1", "--name", "a"]
     assert train.main(["--data", "data", *small, *train_flags]) == 0
