@@ -6,7 +6,7 @@
     python generate.py --evaluate                    # measure realism, search for copies
 
 The output folder is <run>/generated/, generated/ for the bundled model, or --out. The files are
-slices.png and drawn_<n>.nii.gz; with --complete, completion.png and completion_<n>.nii.gz; with
+slices.png and sample_<n>.nii.gz; with --complete, completion.png and completion_<n>.nii.gz; with
 --evaluate, slices.png (sampled and held-out slices), closest.png and evaluation.json. Intensities
 in the NIfTI files are scaled to those of typical training slices. The voxel size is that of the
 training slices or, with --complete, of the given slice. The same flags on the same machine give the
@@ -72,8 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         complete(sampler, name, folder, args)
     else:
         sample(sampler, name, folder, args)
-    names = sorted(path.name for path in folder.iterdir() if path.suffix != ".gz")
-    print(f"written: {', '.join(names)} in {folder}")
+    print(f"results: {folder}")
     return 0
 
 
@@ -134,8 +133,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=Sampler.guidance,
         metavar="X",
-        help="weight of the position and of distant parts of the slice; higher values make "
-        f"anatomy more pronounced and slices less varied; 1: none (default: {Sampler.guidance})",
+        help="strength of guidance; above 1, anatomy is more pronounced and slices are less "
+        f"varied; 1: no guidance (default: {Sampler.guidance})",
     )
     flag("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     flag(
@@ -192,8 +191,8 @@ def find_run(args: argparse.Namespace) -> Path | None:
         )
     print(
         f"no run in {args.runs_dir} has a flow, so the bundled one is used. It was trained on "
-        "simulated pelves (mri/phantom.py): its slices show no patient, and little of the variety "
-        "of patients. For a flow of your own slices, run train.py and train_prior.py"
+        "simulated pelves (mri/phantom.py): its slices show no real patient, and vary far less "
+        "than real patients do. For a flow of your own slices, run train.py and train_prior.py"
     )
     return None
 
@@ -205,7 +204,7 @@ def sample(sampler: Sampler, name: str, folder: Path, args: argparse.Namespace) 
     """Sample slices, and write them as a figure and as NIfTI files."""
     positions = choose_positions(args, sampler.slices, args.count or NUM_SAMPLES)
     images = sampler.decode(sampler.sample(positions))
-    write_slices(folder, "drawn", images, sampler.slices, np.array(sampler.slices["affine"]))
+    write_slices(folder, "sample", images, sampler.slices, np.array(sampler.slices["affine"]))
     titles = []
     for position in positions[:MAX_PICTURES].tolist():
         titles.append("" if math.isnan(position) else f"position {position:.2f}")
@@ -298,6 +297,8 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
     """Measure how realistic sampled slices are, and search for copies of training slices."""
     slices = {split: load_run_data(run, split, args.data, args.cache_dir)[0] for split in SPLITS}
     training = read_slices(slices["train"])
+    if len(training.images) < 4 or min(training.images.shape[2:]) < 80:
+        raise UserError("--evaluate needs at least 4 training slices of at least 80 x 80 pixels")
     held_out = read_slices(slices["validate"], slices["test"])
     count = args.count or max(2, len(training.images) // 2)
 
@@ -327,9 +328,9 @@ def evaluate(sampler: Sampler, run: Path, folder: Path, args: argparse.Namespace
 def match_positions(positions: Tensor, held_out: RealSlices, seed: int) -> Tensor:
     """Return the index of a held-out slice at about each position; which of several is random."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(held_out.positions), generator=generator)
-    distances = (positions[:, None] - held_out.positions[order]).abs().nan_to_num(0)
-    return order[distances.argmin(1)]
+    distances = (positions[:, None] - held_out.positions).abs().nan_to_num(1)
+    ties = 1e-3 * torch.rand(distances.shape, generator=generator)
+    return (distances + ties).argmin(1)
 
 
 def plot_closest(

@@ -242,17 +242,13 @@ def plot_epoch(run: Run, vqvae: VQVAE, val_data: EncodedDataset) -> None:
     plots.plot_curves(curves, run.history, run.best_column, heading)
     if run.config.model == "causal":
         return
-    flow = run.modules["model"]
-    position = torch.tensor([0.2, 0.4, 0.6, 0.8], device=run.device)
+    sampler = Sampler(vqvae, run.modules["model"], run.device, {}, seed=run.config.seed)
+    position = torch.tensor([0.2, 0.4, 0.6, 0.8])
     titles = [f"position {value:.1f}" for value in position.tolist()]
     if val_data.positions.isnan().all():
         position = torch.full_like(position, math.nan)
         titles = ["position unknown"] * 4
-    generator = torch.Generator().manual_seed(run.config.seed)
-    components = flow.sample(position, generator, Sampler.steps, Sampler.guidance)
-    latents = flow.pca.inverse_transform(components)
-    codes = vqvae.vector_quantization(latents).indices
-    images = vqvae.decode_codes(codes).float().cpu()
+    images = sampler.decode(sampler.sample(position))
     name = f"epoch_{run.epochs_done}"
     path = run.folder / "plots" / name / f"{name}_samples.png"
     plots.plot_slices(path, images, titles, heading, spacing=val_data.spacing)

@@ -33,8 +33,8 @@ def prepare(
     quantizer = vqvae.vector_quantization
     if quantizer.num_codebooks > 1:
         raise UserError(
-            f"the VQ-VAE has {quantizer.num_codebooks} codebooks; a causal prior needs a run with "
-            "--num-codebooks 1, or omit --model causal to train a flow"
+            f"the VQ-VAE has {quantizer.num_codebooks} codebooks; a causal prior needs one that "
+            "was trained with --num-codebooks 1. To train a flow instead, omit --model causal"
         )
     device = next(vqvae.parameters()).device
 

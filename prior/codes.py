@@ -71,7 +71,9 @@ def encode_split(
 
 
 def evenly_spaced(length: int, count: int) -> Tensor:
-    """Return `count` indices, (count,) int64, spread evenly from 0 to length - 1."""
+    """Return `count` indices, (count,) int64, spread evenly from 0 to length - 1; 1: the middle."""
+    if count == 1:
+        return torch.tensor([length // 2])
     return torch.linspace(0, length - 1, count).round().long()
 
 
@@ -99,9 +101,7 @@ def compressed_bits(train: Tensor, codes: Tensor, num_embeddings: int) -> dict[s
     counts = torch.bincount(train.flatten(), minlength=num_embeddings).double() + 0.1
     bits = -(counts / counts.sum()).log2()  # (K,)
     dtype = np.uint8 if num_embeddings <= 256 else np.uint16
-    num_bytes = 0
-    for slice_codes in codes:
-        num_bytes += len(gzip.compress(slice_codes.numpy().astype(dtype).tobytes(), 9))
+    num_bytes = sum(len(gzip.compress(c.numpy().astype(dtype).tobytes(), 9)) for c in codes)
     return {
         "fixed_length": math.log2(num_embeddings),
         "empirical_entropy": float(bits[codes.flatten()].mean()),

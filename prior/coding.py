@@ -47,8 +47,10 @@ def load_prior(run: Path | None, model: VQVAE) -> CodePrior:
     """Return the causal prior of a run; `run` is None for the bundled model.
 
     Raises:
-        UserError: if there is no causal prior, or if it was trained for another model.
+        UserError: if there is no causal prior for this model, or several codebooks.
     """
+    if model.vector_quantization.num_codebooks > 1:
+        raise UserError("entropy coding needs a model that was trained with --num-codebooks 1")
     path = Path(run or ".") / PRIORS["causal"] / "best.pt"
     if run is None or not path.exists():
         command = format_command("train_prior.py", "--model", "causal", "--run", run or "RUN")
@@ -57,8 +59,7 @@ def load_prior(run: Path | None, model: VQVAE) -> CodePrior:
             f"one: {command}"
         )
     prior = load_model(CodePrior, path)
-    quantizer = model.vector_quantization
-    if quantizer.num_codebooks > 1 or not prior.has_codebook(quantizer.embedding.weight.cpu()):
+    if not prior.has_codebook(model.vector_quantization.embedding.weight.cpu()):
         raise UserError(f"{path} was trained on the codes of a different model; train it again")
     return prior
 

@@ -48,8 +48,8 @@ class PriorConfig(RunConfig):
     weight_decay: float = _prior(0.01, "weight decay of all matrices", low=0, high=10)
     channels: int = _prior(
         48,
-        "width of the network: of the U-Net on the grid of latents, a multiple of 12; of the causal "
-        "network (on a GPU with thousands of slices, try 96 | 256)",
+        "width of the network. Flow: channels on the finest grid, a multiple of 12; causal: "
+        "channels of every layer (on a GPU with thousands of slices, try 96 | 256)",
         low=1,
     )
 
@@ -78,8 +78,8 @@ class PriorConfig(RunConfig):
     # Fixed values, which are not flags
     warmup = 0.05
     clip_grad_norm = 1.0
-    unknown_position = 0.1  # fraction of training slices whose position is hidden
-    completed = 0.2  # fraction of training slices of which one half is given
+    unknown_position = 0.1  # probability that a training slice's position is hidden
+    completed = 0.2  # probability that one half of a training slice is given
 
     @property
     def schedule(self) -> str:
@@ -111,6 +111,8 @@ def check_prior_config(config: PriorConfig, flags: dict, world_size: int) -> Non
     """Raise UserError if a value is invalid, or if a typed flag is for the other model."""
     check_bounds(config)
     check_processes(config, world_size)
+    if config.model == "flow" and config.channels % 12:
+        raise UserError(f"--channels is {config.channels}; expected a multiple of 12 for the flow")
     for field in dataclasses.fields(config):
         for model, group in GROUPS_OF_MODELS.items():
             if field.name in flags and field.metadata["group"] == group and model != config.model:

@@ -73,8 +73,8 @@ def evaluate_samples(
     Returns:
         Entries of evaluation.json:
 
-        - "drawn", "held_out_slices", "training_slices", "cases": numbers of sampled, held-out and
-          training slices, and of training cases;
+        - "sampled_slices", "held_out_slices", "training_slices", "cases": numbers of slices of each
+          kind, and of training cases;
         - "measures": {set of slices: results of `measure_features` and `measure_anatomy`};
         - "dice": {set of slices: `anatomy.dice` of the segmentation network};
         - "audit": the result of `realism.search_copies`.
@@ -109,7 +109,7 @@ def evaluate_samples(
         sampled.to(device), references.to(device), training_images, features, cases
     )
     return {
-        "drawn": len(sampled),
+        "sampled_slices": len(sampled),
         "held_out_slices": len(held_out.images),
         "training_slices": len(training.images),
         "cases": len(set(cases)),
@@ -194,9 +194,9 @@ def measure_anatomy(
 
 
 def sample_independently(codes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Sample each code independently from the marginal frequencies: (N, h, w) -> (count, h, w)."""
-    pool = codes.flatten()
-    return pool[torch.randint(len(pool), (count, *codes.shape[1:]), generator=generator)]
+    """Sample each position's code from the marginal frequencies: (N, h, w, ...) -> (count, ...)."""
+    pool = codes.flatten(0, 2)
+    return pool[torch.randint(len(pool), (count, *codes.shape[1:3]), generator=generator)]
 
 
 def print_evaluation(result: dict) -> None:
@@ -226,7 +226,7 @@ def print_evaluation(result: dict) -> None:
     )
     template = (
         "held-out median {held_out_median:.3f}, 1st percentile {threshold:.3f}; sampled median "
-        "{drawn_median:.3f}; flagged {flagged:.1%}"
+        "{sampled_median:.3f}; flagged {flagged:.1%}"
     )
     for name, search in result["audit"].items():
         by_case = search["flagged_by_case"]

@@ -2,7 +2,7 @@
 
     flow = FlowPrior(latent_channels=64, grid=(64, 32))
     flow.pca.fit(latents)                                 # (N, 64, 64, 32), before quantisation
-    losses = flow.loss(flow.pca.transform(latents), noise, time, position)
+    losses = flow.loss(flow.pca.transform(latents), noise, time, position, given)
     components = flow.sample(position, generator, steps=50, guidance=1.8)
     codes = vqvae.vector_quantization(flow.pca.inverse_transform(components)).indices
 
@@ -11,8 +11,8 @@ The flow moves noise to data along straight lines (Liu et al. 2022, arXiv 2209.0
 the velocity, data - noise. The data are the principal components of the latents.
 
 Shapes: B slices; latents (B, D, h, w); components (B, C, h, w); positions of the slices in their
-volumes (B,), from 0 to 1, or NaN if unknown; numbers of given rows (B,) int64: that many first rows
-of each slice are data already, and only the others are sampled.
+volumes (B,), from 0 to 1, or NaN if unknown; `given` (B,) int64, the number of leading rows of each
+slice that are already data, so that only the others are sampled.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from prior.pca import PCA
 from prior.unet import UNet
 
-SHIFT = 3  # odds of noise, by which times are shifted (see `shift_time`)
-VARIANCE = 0.1  # variance of a component that its neighbourhood does not explain, roughly
+SHIFT = 3  # factor on the odds of noise to data, (1 - t) / t (see `shift_time`)
+VARIANCE = 0.1  # rough fraction of a component's variance that its surroundings do not explain
 RENEWED = 0.5  # amplitude of the new noise in each step of sampling
 
 
@@ -40,9 +40,6 @@ class FlowPrior(nn.Module):
         components: C, number of principal components, at most D.
         channels: width of the U-Net on the grid of latents, a multiple of 12. The three coarser
             grids are 4/3, 8/3 and 4 times as wide.
-
-    Raises:
-        ValueError: if `components` or `channels` is invalid.
     """
 
     def __init__(
@@ -50,8 +47,6 @@ class FlowPrior(nn.Module):
     ):
         self.arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        if channels % 12 or channels < 12:
-            raise ValueError(f"channels is {channels}; expected a multiple of 12")
         self.grid = tuple(grid)
         self.pca = PCA(latent_channels, components)
         widths = tuple(channels * n // 3 for n in (3, 4, 8, 12))
@@ -62,8 +57,8 @@ class FlowPrior(nn.Module):
     ) -> Tensor:
         """Predict the velocity, (B, C, h, w), at times (B,); it has no meaning in given rows.
 
-        The U-Net corrects the best prediction from each value alone, if the rest of the slice
-        explains all but VARIANCE of it (as in Karras et al. 2022, arXiv 2206.00364, section 5).
+        The U-Net's output is added to the best linear prediction from each value alone, for data of
+        variance VARIANCE (as in Karras et al. 2022, arXiv 2206.00364, section 5).
         """
         is_given = self.mask(given).expand(-1, 1, *x.shape[2:])
         inputs = torch.cat([x, is_given.to(x.dtype)], 1)
@@ -114,8 +109,8 @@ class FlowPrior(nn.Module):
             steps: number of steps.
             guidance: factor on the difference between the velocity and that of a weaker network,
                 which knows neither the position (Ho and Salimans 2022, arXiv 2207.12598) nor, by
-                attention, distant places (Ahn et al. 2024, arXiv 2403.17377). It falls to 1 with
-                the noise, because it exaggerates texture. 1: no guidance.
+                attention, distant places (Ahn et al. 2024, arXiv 2403.17377). It decays to 1 as the
+                noise vanishes; otherwise, it would exaggerate texture. 1: no guidance.
             prefix: components of the given rows, (1 or B, C, rows, w).
             progress: a function such as tqdm, which wraps the range of steps.
         """

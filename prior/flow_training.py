@@ -14,7 +14,6 @@ from prior.config import PriorConfig
 from prior.flow import FlowPrior, shift_time
 from training import distributed
 from training.muon import Muon
-from utils import UserError
 
 METRIC = "velocity"  # its mean squared error
 NUM_FITTED = 256  # maximum number of slices to which principal components are fitted
@@ -29,9 +28,6 @@ def prepare(
     """Return an untrained flow, and the encoded training and validation slices.
 
     The principal components are fitted to slices that are spread evenly over the training split.
-
-    Raises:
-        UserError: if the configuration does not fit.
     """
     device = next(vqvae.parameters()).device
     count = min(NUM_FITTED, len(train_slices))
@@ -40,10 +36,7 @@ def prepare(
     latents = torch.cat([vqvae.encoder(images) for images in batches])
     latent_channels, *grid = latents.shape[1:]
     num_components = min(config.components, latent_channels)
-    try:
-        model = FlowPrior(latent_channels, tuple(grid), num_components, config.channels)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    model = FlowPrior(latent_channels, tuple(grid), num_components, config.channels)
     fraction = model.to(device).pca.fit(latents)
     print(
         f"latents: {num_components} of {latent_channels} principal components, with "

@@ -163,24 +163,25 @@ class CodePrior(nn.Module):
         padded = {}  # the input of each convolution, to which each code adds one position
         for conv in (self.first, *(block.near for block in self.blocks)):
             padded[conv] = conv.pad(self.embedding.new_zeros(count, conv.in_channels, *self.grid))
+
+        def window(row: int, column: int, conv: CausalConv2d, x: Tensor) -> Tensor:
+            """Store a convolution's input at one position; return the part of it that is needed."""
+            margin = conv.margin
+            padded[conv][:, :, row + margin, column + margin] = x[:, :, 0, 0]
+            return padded[conv][:, :, row : row + margin + 1, column : column + 2 * margin + 1]
+
         unknown = self.embedding.new_zeros(count, self.embedding.shape[1], 1, 1)
         codes = torch.zeros(count, height, width, dtype=torch.long, device=position.device)
         for index in progress(range(height * width)):
             row, column = divmod(index, width)
-            window = partial(add_to_window, padded, row, column)
-            x = self.first(window(self.first, unknown)) + self.places[:, :, row, column, None, None]
-            logits = self.logits(x, condition, window)[:, 0, 0]
+            place = self.places[:, :, row, column, None, None]
+            x = self.first(window(row, column, self.first, unknown)) + place
+            logits = self.logits(x, condition, partial(window, row, column))[:, 0, 0]
             codes[:, row, column] = choose(logits, row, column)
-            window(self.first, self.embedding[codes[:, row, column]][..., None, None])
+            window(row, column, self.first, self.embedding[codes[:, row, column]][..., None, None])
         return codes
 
 
 def standardise(embedding: Tensor) -> Tensor:
     """Return embeddings (K, D) with a mean of 0 and an overall standard deviation of 1."""
     return (embedding - embedding.mean(0)) / embedding.std()
-
-
-def add_to_window(padded: dict, row: int, column: int, conv: CausalConv2d, x: Tensor) -> Tensor:
-    """Store a convolution's input at one position, (B, C, 1, 1); return the part that it needs."""
-    padded[conv][:, :, row + conv.margin, column + conv.margin] = x[:, :, 0, 0]
-    return padded[conv][:, :, row : row + conv.margin + 1, column : column + 2 * conv.margin + 1]

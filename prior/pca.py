@@ -14,15 +14,10 @@ class PCA(nn.Module):
     Args:
         latent_channels: D.
         components: C, number of principal components, at most D.
-
-    Raises:
-        ValueError: if there are more components than channels.
     """
 
     def __init__(self, latent_channels: int, components: int):
         super().__init__()
-        if components > latent_channels:
-            raise ValueError(f"components is {components}; expected at most {latent_channels}")
         self.register_buffer("mean", torch.zeros(latent_channels))
         # Columns are principal directions, multiplied by the components' standard deviations.
         self.register_buffer("directions", torch.eye(latent_channels, components))

@@ -63,7 +63,7 @@ def search_copies(
         {"pixels": {...}, "features": {...}}; each of the two dictionaries contains
 
         - "threshold": 1st percentile of the distances of the held-out slices;
-        - "held_out_median", "drawn_median": median distance of the held-out and sampled slices;
+        - "held_out_median", "sampled_median": median distance of the held-out and sampled slices;
         - "flagged": fraction of the sampled slices with a distance below the threshold;
         - "flagged_by_case": case of the nearest training slice -> number of flagged slices;
         - "distance", "nearest": for each sampled slice, the distance to the nearest training slice,
@@ -84,7 +84,7 @@ def search_copies(
         result[name] = {
             "threshold": threshold,
             "held_out_median": held_out_distance.median().item(),
-            "drawn_median": distance.median().item(),
+            "sampled_median": distance.median().item(),
             "flagged": flagged.float().mean().item(),
             "flagged_by_case": dict(sorted(flagged_cases.items())),
             "distance": distance.tolist(),
@@ -240,7 +240,8 @@ def _normalise_filters(filters: Tensor) -> Tensor:
 def split_cases(cases: Sequence[str], generator: torch.Generator) -> Tensor:
     """Split slices at random into two groups of equally many cases, without a common case.
 
-    If there is only one case, its slices are split.
+    If a group would have fewer than two slices, for example because there is only one case, slices
+    are split instead.
 
     Args:
         cases: case of each slice.
@@ -249,11 +250,14 @@ def split_cases(cases: Sequence[str], generator: torch.Generator) -> Tensor:
     Returns:
         Whether each slice is in the first group, (N,) bool.
     """
-    groups = cases if len(set(cases)) > 1 else range(len(cases))
-    names = sorted(set(groups))
-    order = torch.randperm(len(names), generator=generator)
-    first = {names[i] for i in order[: len(names) // 2]}
-    return torch.tensor([group in first for group in groups])
+    for groups in (cases, range(len(cases))):
+        names = sorted(set(groups))
+        order = torch.randperm(len(names), generator=generator)
+        first = {names[i] for i in order[: len(names) // 2]}
+        in_first = torch.tensor([group in first for group in groups])
+        if 2 <= in_first.sum() <= len(cases) - 2:
+            break
+    return in_first
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:

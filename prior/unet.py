@@ -14,25 +14,20 @@ NUM_HEADS = 4  # attention heads
 
 
 class UNet(nn.Module):
-    """Map noisy components (B, C, h, w) to an output (B, D, h, w), at any h and w.
+    """Map noisy components (B, C, h, w) to an output (B, D, h, w); h and w may be odd.
 
-    Each grid has half the height and width of the previous one. The coarser ones have attention, so
-    that distant parts of a slice fit together; on the first two, it would take too long.
+    Each grid has half the height and width of the previous one. All but the two finest have
+    attention, so that distant parts of a slice fit together; on those two, it would be too slow.
 
     Args:
         inputs: C, number of input channels.
         outputs: D, number of output channels.
         grid: h and w.
-        widths: number of channels at each grid, from fine to coarse; multiples of 8.
-
-    Raises:
-        ValueError: if there are no or too many widths, or one is not a multiple of 8.
+        widths: number of channels at each grid, from fine to coarse; multiples of NUM_GROUPS.
     """
 
     def __init__(self, inputs: int, outputs: int, grid: tuple[int, int], widths: tuple[int, ...]):
         super().__init__()
-        if not 1 <= len(widths) <= 8 or any(width % NUM_GROUPS for width in widths):
-            raise ValueError(f"the widths are {widths}; expected 1 to 8 multiples of {NUM_GROUPS}")
         coarsest = widths[-1]
         self.condition = nn.Sequential(
             nn.Linear(4 * FREQUENCIES + 1, coarsest),
@@ -41,7 +36,7 @@ class UNet(nn.Module):
             nn.SiLU(),
         )
         self.first = nn.Conv2d(inputs, widths[0], 3, padding=1)
-        self.places = nn.Parameter(torch.zeros(widths[0], *grid))  # differ by location
+        self.places = nn.Parameter(torch.zeros(widths[0], *grid))  # offsets by location
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         previous = widths[0]
@@ -123,7 +118,7 @@ class Attention(nn.Module):
 def encode_scalar(values: Tensor) -> Tensor:
     """Encode numbers from 0 to 1 as sines and cosines: (B,) -> (B, 2 FREQUENCIES).
 
-    The shortest period, about 0.1, is several slices of a volume, because neighbours are similar.
+    The shortest period, about 0.1, spans several slices of most volumes, as neighbours are similar.
     """
     frequencies = math.pi * 1.5 ** torch.arange(FREQUENCIES, device=values.device)
     angles = values[:, None] * frequencies

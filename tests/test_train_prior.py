@@ -314,7 +314,7 @@ def test_a_prior_is_neither_overwritten_nor_turned_into_another(run):
     ("flags", "message"),
     [
         ("--epochs 0", "--epochs is 0; expected 1 to"),
-        ("--channels 30", "channels is 30; expected a multiple of 12"),
+        ("--channels 30", "--channels is 30; expected a multiple of 12"),
         ("--model causal --dropout 1", "--dropout is 1.0; expected 0 to 0.99"),
         ("--model causal --mirrored 2", "--mirrored is 2.0; expected 0 to 1"),
         (
@@ -343,7 +343,7 @@ def test_runs_without_a_usable_vqvae_are_errors(tmp_path, run):
     checkpoint = read_checkpoint(run / "best.pt")
     changes = {"model_args": model.arguments, "model": model.state_dict()}
     torch.save(checkpoint | changes, run / "best.pt")
-    with pytest.raises(UserError, match="has 2 codebooks; a causal prior needs a run with"):
+    with pytest.raises(UserError, match="has 2 codebooks; a causal prior needs one"):
         train_prior.main(["--runs-dir", "runs", "--device", "cpu", "--model", "causal"])
 
 

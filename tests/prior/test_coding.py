@@ -118,6 +118,9 @@ def test_a_prior_that_is_missing_or_of_another_model_is_an_error(tmp_path):
     torch.nn.init.normal_(model.vector_quantization.embedding.weight)
     with pytest.raises(UserError, match="was trained on the codes of a different model"):
         load_prior(tmp_path, model)
+    model = VQVAE(hidden_channels=8, residual_channels=4, embedding_dim=4, num_codebooks=2)
+    with pytest.raises(UserError, match="a model that was trained with --num-codebooks 1"):
+        load_prior(tmp_path, model)
 
 
 def test_a_missing_range_coder_is_an_error(monkeypatch):

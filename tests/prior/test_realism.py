@@ -183,8 +183,9 @@ def test_halves_have_no_common_case():
     assert len(splits) > 1
 
 
-def test_a_single_case_is_split_by_slices():
-    in_first = split_cases(["004"] * 9, torch.Generator())
+@pytest.mark.parametrize("cases", [["004"] * 9, ["004", *["006"] * 8]])
+def test_slices_are_split_if_there_are_too_few_cases(cases):
+    in_first = split_cases(cases, torch.Generator())
     assert in_first.shape == (9,)
     assert in_first.sum() == 4
 
@@ -223,7 +224,7 @@ def test_pixel_distances_are_root_mean_squares(slices):
     torch.testing.assert_close(distance, torch.full((4,), 0.3), rtol=1e-3, atol=0)
 
 
-def test_copies_are_flagged_and_other_patients_are_not(slices, reference):
+def test_copies_are_flagged(slices, reference):
     """Two of four samples are copies of slices of the second and fourth phantom."""
     features = Features(FILTERS).fit(reference)
     sampled = torch.cat([reference[[9, 25]].flip(2), slices[9, :2]])
@@ -233,6 +234,7 @@ def test_copies_are_flagged_and_other_patients_are_not(slices, reference):
     for search in result.values():
         flagged = [distance < search["threshold"] for distance in search["distance"]]
         assert flagged[:2] == [True, True]
+        assert min(search["distance"][2:]) > 2 * max(search["distance"][:2])
         assert search["flagged"] == sum(flagged) / 4
         assert search["nearest"][:2] == [9, 25]
         assert sum(search["flagged_by_case"].values()) == sum(flagged)
