@@ -34,7 +34,7 @@ from modules import VQVAE, Quantized
 from mri import phantom, splits
 from mri.files import Source
 from training import distributed
-from training.adversarial import PatchDiscriminator, adversarial_losses
+from training.adversarial import DISCRIMINATOR_RATE, PatchDiscriminator, adversarial_losses
 from training.config import TrainConfig, check_config, parse_train_flags
 from training.guards import preserve_process_state
 from training.run import Run, epoch_order
@@ -238,7 +238,10 @@ def make_optimizer(
     groups: list[dict] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if discriminator is not None:
         # The first beta is low, because slowly averaged gradients would lag behind the generator.
-        groups.append({"params": list(discriminator.parameters()), "betas": (0.5, 0.9)})
+        parameters = list(discriminator.parameters())
+        groups.append(
+            {"params": parameters, "betas": (0.5, 0.9), "rate_factor": DISCRIMINATOR_RATE}
+        )
     return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
 

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from training.distributed import get_world_size
 
+# Learning rate of the discriminator, as a fraction of the model's. At the model's own rate, it soon
+# separates all reconstructions from slices by a wide margin, and its gradients then teach little.
+DISCRIMINATOR_RATE = 0.1
+
 
 class PatchDiscriminator(nn.Module):
     """Distinguish patches of slices from patches of reconstructions (arXiv 1611.07004).

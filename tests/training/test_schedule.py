@@ -36,8 +36,9 @@ def test_a_warm_up_may_take_the_whole_run():
     assert rates(warmup=1.0, schedule="cosine")[-1] == 1.0
 
 
-def test_the_rate_is_set_in_all_groups():
+def test_the_rate_is_set_in_all_groups_times_their_factors():
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)]
+    groups[1]["rate_factor"] = 0.1
     optimizer = torch.optim.Adam(groups, lr=1.0)
     set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, 0.025])
