@@ -257,7 +257,7 @@ def fuzz_runs(count: int, seed: int, rng: random.Random, folder: Path) -> list[d
     checkpoint = torch.load(checkpoint_path, weights_only=True)
     checkpoints = [checkpoint]
     causal = CodePrior(16, 4, 8, 8, channels=16, num_layers=1)
-    for prior in (causal, FlowPrior(4, (8, 8), components=2, channels=16)):
+    for prior in (causal, FlowPrior(4, (8, 8), components=2, channels=12)):
         checkpoints.append(
             {"format": 3, "model_args": prior.arguments, "model": prior.state_dict()}
         )
