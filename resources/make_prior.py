@@ -1,6 +1,6 @@
 """Train resources/pelvis_prior.pt, the prior that generate.py uses if none has been trained.
 
-    python resources/make_prior.py                # half an hour on one core; continues if interrupted
+    python resources/make_prior.py        # half an hour on one core; continues if interrupted
 
 The prior is a flow over the latents of resources/pelvis.pt, for the slices of 200 simulated
 patients (mri/phantom.py). The file contains its weights in half precision, without the state of the
