@@ -47,13 +47,13 @@ sharpness: .venv/dev       ## train on the sample with and without --gan, compar
 
 DRAWN := runs/phantom_gan
 TEST_SLICE := phantom_data/keras_slices_test/case_3001_week_0_slice_10.nii.gz
-drawings: .venv/dev        ## train a VQ-VAE and a flow on 280 phantoms, generate slices: 2 h 15 min
+drawings: .venv/dev        ## train a VQ-VAE and a flow on 280 phantoms, generate slices: 2 h 30 min
 	test -d phantom_data || \
 	    $(BIN)/python -m mri.phantom --out phantom_data --patients 200 40 40
 	rm -rf $(DRAWN)
-	$(BIN)/python train.py --data phantom_data --gan --epochs 4 --name phantom_gan
-	$(BIN)/python train_prior.py --run $(DRAWN) --epochs 24 --keep-every 6
-	for n in 6 12 18; do \
+	$(BIN)/python train.py --data phantom_data --gan --epochs 6 --name phantom_gan
+	$(BIN)/python train_prior.py --run $(DRAWN) --epochs 20 --keep-every 5
+	for n in 5 10 15; do \
 	    $(BIN)/python generate.py --run $(DRAWN) --evaluate --count 64 \
 	        --prior $(DRAWN)/prior/epoch_$$n.pt --out $(DRAWN)/epoch_$$n || exit 1; \
 	    cp $(DRAWN)/epoch_$$n/evaluation.json benchmarks/results/generated_epoch_$$n.json; \

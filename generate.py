@@ -1,7 +1,7 @@
 """Sample new slices from a trained prior, complete half a slice, or evaluate the samples.
 
     python generate.py                               # 16 slices (newest flow in runs/, or bundled)
-    python generate.py --count 64 --steps 100 --position 0.5 --seed 1
+    python generate.py --count 64 --steps 50 --position 0.5 --seed 1
     python generate.py --complete slice.nii.gz       # sample the right half of a slice, 4 times
     python generate.py --evaluate                    # measure realism, search for copies
 

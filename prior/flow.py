@@ -3,7 +3,7 @@
     flow = FlowPrior(latent_channels=64, grid=(64, 32))
     flow.pca.fit(latents)                                 # (N, 64, 64, 32), before quantisation
     losses = flow.loss(flow.pca.transform(latents), noise, time, position, given)
-    components = flow.sample(position, generator, steps=50, guidance=1.8)
+    components = flow.sample(position, generator, steps=28, guidance=1.8)
     codes = vqvae.vector_quantization(flow.pca.inverse_transform(components)).indices
 
 The flow moves noise to data along straight lines (Liu et al. 2022, arXiv 2209.03003; Lipman et al.
@@ -28,7 +28,7 @@ from prior.unet import UNet
 
 SHIFT = 3  # factor on the odds of noise to data, (1 - t) / t (see `shift_time`)
 VARIANCE = 0.1  # rough fraction of a component's variance that its surroundings do not explain
-RENEWED = 0.5  # amplitude of the new noise in each step of sampling
+RENEWED = 0.4  # amplitude of the new noise in each step of sampling
 
 
 class FlowPrior(nn.Module):
