@@ -53,8 +53,10 @@ class Sampler:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes (B, h, w) on the device; return images (B, 1, H, W) float32 on the CPU."""
-        batches = [self.vqvae.decode_codes(batch.to(self.device)) for batch in codes.split(16)]
-        return torch.cat([batch.float().cpu() for batch in batches])
+        batches = []
+        for batch in codes.split(16):  # each goes to the CPU before the next is decoded
+            batches.append(self.vqvae.decode_codes(batch.to(self.device)).float().cpu())
+        return torch.cat(batches)
 
     @torch.no_grad()
     def sample(self, positions: Tensor, image: Tensor | None = None) -> Tensor:
