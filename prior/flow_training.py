@@ -11,7 +11,7 @@ from dataset import SliceDataset
 from modules import VQVAE
 from prior.codes import MIRRORS, EncodedDataset, encode_split, evenly_spaced
 from prior.config import PriorConfig
-from prior.flow import FlowPrior, shift_time
+from prior.flow import TRAINING_SHIFT, FlowPrior, shift_time
 from training import distributed
 from training.muon import Muon
 
@@ -68,8 +68,8 @@ def compute_loss(
 ) -> Tensor:
     """Compute the mean squared error of the velocity, a scalar, for a random view of each slice.
 
-    Times are logit-normal (Esser et al. 2024, arXiv 2403.03206), and shifted as in sampling. Some
-    slices have a given half, so that the flow learns to complete slices.
+    Times are logit-normal (Esser et al. 2024, arXiv 2403.03206), and shifted towards the noise.
+    Some slices have a given half, so that the flow learns to complete slices.
 
     Args:
         model: the flow.
@@ -83,7 +83,7 @@ def compute_loss(
     is_hidden = torch.rand(count, device=device) < config.unknown_position
     x = torch.where(is_mirrored, components[:, 1], components[:, 0]).float()
     noise = torch.randn_like(x)
-    time = shift_time(torch.randn(count, device=device).sigmoid())
+    time = shift_time(torch.randn(count, device=device).sigmoid(), TRAINING_SHIFT)
     position = position.masked_fill(is_hidden, math.nan)
     is_completed = torch.rand(count, device=device) < config.completed
     given = is_completed.long() * (model.grid[0] // 2)
@@ -108,7 +108,8 @@ def validate(
         generator = torch.Generator().manual_seed(number)
         x = components[:, 0].float()
         noise = torch.randn(x.shape, generator=generator).to(device)
-        time = shift_time(torch.randn(len(x), generator=generator).sigmoid()).to(device)
+        time = torch.randn(len(x), generator=generator).sigmoid().to(device)
+        time = shift_time(time, TRAINING_SHIFT)
         given = torch.zeros(len(x), dtype=torch.long, device=device)
         total += model.loss(x, noise, time, position, given).sum()
     return float(distributed.all_reduce_sum(total)) / len(val)

@@ -1,6 +1,6 @@
 """Sample slices from a VQ-VAE and its prior, a flow.
 
-sampler = load_sampler(Path("runs/x"), device, seed=0, steps=28)
+sampler = load_sampler(Path("runs/x"), device, seed=0, steps=40)
 images = sampler.decode(sampler.sample(positions))
 """
 
@@ -35,8 +35,8 @@ class Sampler:
     prior: FlowPrior
     device: torch.device
     slices: dict  # result of `describe_slices` for the training slices
-    steps: int = 28  # as for `FlowPrior.sample`; this is the default of --steps
-    guidance: float = 1.8  # as for `FlowPrior.sample`; this is the default of --guidance
+    steps: int = 40  # as for `FlowPrior.sample`; this is the default of --steps
+    guidance: float = 1.5  # as for `FlowPrior.sample`; this is the default of --guidance
     seed: int = 0
 
     @property

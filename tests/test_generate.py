@@ -218,7 +218,7 @@ def test_an_evaluation_measures_realism_and_searches_for_copies(make_run, monkey
     folder = call_generate("--evaluate --count 4")
     printed = capsys.readouterr().out
     result = json.loads((folder / "evaluation.json").read_text())
-    assert result["settings"] == "28 steps, guidance 1.8, seed 0"
+    assert result["settings"] == "40 steps, guidance 1.5, seed 0"
     assert result["sampled_slices"] == 4
     assert result["held_out_slices"] == 6
     assert result["training_slices"] == 8

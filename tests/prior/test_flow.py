@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prior.flow import RENEWED, VARIANCE, FlowPrior, shift_time
+from prior.flow import RENEWED, SAMPLING_SHIFT, VARIANCE, FlowPrior, shift_time
 
 UNKNOWN = torch.tensor([math.nan, math.nan])
 NONE_GIVEN = torch.tensor([0, 0])
@@ -141,7 +141,7 @@ def test_steps_of_sampling():
     flow = make_flow()
     generator = torch.Generator().manual_seed(0)
     noise, fresh = torch.randn(2, 2, 2, 8, 4, generator=generator)
-    middle = shift_time(0.5)
+    middle = shift_time(0.5, SAMPLING_SHIFT)
 
     def velocity(x, time):
         with torch.no_grad():
@@ -154,7 +154,7 @@ def test_steps_of_sampling():
 
 
 def test_the_first_steps_are_the_smallest():
-    times = [shift_time(i / 4) for i in range(5)]
+    times = [shift_time(i / 4, 3) for i in range(5)]
     assert times == pytest.approx([0, 0.1, 0.25, 0.5, 1])
 
 

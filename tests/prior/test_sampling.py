@@ -29,7 +29,7 @@ def make_models(**options) -> tuple[VQVAE, FlowPrior]:
 
 def test_settings_are_described():
     models = make_models()
-    assert Sampler(*models, CPU, {}).settings == "28 steps, guidance 1.8, seed 0"
+    assert Sampler(*models, CPU, {}).settings == "40 steps, guidance 1.5, seed 0"
     assert Sampler(*models, CPU, {}, 10, 1.5, 3).settings == "10 steps, guidance 1.5, seed 3"
 
 
