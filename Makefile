@@ -47,7 +47,7 @@ sharpness: .venv/dev       ## train on the sample with and without --gan, compar
 
 DRAWN := runs/phantom_gan
 TEST_SLICE := phantom_data/keras_slices_test/case_3001_week_0_slice_10.nii.gz
-drawings: .venv/dev        ## train a VQ-VAE and a flow on 280 phantoms, generate slices: 2 h 30 min
+drawings: .venv/dev        ## train a VQ-VAE and a flow on 280 phantoms, generate slices: 1 to 3 h
 	test -d phantom_data || \
 	    $(BIN)/python -m mri.phantom --out phantom_data --patients 200 40 40
 	rm -rf $(DRAWN)
